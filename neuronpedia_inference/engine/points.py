@@ -1,0 +1,80 @@
+"""Names of places inside the model. TransformerLens spelling is understood here and nowhere else.
+
+A point is a layer and a place in it. Most places are hook points of the bridge; two are computed from others:
+the RMS-normalised residual stream before the norm's gain, which GemmaScope transcoders read.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from neuronpedia_inference.errors import UnknownPoint
+
+RESID_PRE = "hook_resid_pre"
+RESID_MID = "hook_resid_mid"
+RESID_POST = "hook_resid_post"
+ATTN_OUT = "hook_attn_out"
+MLP_OUT = "hook_mlp_out"
+HOOK_Z = "attn.hook_z"
+HOOK_V = "attn.hook_v"
+PATTERN = "attn.hook_pattern"
+MLP_POST = "mlp.hook_post"
+
+RESIDUAL = frozenset({RESID_PRE, RESID_POST})
+"""Places at the border of a block: the direct path reads and writes them without the bridge."""
+
+WRITABLE = (RESID_PRE, HOOK_Z, ATTN_OUT, RESID_MID, MLP_OUT, RESID_POST)
+"""Places that can be steered, in the order in which a block reaches them."""
+
+NORMALIZED = {"ln1.hook_normalized": RESID_PRE, "ln2.hook_normalized": RESID_MID}
+"""Computed places: x / sqrt(mean(x²) + eps) of the residual stream named, before the norm's gain."""
+
+READABLE = (
+    *WRITABLE,
+    "attn.hook_in",
+    "attn.hook_out",
+    HOOK_V,
+    "mlp.hook_in",
+    "mlp.hook_out",
+    "mlp.hook_pre",
+    "mlp.hook_pre_linear",
+    MLP_POST,
+    *NORMALIZED,
+)
+"""Places with one vector per token."""
+
+_ALIASES = {"hook_z": HOOK_Z, "hook_mlp_in": "mlp.hook_in", "hook_attn_in": "attn.hook_in"}
+_NAME = re.compile(r"blocks\.(\d{1,4})\.([\w.]+)")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Point:
+    """A named place in one layer."""
+
+    layer: int
+    place: str
+
+    @property
+    def name(self) -> str:
+        """The bridge's name, `blocks.7.hook_resid_pre`."""
+        return f"blocks.{self.layer}.{self.place}"
+
+    @property
+    def is_residual(self) -> bool:
+        return self.place in RESIDUAL
+
+    @classmethod
+    def parse(cls, name: str) -> Point:
+        """`blocks.7.hook_resid_pre` → Point(7, "hook_resid_pre"). Raises UnknownPoint for anything else."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise UnknownPoint(f"Unknown hook {_short(name)!r}: expected the form blocks.<layer>.<place>.")
+        place = _ALIASES.get(match[2], match[2])
+        if place not in READABLE:
+            raise UnknownPoint(f"Unknown hook {_short(name)!r}. Places in a block: {', '.join(READABLE)}.")
+        return cls(int(match[1]), place)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 80 else name[:77] + "..."

@@ -1,0 +1,101 @@
+"""What the scheduler asks of an engine. Satisfied by `bridge.BridgeEngine` and by a counting fake in the tests.
+
+Left out on purpose: text (the tokenizer is the runtime's), SAEs (reductions get tensors), and threads: every call
+comes from the one worker thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.steering.plan import SteerMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Sizes and facts of the loaded model."""
+
+    id: str
+    name: str
+    """Where the weights came from."""
+    family: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_key_value_heads: int
+    d_head: int
+    d_mlp: int
+    vocab_size: int
+    context_length: int
+    dtype: str
+    device: str
+    has_bos: bool
+    has_chat_template: bool
+    known_names: tuple[str, ...]
+    """Names that a request's `model` may use for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steering:
+    """One steer of one row, resolved: where, along what, how much."""
+
+    point: Point
+    vector: Tensor
+    """[width] on the engine's device, float32."""
+    coefficient: float
+    method: SteerMethod
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpec:
+    """One sequence to generate."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    steering: tuple[Steering, ...] = ()
+    untouched: tuple[int, ...] = ()
+    """Prompt positions that steering leaves alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowStep:
+    """What one decode step gave one row."""
+
+    row: int
+    """Position in the sequence of RowSpecs that began the batch."""
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability) of the likeliest candidates."""
+    finish_reason: str | None = None
+
+
+class Generation(Protocol):
+    """A running batch. Rows leave it as they finish."""
+
+    @property
+    def done(self) -> bool: ...
+
+    def step(self) -> list[RowStep]:
+        """Draw one token for every live row, in row order."""
+        ...
+
+
+Captured = Mapping[Point, "Tensor"]
+
+
+class Engine(Protocol):
+    def capture(self, prompts: Sequence[Sequence[int]], points: Collection[Point]) -> list[Captured]:
+        """One forward pass over all prompts; per prompt and point, [pos, width] (pattern and values keep heads)."""
+        ...
+
+    def generate(self, rows: Sequence[RowSpec]) -> Generation:
+        """Prefill all rows in one batch."""
+        ...

@@ -1,0 +1,155 @@
+"""Text to token ids and back, by the rules of the wire contract, 2.4."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from neuronpedia_inference.domain import ChatMessage, Tokens
+from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
+
+BosRule = Literal["once", "natural", "prepend", "never"]
+"""once: exactly one BOS, added unless the text begins with it. natural: what the tokenizer does by itself.
+prepend: BOS in front without looking. never: none. A tokenizer that has no BOS adds none under any rule."""
+
+_WORD_START = "▁"
+_ANCHOR = "a"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class TextCodec:
+    """A tokenizer with this service's rules. Safe to share: it keeps no state but a table of token strings."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, chatml_fallback: bool = False) -> None:
+        self._tokenizer: Any = tokenizer
+        self.bos_id: int | None = self._tokenizer.bos_token_id
+        self._bos_text: str = self._tokenizer.bos_token or ""
+        self.eos_id: int | None = self._tokenizer.eos_token_id
+        self._special = frozenset(self._tokenizer.all_special_ids) | {
+            i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special
+        }
+        self._strings: dict[int, str] = {}
+        self._longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
+        self._anchor = tuple(self._tokenizer.encode(_ANCHOR, add_special_tokens=False))
+        self._template = self._tokenizer.chat_template or (CHATML if chatml_fallback else None)
+
+    @property
+    def has_bos(self) -> bool:
+        return self.bos_id is not None
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def tokenize(self, text: str, bos: BosRule, *, limit: int, suffix: str = "") -> Tokens:
+        """`limit` counts tokens, BOS included; `suffix` ends the first half of the message about it.
+
+        Raises InvalidRequest for text that no tokenizer should see, LimitExceeded for too much of it.
+        """
+        check_text(text)
+        if len(text) > limit * self._longest_token:
+            raise LimitExceeded(
+                f"Text too long: {len(text)} characters cannot fit, max is {limit} tokens{suffix}. Shorten the text."
+            )
+        ids = self._encode(text, bos)
+        if len(ids) > limit:
+            raise LimitExceeded(
+                f"Text too long: {len(ids)} tokens, max is {limit}{suffix}. Shorten the text or raise TOKEN_LIMIT."
+            )
+        return self.describe(ids)
+
+    def describe(self, ids: Sequence[int]) -> Tokens:
+        """Strings and flags for ids."""
+        return Tokens(
+            ids=tuple(ids),
+            strings=tuple(self.token_string(i) for i in ids),
+            is_special=tuple(i in self._special for i in ids),
+            has_bos=bool(ids) and self.has_bos and ids[0] == self.bos_id,
+        )
+
+    def token_string(self, token_id: int) -> str:
+        """One id decoded on its own, its leading space kept; U+FFFD for a piece of a character."""
+        if token_id not in self._strings:
+            self._strings[token_id] = self._decode_one(token_id)
+        return self._strings[token_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids to text, special tokens kept; leading spaces are kept too, whatever the tokenizer's habit."""
+        # Some tokenizers strip the first token's space: an anchor before it takes that loss.
+        return self._raw_decode([*self._anchor, *ids]).removeprefix(self._raw_decode(self._anchor))
+
+    def render_chat(self, messages: Sequence[ChatMessage], *, limit: int) -> tuple[str, Tokens]:
+        """The model's chat template with generation prompt, as text and tokens.
+
+        Raises InvalidRequest when there is no template or it refuses the messages, LimitExceeded when too long.
+        """
+        if self._template is None:
+            raise InvalidRequest(
+                "This model has no chat template, so it cannot accept chat messages. "
+                "Use /v1/steer/completion with a raw `prompt` instead."
+            )
+        for message in messages:
+            check_text(message.role)
+            check_text(message.content)
+        if sum(len(m.content) for m in messages) > limit * self._longest_token:
+            raise LimitExceeded(f"Text too long: the chat cannot fit, max is {limit} tokens. Shorten the messages.")
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                turns, chat_template=self._template, add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as exc:
+            raise InvalidRequest(f"The model's chat template refuses these messages: {exc}") from exc
+        return text, self.tokenize(text, "never", limit=limit)
+
+    def _encode(self, text: str, bos: BosRule) -> list[int]:
+        if bos == "natural":
+            return list(self._tokenizer.encode(text))
+        if bos == "prepend" or (bos == "once" and not text.startswith(self._bos_text)):
+            text = self._bos_text + text
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _raw_decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False, skip_special_tokens=False)
+
+    def _decode_one(self, token_id: int) -> str:
+        text = self._raw_decode([token_id])
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        starts_word = isinstance(piece, str) and piece.startswith(_WORD_START)
+        return " " + text if starts_word and not text.startswith(" ") else text
+
+
+class TextStream:
+    """Text of a growing sequence of ids; a character whose bytes are not all there yet is held back."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self.ids: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """All text so far that later tokens cannot change."""
+        self.ids.append(token_id)
+        return self.text.rstrip("\ufffd")
+
+    @property
+    def text(self) -> str:
+        """All text, incomplete characters as U+FFFD."""
+        return self._codec.decode(self.ids)
+
+
+def check_text(text: str) -> None:
+    """Raises InvalidRequest for NUL characters and lone surrogates."""
+    if "\x00" in text:
+        raise InvalidRequest(f"The text holds a NUL character at position {text.index(chr(0))}. Remove it.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidRequest(
+            f"The text is not valid Unicode: lone surrogate at position {exc.start}. Send whole characters."
+        ) from None

@@ -1,0 +1,116 @@
+"""Every way a request can fail, as one tree.
+
+InferenceError
+├── InvalidRequest          400  the caller asked for something that cannot be done
+│   ├── UnknownSource       400  no such SAE source or source set here
+│   ├── UnknownPoint        400  no such hook point in this model
+│   └── LimitExceeded       400  a bound was passed; the message names value, bound and remedy
+├── Unauthorized            401
+├── Conflict                409  the server's state forbids it
+├── BodyTooLarge            413
+├── Unavailable             503  try again later
+│   ├── NotReady            503  the model is still loading
+│   ├── Overloaded          503  no room for another request now
+│   └── OutOfMemory         503  the device ran out of memory; its caches were freed
+└── EngineFailed            500  our fault; details are in the server's log under the request id
+
+StartupError is not part of the tree: it stops the process before it serves, with one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class InferenceError(Exception):
+    """Root of the errors a caller can see. Positional arguments only, so that it pickles."""
+
+    code = "internal"
+    status = 500
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0]) if self.args else type(self).__name__
+
+
+class InvalidRequest(InferenceError):
+    code = "invalid_request"
+    status = 400
+
+
+class UnknownSource(InvalidRequest):
+    """`UnknownSource(message)`; `UnknownSource.named` builds the message."""
+
+    code = "unknown_source"
+
+    @classmethod
+    def named(cls, kind: str, name: str, known: Iterable[str]) -> UnknownSource:
+        """kind: "source" or "source set"; known: what is served here."""
+        return cls(unknown_name(kind, name, known))
+
+
+class UnknownPoint(InvalidRequest):
+    code = "unknown_hook"
+
+
+class LimitExceeded(InvalidRequest):
+    code = "limit_exceeded"
+
+
+class Unauthorized(InferenceError):
+    code = "unauthorized"
+    status = 401
+
+
+class Conflict(InferenceError):
+    code = "conflict"
+    status = 409
+
+
+class BodyTooLarge(InferenceError):
+    code = "body_too_large"
+    status = 413
+
+
+class Unavailable(InferenceError):
+    """Answered with `Retry-After: retry_after_s`."""
+
+    code = "unavailable"
+    status = 503
+    retry_after_s = 1
+
+
+class NotReady(Unavailable):
+    code = "not_ready"
+    retry_after_s = 5
+
+
+class Overloaded(Unavailable):
+    code = "overloaded"
+
+
+class OutOfMemory(Unavailable):
+    code = "out_of_memory"
+    retry_after_s = 2
+
+
+class EngineFailed(InferenceError):
+    code = "engine_failed"
+
+
+class StartupError(Exception):
+    """The process cannot start; the text is one line that names what to mend."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], *, most: int = 12) -> str:
+    """One sentence: what is unknown, the nearest names, and what exists."""
+    names = list(known)
+    near = get_close_matches(name, names, n=3, cutoff=0.5)
+    text = f"Unknown {kind} {name!r}."
+    if near:
+        text += f" Did you mean {' or '.join(repr(n) for n in near)}?"
+    if names:
+        more = f" and {len(names) - most} more" if len(names) > most else ""
+        text += f" Available: {', '.join(names[:most])}{more}."
+    return text

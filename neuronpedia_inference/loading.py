@@ -1,0 +1,103 @@
+"""Start-up: from settings to a model, a codec and SAEs, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from neuronpedia_inference.embedded.weights import model_folder
+from neuronpedia_inference.engine import weights
+from neuronpedia_inference.engine.bridge import BridgeEngine
+from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.engine.protocol import ModelInfo
+from neuronpedia_inference.engine.tokens import TextCodec
+from neuronpedia_inference.errors import StartupError, UnknownPoint
+from neuronpedia_inference.saes.catalogue import aliases, resolve
+from neuronpedia_inference.saes.store import SaeStore
+from neuronpedia_inference.settings import Settings
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Everything that takes long to make."""
+
+    engine: BridgeEngine
+    codec: TextCodec
+    store: SaeStore
+    info: ModelInfo
+
+
+def load(settings: Settings, progress: Progress) -> Loaded:
+    """Raises StartupError. `progress` gets a sentence before each long step."""
+    torch.set_num_threads(n_threads(settings))
+    catalogue = resolve(settings)
+    device = weights.pick_device(settings.device)
+    progress(f"Finding the weights of {settings.weights_id}")
+    where = str(model_folder()) if settings.is_embedded else _hugging_face_name(settings.weights_id)
+    progress(f"Loading {settings.weights_id} on {device}")
+    tokenizer = weights.load_tokenizer(where)
+    model = weights.load_weights(
+        where, dtype=settings.model_dtype, device=device, options=settings.model_from_pretrained_kwargs
+    )
+    stop_ids = _stop_ids(tokenizer.eos_token_id, model.generation_config)
+    engine = BridgeEngine(model, model_id=settings.model_id, name=settings.weights_id, stop_ids=stop_ids)
+    if not engine.direct:
+        log.warning("the direct path disagrees with the bridge on this model: the bridge serves everything")
+    codec = TextCodec(tokenizer, chatml_fallback=settings.chatml_fallback)
+    store = SaeStore(
+        catalogue.specs,
+        dtype=settings.sae_dtype,
+        device=str(engine.device),
+        max_loaded=settings.max_loaded_saes,
+    )
+    store.load_all(progress)
+    _check_sources(store, engine)
+    info = engine.model_info(
+        has_bos=codec.has_bos, has_chat_template=codec.has_chat_template, known_names=_known_names(settings)
+    )
+    return Loaded(engine, codec, store, info)
+
+
+def n_threads(settings: Settings) -> int:
+    """NUM_THREADS, else all cores but one: the event loop needs its own, and a starved thread stalls all others."""
+    return settings.num_threads or max(1, (os.cpu_count() or 2) - 1)
+
+
+def _check_sources(store: SaeStore, engine: BridgeEngine) -> None:
+    """Every SAE must fit the model, or its numbers would be of another model."""
+    for source in store.sources:
+        point = Point.parse(source.hook)
+        try:
+            engine.check(point)
+        except UnknownPoint as exc:
+            raise StartupError(f"Source {source.name!r} does not fit this model: {exc}") from None
+        if engine.width(point) != source.width:
+            raise StartupError(
+                f"Source {source.name!r} reads vectors of width {source.width}, but {source.hook} of this model "
+                f"has width {engine.width(point)}."
+            )
+
+
+def _stop_ids(eos_id: object, generation_config: object) -> set[int]:
+    """The tokenizer's end of sequence and those of the generation config, such as an end-of-turn marker."""
+    configured = getattr(generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return {i for i in (eos_id, *ids) if isinstance(i, int)}
+
+
+def _hugging_face_name(model_id: str) -> str:
+    """gpt2-small → openai-community/gpt2; folders and full names as they are."""
+    return next((name for name in aliases(model_id) if "/" in name), model_id)
+
+
+def _known_names(settings: Settings) -> tuple[str, ...]:
+    ids = (settings.model_id, settings.override_model_id, settings.custom_hf_model_id)
+    return tuple(dict.fromkeys(name for i in ids if i for name in (i, *aliases(i))))

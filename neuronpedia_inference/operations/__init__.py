@@ -1,0 +1,24 @@
+"""The operations, each written once: what a request means, without HTTP and without tensors."""
+
+from neuronpedia_inference.operations.core import (
+    OPERATIONS,
+    InvalidBody,
+    answer,
+    answer_events,
+    by_name,
+    render,
+    validate,
+)
+from neuronpedia_inference.operations.operation import Events, Operation
+
+__all__ = [
+    "OPERATIONS",
+    "Events",
+    "InvalidBody",
+    "Operation",
+    "answer",
+    "answer_events",
+    "by_name",
+    "render",
+    "validate",
+]

@@ -1,0 +1,245 @@
+"""activation/single, /all and /source with their batch forms. One prompt is a batch of one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from neuronpedia_inference.domain import (
+    ActiveFeature,
+    Dfa,
+    FeatureActivations,
+    RankedFeature,
+    Ranking,
+    Source,
+    Tokens,
+)
+from neuronpedia_inference.errors import InvalidRequest, UnknownSource
+from neuronpedia_inference.operations.operation import Operation
+from neuronpedia_inference.operations.prompts import check_model, tokenize_prompts
+from neuronpedia_inference.schemas.activation import (
+    ActivationAllBatchRequest,
+    ActivationAllBatchResponse,
+    ActivationAllFeature,
+    ActivationAllRequest,
+    ActivationAllResponse,
+    ActivationSingleBatchRequest,
+    ActivationSingleBatchResponse,
+    ActivationSingleRequest,
+    ActivationSingleResponse,
+    ActivationSourceRequest,
+    ActivationSourceResponse,
+    ActivationSourceResult,
+    ActivationValues,
+    FeatureOrVector,
+    RankingFields,
+)
+
+if TYPE_CHECKING:
+    from neuronpedia_inference.runtime import Runtime
+
+DEFAULT_NUM_RESULTS = 25
+PAIR_RULE = "Invalid request data: exactly one of layer/index or vector must be provided"
+INDEX = re.compile(r"[0-9]{1,18}", re.ASCII)
+
+
+async def activation_single(request: ActivationSingleRequest, rt: Runtime) -> ActivationSingleResponse:
+    [result] = await _single(request, [request.prompt], rt)
+    return result
+
+
+async def activation_single_batch(request: ActivationSingleBatchRequest, rt: Runtime) -> ActivationSingleBatchResponse:
+    return ActivationSingleBatchResponse(results=await _single(request, request.prompts, rt))
+
+
+async def activation_all(request: ActivationAllRequest, rt: Runtime) -> ActivationAllResponse:
+    [result] = await _all(request, [request.prompt], rt)
+    return result
+
+
+async def activation_all_batch(request: ActivationAllBatchRequest, rt: Runtime) -> ActivationAllBatchResponse:
+    return ActivationAllBatchResponse(results=await _all(request, request.prompts, rt))
+
+
+async def activation_source(request: ActivationSourceRequest, rt: Runtime) -> ActivationSourceResponse:
+    check_model(request.model, rt)
+    source = rt.source(request.source)
+    prompts = tokenize_prompts(rt, request.prompts, "once")
+    found = await rt.active_features(prompts, source)
+    return ActivationSourceResponse(
+        results=[
+            ActivationSourceResult(tokens=list(tokens.strings), active_features=_by_feature(tokens, active))
+            for tokens, active in zip(prompts, found, strict=True)
+        ]
+    )
+
+
+async def _single(request: FeatureOrVector, prompts: Sequence[str], rt: Runtime) -> list[ActivationSingleResponse]:
+    check_model(request.model, rt)
+    by_feature = request.source is not None and request.index is not None
+    by_vector = request.vector is not None and request.hook is not None
+    if by_feature == by_vector:
+        raise InvalidRequest(PAIR_RULE)
+    if request.source is not None and request.index is not None:
+        return await _feature(rt.source(request.source), _index(request.index), prompts, rt)
+    assert request.hook is not None, request
+    assert request.vector is not None, request
+    return await _projection(request.hook, request.vector, prompts, rt)
+
+
+def _index(text: str) -> int:
+    if not INDEX.fullmatch(text):
+        raise InvalidRequest(f"index {text[:40]!r} is not a decimal number of a feature, such as '42'")
+    return int(text)
+
+
+async def _feature(source: Source, index: int, prompts: Sequence[str], rt: Runtime) -> list[ActivationSingleResponse]:
+    """A BOS token in front is left out for SAEs; neurons keep it."""
+    batch = tokenize_prompts(rt, prompts, "once", allow_empty=False)
+    start = 1 if batch[0].has_bos and not source.is_neurons else 0
+    if any(len(tokens) <= start for tokens in batch):
+        raise InvalidRequest("Prompt is empty")
+    found = await rt.feature_activations(batch, source, index, dfa_from=start)
+    return [_result(tokens, one, start) for tokens, one in zip(batch, found, strict=True)]
+
+
+async def _projection(
+    hook: str, vector: Sequence[float], prompts: Sequence[str], rt: Runtime
+) -> list[ActivationSingleResponse]:
+    """Nothing is left out or masked."""
+    batch = tokenize_prompts(rt, prompts, "natural", allow_empty=False)
+    found = await rt.projections(batch, hook, vector)
+    return [_result(tokens, FeatureActivations(values), 0) for tokens, values in zip(batch, found, strict=True)]
+
+
+def _result(tokens: Tokens, found: FeatureActivations, start: int) -> ActivationSingleResponse:
+    """The part from position `start` on, in coordinates of its own."""
+    values = found.values[start:]
+    top = max(values)
+    return ActivationSingleResponse(
+        activation=ActivationValues(
+            values=list(values),
+            max_value=top,
+            max_value_index=values.index(top),
+            **_dfa(found.dfa, start),
+        ),
+        tokens=list(tokens.strings[start:]),
+        tokens_is_special=list(tokens.is_special[start:]),
+    )
+
+
+def _dfa(dfa: Dfa | None, start: int = 0) -> dict:
+    """Attribution from position `start` on, as the wire's three fields; the maximum is of what remains."""
+    if dfa is None:
+        return {}
+    values = dfa.values[start:]
+    return {
+        "dfa_values": list(values),
+        "dfa_target_index": dfa.target_index - start,
+        "dfa_max_value": max(values),
+    }
+
+
+async def _all(request: RankingFields, prompts: Sequence[str], rt: Runtime) -> list[ActivationAllResponse]:
+    check_model(request.model, rt)
+    sources = _selected(request, rt)
+    batch = tokenize_prompts(rt, prompts, "once")
+    _check_sort_indexes(request.sort_by_token_indexes, batch)
+    wanted = DEFAULT_NUM_RESULTS if request.num_results is None else request.num_results
+    ranking = Ranking(
+        limit=min(wanted, rt.settings.max_results),
+        ignore_first=request.ignore_bos and batch[0].has_bos,
+        token_indexes=tuple(request.sort_by_token_indexes),
+    )
+    if ranking.limit == 0:
+        return [ActivationAllResponse(activations=[], tokens=list(tokens.strings)) for tokens in batch]
+    ranked = await rt.ranked_features(batch, sources, ranking)
+    return [
+        ActivationAllResponse(activations=[_ranked(row) for row in rows], tokens=list(tokens.strings))
+        for tokens, rows in zip(batch, ranked, strict=True)
+    ]
+
+
+def _selected(request: RankingFields, rt: Runtime) -> tuple[Source, ...]:
+    """The sources named, each once, in the order named; all of the set when none is."""
+    members = {source.name: source for source in rt.source_set(request.source_set)}
+    for name in request.selected_sources:
+        if name not in members:
+            raise UnknownSource.named(f"source of set {request.source_set!r}:", name, members)
+    return tuple(members[name] for name in dict.fromkeys(request.selected_sources or members))
+
+
+def _check_sort_indexes(indexes: Sequence[int], batch: Sequence[Tokens]) -> None:
+    shortest = min(batch, key=len)
+    for index in indexes:
+        if not 0 <= index < len(shortest):
+            raise InvalidRequest(
+                f"sort_by_token_indexes: {index} is out of range for a prompt of {len(shortest)} tokens"
+            )
+
+
+def _ranked(row: RankedFeature) -> ActivationAllFeature:
+    return ActivationAllFeature(
+        source=row.source,
+        index=row.index,
+        values=list(row.values),
+        max_value=row.max_value,
+        max_value_index=row.max_value_index,
+        sum_values=row.sum_values,
+        **_dfa(row.dfa),
+    )
+
+
+def _by_feature(tokens: Tokens, active: Sequence[ActiveFeature]) -> dict[str, list[tuple[int, float]]]:
+    """Feature → (position, value) pairs in order of first firing; a BOS token in front is skipped."""
+    pairs: dict[str, list[tuple[int, float]]] = {}
+    for one in active:
+        if one.position > 0 or not tokens.has_bos:
+            pairs.setdefault(str(one.index), []).append((one.position, round(one.value, 3)))
+    return pairs
+
+
+ACTIVATION_SINGLE = Operation(
+    name="activation_single",
+    path="/v1/activation/single",
+    request=ActivationSingleRequest,
+    response=ActivationSingleResponse,
+    summary="Activations of one feature, or projections on a vector, over one prompt",
+    run=activation_single,
+    casing="both",
+)
+ACTIVATION_SINGLE_BATCH = Operation(
+    name="activation_single_batch",
+    path="/v1/activation/single-batch",
+    request=ActivationSingleBatchRequest,
+    response=ActivationSingleBatchResponse,
+    summary="Activations of one feature, or projections on a vector, over up to 4 prompts",
+    run=activation_single_batch,
+    casing="both",
+)
+ACTIVATION_ALL = Operation(
+    name="activation_all",
+    path="/v1/activation/all",
+    request=ActivationAllRequest,
+    response=ActivationAllResponse,
+    summary="The features of a source set that fire most on one prompt",
+    run=activation_all,
+)
+ACTIVATION_ALL_BATCH = Operation(
+    name="activation_all_batch",
+    path="/v1/activation/all-batch",
+    request=ActivationAllBatchRequest,
+    response=ActivationAllBatchResponse,
+    summary="The features of a source set that fire most, for up to 4 prompts",
+    run=activation_all_batch,
+)
+ACTIVATION_SOURCE = Operation(
+    name="activation_source",
+    path="/v1/activation/source",
+    request=ActivationSourceRequest,
+    response=ActivationSourceResponse,
+    summary="Every feature of a source that fires, with its positions and activations",
+    run=activation_source,
+    casing="camel",
+)

@@ -1,0 +1,266 @@
+"""activations, top_k and steer: the wire operations with defaults and labels, one prompt or several."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from neuronpedia_inference.domain import Source
+from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.operations.activation import activation_all_batch, activation_single_batch
+from neuronpedia_inference.operations.operation import Events, Operation
+from neuronpedia_inference.operations.steer import (
+    steer_completion,
+    steer_completion_chat,
+    steer_completion_chat_events,
+    steer_completion_events,
+)
+from neuronpedia_inference.operations.top_k import activation_topk_by_token_batch
+from neuronpedia_inference.schemas.activation import (
+    ActivationAllBatchRequest,
+    ActivationSingleBatchRequest,
+    ActivationsRequest,
+    ActivationsResponse,
+    ActivationsResult,
+    ActivationTopkByTokenBatchRequest,
+    ActivationTopkByTokenResult,
+    LabelledFeature,
+    LabelledToken,
+    LabelledTopFeature,
+    TopKRequest,
+    TopKResponse,
+    TopKResult,
+)
+from neuronpedia_inference.schemas.steer import (
+    NPSteerFeature,
+    NPSteerVector,
+    SteerCompletionChatRequest,
+    SteerCompletionChatResponse,
+    SteerCompletionRequest,
+    SteerCompletionResponse,
+    SteerRequest,
+    SteerResponse,
+    SteerText,
+)
+
+if TYPE_CHECKING:
+    from neuronpedia_inference.runtime import Runtime
+
+
+async def activations(request: ActivationsRequest, rt: Runtime) -> ActivationsResponse:
+    if request.index is None:
+        return await _strongest(request, rt)
+    return await _one_feature(request, request.index, rt)
+
+
+async def top_k(request: TopKRequest, rt: Runtime) -> TopKResponse:
+    source = _choose_source(request.source, rt.sources)
+    wire = ActivationTopkByTokenBatchRequest(
+        prompts=_prompts(request.prompt),
+        model=rt.model.id,
+        source=source,
+        top_k=request.top_k,
+        ignore_bos=request.ignore_bos,
+    )
+    answer = await activation_topk_by_token_batch(wire, rt)
+    return TopKResponse(
+        results=[
+            TopKResult(
+                source=source,
+                tokens=result.tokens,
+                positions=[_labelled_token(one, source, rt) for one in result.results],
+            )
+            for result in answer.results
+        ]
+    )
+
+
+async def steer(request: SteerRequest, rt: Runtime) -> SteerResponse:
+    wire = _steer_wire(request, rt)
+    if isinstance(wire, SteerCompletionRequest):
+        return _from_texts(await steer_completion(wire, rt))
+    return _from_chats(await steer_completion_chat(wire, rt))
+
+
+async def steer_events(request: SteerRequest, rt: Runtime) -> AsyncIterator[SteerResponse]:
+    wire = _steer_wire(request, rt)
+    if isinstance(wire, SteerCompletionRequest):
+        return Events(await steer_completion_events(wire, rt), _from_texts)
+    return Events(await steer_completion_chat_events(wire, rt), _from_chats)
+
+
+def _prompts(prompt: str | list[str]) -> list[str]:
+    return [prompt] if isinstance(prompt, str) else prompt
+
+
+def _choose_source(named: str | None, candidates: Sequence[Source]) -> str:
+    """The source named, or the only one there is."""
+    if named is not None:
+        return named
+    if len(candidates) == 1:
+        return candidates[0].name
+    names = ", ".join(source.name for source in candidates[:12]) or "none"
+    raise InvalidRequest(f"source: name one, there is not exactly one to choose. Available: {names}")
+
+
+def _choose_set(request: ActivationsRequest, rt: Runtime) -> tuple[str, list[str]]:
+    """Source set and the sources selected from it; no source means all of the set."""
+    if request.source is not None:
+        return request.source_set or rt.source(request.source).source_set, [request.source]
+    if request.source_set is not None:
+        return request.source_set, []
+    if len(rt.source_sets) == 1:
+        return rt.source_sets[0], []
+    names = ", ".join(rt.source_sets[:12]) or "none"
+    raise InvalidRequest(f"source_set: name one, there is not exactly one to choose. Available: {names}")
+
+
+async def _strongest(request: ActivationsRequest, rt: Runtime) -> ActivationsResponse:
+    source_set, selected = _choose_set(request, rt)
+    wire = ActivationAllBatchRequest(
+        prompts=_prompts(request.prompt),
+        model=rt.model.id,
+        source_set=source_set,
+        selected_sources=selected,
+        sort_by_token_indexes=[],
+        ignore_bos=request.ignore_bos,
+        num_results=request.num_results,
+    )
+    answer = await activation_all_batch(wire, rt)
+    return ActivationsResponse(
+        results=[
+            ActivationsResult(
+                tokens=result.tokens,
+                features=[
+                    LabelledFeature(**one.model_dump(exclude={"sum_values"}), label=rt.label(one.source, one.index))
+                    for one in result.activations
+                ],
+            )
+            for result in answer.results
+        ]
+    )
+
+
+async def _one_feature(request: ActivationsRequest, index: int, rt: Runtime) -> ActivationsResponse:
+    if not request.ignore_bos:
+        raise InvalidRequest("ignore_bos: must be true with index, whose values never include a BOS token")
+    candidates = rt.sources if request.source_set is None else rt.source_set(request.source_set)
+    source = _choose_source(request.source, candidates)
+    wire = ActivationSingleBatchRequest(
+        prompts=_prompts(request.prompt), model=rt.model.id, source=source, index=str(index)
+    )
+    answer = await activation_single_batch(wire, rt)
+    label = rt.label(source, index)
+    return ActivationsResponse(
+        results=[
+            ActivationsResult(
+                tokens=result.tokens,
+                features=[LabelledFeature(source=source, index=index, label=label, **result.activation.model_dump())],
+            )
+            for result in answer.results
+        ]
+    )
+
+
+def _labelled_token(one: ActivationTopkByTokenResult, source: str, rt: Runtime) -> LabelledToken:
+    return LabelledToken(
+        token_position=one.token_position,
+        token=one.token,
+        is_special=one.is_special,
+        top_features=[
+            LabelledTopFeature(
+                feature_index=top.feature_index,
+                activation_value=top.activation_value,
+                label=rt.label(source, top.feature_index),
+            )
+            for top in one.top_features
+        ],
+    )
+
+
+def _steer_wire(request: SteerRequest, rt: Runtime) -> SteerCompletionRequest | SteerCompletionChatRequest:
+    """The wire request that means the same: STEERED, and DEFAULT to compare."""
+    fields = partial(
+        dict,
+        model=rt.model.id,
+        steer_method=request.method,
+        normalize_steering=False,
+        types=["STEERED", "DEFAULT"] if request.compare else ["STEERED"],
+        features=_steer_features(request, rt),
+        vectors=_steer_vectors(request),
+        n_completion_tokens=request.max_new_tokens,
+        temperature=request.temperature,
+        strength_multiplier=request.strength_multiplier,
+        freq_penalty=request.freq_penalty,
+        seed=request.seed,
+        n_logprobs=request.n_logprobs,
+    )
+    if isinstance(request.prompt, str):
+        return SteerCompletionRequest(**fields(prompt=request.prompt))
+    return SteerCompletionChatRequest(
+        **fields(prompt=request.prompt, steer_special_tokens=request.steer_special_tokens)
+    )
+
+
+def _steer_features(request: SteerRequest, rt: Runtime) -> list[NPSteerFeature] | None:
+    if request.features is None:
+        return None
+    return [
+        NPSteerFeature(
+            model=rt.model.id,
+            source=_choose_source(one.source, rt.sources),
+            index=one.index,
+            strength=one.strength,
+        )
+        for one in request.features
+    ]
+
+
+def _steer_vectors(request: SteerRequest) -> list[NPSteerVector] | None:
+    if request.vectors is None:
+        return None
+    return [NPSteerVector(steering_vector=one.vector, strength=one.strength, hook=one.hook) for one in request.vectors]
+
+
+def _from_texts(answer: SteerCompletionResponse) -> SteerResponse:
+    return _side_by_side([SteerText(text=one.output, logprobs=one.logprobs) for one in answer.outputs])
+
+
+def _from_chats(answer: SteerCompletionChatResponse) -> SteerResponse:
+    start = len(answer.input.raw)
+    return _side_by_side(
+        [SteerText(text=one.raw[start:], messages=one.chat_template, logprobs=one.logprobs) for one in answer.outputs]
+    )
+
+
+def _side_by_side(texts: Sequence[SteerText]) -> SteerResponse:
+    """Texts in the order that `_steer_wire` asks for."""
+    return SteerResponse(steered=texts[0], default=texts[1] if len(texts) > 1 else None)
+
+
+ACTIVATIONS = Operation(
+    name="activations",
+    path="/v1/activations",
+    request=ActivationsRequest,
+    response=ActivationsResponse,
+    summary="Labelled features on one prompt or several: the strongest, or one by its index",
+    run=activations,
+)
+TOP_K = Operation(
+    name="top_k",
+    path="/v1/top-k",
+    request=TopKRequest,
+    response=TopKResponse,
+    summary="Labelled strongest features at each token of one prompt or several",
+    run=top_k,
+)
+STEER = Operation(
+    name="steer",
+    path="/v1/steer",
+    request=SteerRequest,
+    response=SteerResponse,
+    summary="Steer a text or a chat and compare with the unsteered answer",
+    run=steer,
+    stream=steer_events,
+)

@@ -1,0 +1,70 @@
+"""What an operation is, and the stream of events that some of them give."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+from neuronpedia_inference.schemas.common import Wire
+
+if TYPE_CHECKING:
+    from neuronpedia_inference.runtime import Runtime
+
+Req = TypeVar("Req", bound=Wire)
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+Casing = Literal["snake", "camel", "both"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation(Generic[Req]):
+    """One thing the service can do. Routes, Modal methods, CLI words and the reference follow these."""
+
+    name: str
+    path: str
+    request: type[Req]
+    response: type[Wire]
+    """The body of the answer, or of each event when streamed."""
+    summary: str
+    run: Callable[[Req, Runtime], Awaitable[Wire]]
+    """Answers once; raises `InferenceError`."""
+    stream: Callable[[Req, Runtime], Awaitable[AsyncIterator[Wire]]] | None = None
+    """Answers in cumulative events. Raises every 4xx when awaited, before it returns the iterator."""
+    casing: Casing = "snake"
+    """Spelling of the answer when the request's keys do not show one."""
+    omits_null: bool = False
+    """Leave unset optional fields out of the answer instead of sending null."""
+
+
+class Events(AsyncIterator[Out], Generic[In, Out]):
+    """`turn` applied to every item of `source`.
+
+    A class and not a generator, because closing a generator that was never started does not run its body: here
+    `aclose` always reaches the source, which frees the rows of the generation.
+    """
+
+    def __init__(self, source: AsyncIterator[In], turn: Callable[[In], Out]) -> None:
+        self._source = source
+        self._turn = turn
+
+    async def __anext__(self) -> Out:
+        return self._turn(await anext(self._source))
+
+    async def aclose(self) -> None:
+        close: Any = getattr(self._source, "aclose", None)
+        if close is not None:
+            await close()
+
+
+async def last(events: AsyncIterator[Out]) -> Out:
+    """The final event of a stream that has at least one; the stream is closed in any case."""
+    stream = Events(events, lambda event: event)
+    try:
+        final = await anext(stream)
+        async for event in stream:
+            final = event
+        return final
+    finally:
+        await stream.aclose()

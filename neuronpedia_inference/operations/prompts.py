@@ -1,0 +1,40 @@
+"""What is checked before anything is computed: model name, number of prompts, their length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from neuronpedia_inference.domain import Tokens
+from neuronpedia_inference.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from neuronpedia_inference.runtime import Runtime
+
+MAX_BATCH = 4
+
+
+def check_model(model: str, rt: Runtime) -> None:
+    """In strict mode only: refuses a model that is not the one served."""
+    if rt.settings.strict_model and model not in rt.model.known_names:
+        raise InvalidRequest(f"This server serves {rt.model.id!r}, not {model!r}")
+
+
+def tokenize_prompts(
+    rt: Runtime, prompts: Sequence[str], bos: Literal["once", "natural"], *, allow_empty: bool = True
+) -> list[Tokens]:
+    """1 to 4 prompts as tokens, each at least one; refuses others. More than one share the length limit."""
+    if not prompts:
+        raise InvalidRequest("At least one prompt is required")
+    if len(prompts) > MAX_BATCH:
+        raise InvalidRequest(f"Batch size {len(prompts)} exceeds maximum of {MAX_BATCH}")
+    if not allow_empty and not all(prompts):
+        raise InvalidRequest("Prompt is empty")
+    return [_tokenize(rt, prompt, bos, batch=len(prompts) > 1) for prompt in prompts]
+
+
+def _tokenize(rt: Runtime, prompt: str, bos: Literal["once", "natural"], *, batch: bool) -> Tokens:
+    tokens = rt.tokenize(prompt, bos, batch=batch)
+    if not tokens.ids:
+        raise InvalidRequest("Prompt is empty")
+    return tokens

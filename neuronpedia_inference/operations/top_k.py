@@ -1,0 +1,83 @@
+"""activation/topk-by-token and its batch form. One prompt is a batch of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from neuronpedia_inference.domain import FeatureValue, Tokens
+from neuronpedia_inference.operations.operation import Operation
+from neuronpedia_inference.operations.prompts import check_model, tokenize_prompts
+from neuronpedia_inference.schemas.activation import (
+    ActivationTopkByTokenBatchRequest,
+    ActivationTopkByTokenBatchResponse,
+    ActivationTopkByTokenFeature,
+    ActivationTopkByTokenRequest,
+    ActivationTopkByTokenResponse,
+    ActivationTopkByTokenResult,
+    TopkFields,
+)
+
+if TYPE_CHECKING:
+    from neuronpedia_inference.runtime import Runtime
+
+DEFAULT_TOP_K = 5
+
+
+async def activation_topk_by_token(request: ActivationTopkByTokenRequest, rt: Runtime) -> ActivationTopkByTokenResponse:
+    [result] = await _top_k(request, [request.prompt], rt)
+    return result
+
+
+async def activation_topk_by_token_batch(
+    request: ActivationTopkByTokenBatchRequest, rt: Runtime
+) -> ActivationTopkByTokenBatchResponse:
+    return ActivationTopkByTokenBatchResponse(results=await _top_k(request, request.prompts, rt))
+
+
+async def _top_k(request: TopkFields, prompts: Sequence[str], rt: Runtime) -> list[ActivationTopkByTokenResponse]:
+    check_model(request.model, rt)
+    source = rt.source(request.source)
+    batch = tokenize_prompts(rt, prompts, "once")
+    wanted = DEFAULT_TOP_K if request.top_k is None else request.top_k
+    found = await rt.top_features(batch, source, min(wanted, source.n_features))
+    start = 1 if request.ignore_bos and batch[0].has_bos else 0
+    return [_result(tokens, top, start) for tokens, top in zip(batch, found, strict=True)]
+
+
+def _result(tokens: Tokens, top: Sequence[Sequence[FeatureValue]], start: int) -> ActivationTopkByTokenResponse:
+    """Tokens from `start` on; their positions still count from the beginning of the prompt."""
+    assert len(top) == len(tokens), (len(top), len(tokens))
+    return ActivationTopkByTokenResponse(
+        results=[
+            ActivationTopkByTokenResult(
+                token_position=position,
+                token=tokens.strings[position],
+                is_special=tokens.is_special[position],
+                top_features=[
+                    ActivationTopkByTokenFeature(feature_index=one.index, activation_value=one.value)
+                    for one in top[position]
+                ],
+            )
+            for position in range(start, len(tokens))
+        ],
+        tokens=list(tokens.strings[start:]),
+    )
+
+
+ACTIVATION_TOPK_BY_TOKEN = Operation(
+    name="activation_topk_by_token",
+    path="/v1/activation/topk-by-token",
+    request=ActivationTopkByTokenRequest,
+    response=ActivationTopkByTokenResponse,
+    summary="The strongest features at each token of one prompt",
+    run=activation_topk_by_token,
+)
+ACTIVATION_TOPK_BY_TOKEN_BATCH = Operation(
+    name="activation_topk_by_token_batch",
+    path="/v1/activation/topk-by-token-batch",
+    request=ActivationTopkByTokenBatchRequest,
+    response=ActivationTopkByTokenBatchResponse,
+    summary="The strongest features at each token of up to 4 prompts",
+    run=activation_topk_by_token_batch,
+)

@@ -1,0 +1,321 @@
+"""The loaded service: model, SAEs and scheduler behind one object, the only thing that operations see."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, cast
+
+import torch
+
+from neuronpedia_inference import embedded
+from neuronpedia_inference.domain import (
+    ActiveFeature,
+    ChatMessage,
+    Completion,
+    FeatureActivations,
+    FeatureValue,
+    RankedFeature,
+    Ranking,
+    Sampling,
+    Source,
+    Tokens,
+)
+from neuronpedia_inference.engine.completions import Completions
+from neuronpedia_inference.engine.points import MLP_POST, Point
+from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
+from neuronpedia_inference.engine.tokens import BosRule
+from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, NotReady, UnknownSource
+from neuronpedia_inference.features import FeatureQuestions
+from neuronpedia_inference.loading import Loaded, Progress, load, n_threads
+from neuronpedia_inference.scheduler.admission import Admission
+from neuronpedia_inference.scheduler.events import TicketEvents
+from neuronpedia_inference.scheduler.jobs import CallWork, GenerateWork, Ticket, Work
+from neuronpedia_inference.scheduler.policy import Limits
+from neuronpedia_inference.scheduler.worker import Worker
+from neuronpedia_inference.settings import Settings
+from neuronpedia_inference.steering.plan import SteerPlan
+from neuronpedia_inference.steering.resolve import SteerResolver, check_index, check_vector
+
+log = logging.getLogger(__name__)
+
+NEURONS = "neurons"
+BATCH_SHARE = 4
+"""Each prompt of a batch may have this fraction of TOKEN_LIMIT."""
+MAX_GENERATING_ROWS = 16
+
+
+class Runtime:
+    """One model and its sources, ready to answer. Coroutines may be awaited from any event loop."""
+
+    def __init__(self, settings: Settings, loaded: Loaded) -> None:
+        self.settings = settings
+        self.model: ModelInfo = loaded.info
+        self._engine = loaded.engine
+        self._codec = loaded.codec
+        self._store = loaded.store
+        self._questions = FeatureQuestions(loaded.store, loaded.info)
+        self._steering = SteerResolver(loaded.engine, loaded.store, self.source)
+        self._admission = Admission(settings.max_concurrent_requests)
+        self._worker = Worker(
+            loaded.engine,
+            Limits(max_rows=MAX_GENERATING_ROWS),
+            n_threads=n_threads(settings),
+            max_wait_s=settings.request_timeout_s or None,
+        )
+
+    @classmethod
+    def load(cls, settings: Settings, progress: Progress = lambda _: None) -> Runtime:
+        """Load everything and start the worker; blocks. Raises StartupError."""
+        started = time.monotonic()
+        runtime = cls(settings, load(settings, progress))
+        log.info("ready", extra={"model": runtime.model.name, "seconds": round(time.monotonic() - started, 2)})
+        return runtime
+
+    def close(self) -> None:
+        """Finish what was accepted, then stop."""
+        self._worker.close()
+
+    @property
+    def healthy(self) -> bool:
+        """False once the device has failed: the process should be replaced."""
+        return self._worker.healthy
+
+    # What is served
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The SAEs, in directory order."""
+        return self._store.sources
+
+    @property
+    def source_sets(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(source.source_set for source in self.sources))
+
+    def source(self, name: str) -> Source:
+        """An SAE by its name, or a layer's neurons by a bare integer. Raises UnknownSource."""
+        if name.isascii() and name.isdecimal():
+            return self._neurons(name)
+        source = next((source for source in self.sources if source.name == name), None)
+        if source is None:
+            raise UnknownSource.named("source", name[:80], [s.name for s in self.sources])
+        return source
+
+    def source_set(self, name: str) -> tuple[Source, ...]:
+        """Every source of a set; "neurons" is the set of all layers' neurons. Raises UnknownSource."""
+        if name == NEURONS:
+            return tuple(self._neurons(str(layer)) for layer in range(self.model.n_layers))
+        found = tuple(source for source in self.sources if source.source_set == name)
+        if not found:
+            raise UnknownSource.named("source set", name[:80], [*self.source_sets, NEURONS])
+        return found
+
+    def label(self, source: str, index: int) -> str | None:
+        """What a person calls a feature, where someone or something has named it."""
+        if not self.settings.is_embedded or source not in embedded.SOURCES:
+            return None
+        return embedded.labels(source)[index] or None
+
+    # Text
+
+    def tokenize(self, text: str, bos: BosRule, *, limit: int | None = None, batch: bool = False) -> Tokens:
+        """`limit` None is TOKEN_LIMIT, a quarter of it with `batch`. Raises InvalidRequest or LimitExceeded."""
+        limit = limit or self.settings.token_limit
+        if batch:
+            return self._codec.tokenize(text, bos, limit=max(1, limit // BATCH_SHARE), suffix=" for batch requests")
+        return self._codec.tokenize(text, bos, limit=limit)
+
+    def render_chat(self, messages: Sequence[ChatMessage]) -> tuple[str, Tokens]:
+        """The chat as the model reads it, with generation prompt. Raises InvalidRequest or LimitExceeded."""
+        return self._codec.render_chat(messages, limit=self.settings.token_limit)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids to text, special tokens kept."""
+        return self._codec.decode(ids)
+
+    # Features: one result per prompt, in full-prompt coordinates, nothing masked
+
+    async def feature_activations(
+        self, prompts: Sequence[Tokens], source: Source, index: int, *, dfa_from: int = 0
+    ) -> list[FeatureActivations]:
+        """One feature. `dfa_from`: first position that direct feature attribution may explain."""
+        check_index(source, index)
+        _check_prompts(prompts, at_least=dfa_from + 1)
+        return await self._ask(self._questions.activations(prompts, source, index, dfa_from))
+
+    async def projections(
+        self, prompts: Sequence[Tokens], hook: str, vector: Sequence[float]
+    ) -> list[tuple[float, ...]]:
+        """h·v at every position of a hook."""
+        point = Point.parse(hook)
+        self._engine.check(point)
+        check_vector(vector, self._engine.width(point), hook)
+        _check_prompts(prompts)
+        return await self._ask(self._questions.projections(prompts, point, vector))
+
+    async def ranked_features(
+        self, prompts: Sequence[Tokens], sources: Sequence[Source], ranking: Ranking
+    ) -> list[tuple[RankedFeature, ...]]:
+        """The features that fire most (contract 2.10)."""
+        _check_prompts(prompts, at_least=max(ranking.token_indexes, default=0) + 1)
+        return await self._ask(self._questions.ranked(prompts, sources, ranking))
+
+    async def top_features(
+        self, prompts: Sequence[Tokens], source: Source, k: int
+    ) -> list[tuple[tuple[FeatureValue, ...], ...]]:
+        """The k strongest features at every position: [prompt][position][k]."""
+        _check_prompts(prompts)
+        return await self._ask(self._questions.top(prompts, source, k))
+
+    async def active_features(self, prompts: Sequence[Tokens], source: Source) -> list[tuple[ActiveFeature, ...]]:
+        """All non-zero activations, by position, then feature."""
+        _check_prompts(prompts)
+        return await self._ask(self._questions.active(prompts, source))
+
+    async def encoder_column(self, source: Source, index: int) -> tuple[float, ...]:
+        """W_enc[:, index] after folding: [width]."""
+        check_index(source, index)
+
+        def run() -> tuple[float, ...]:
+            return self._read(source, lambda reader: tuple(reader.encoder_column(index).tolist()))
+
+        return await self._ask(CallWork(run))
+
+    async def nearest_decoder_rows(
+        self, source: Source, query: Sequence[float] | tuple[Source, int], limit: int
+    ) -> list[FeatureValue]:
+        """Features of `source` by cosine similarity of their decoder rows to a vector or to another feature's row."""
+        if isinstance(query, tuple) and len(query) == 2 and isinstance(query[0], Source):
+            return await self._nearest_to_feature(source, query[0], int(query[1]), limit)
+        vector = cast(Sequence[float], query)
+        check_vector(vector, source.width, source.name)
+
+        def run() -> list[FeatureValue]:
+            return self._read(source, lambda reader: list(reader.nearest_decoder_rows(torch.tensor(vector), limit)))
+
+        return await self._ask(CallWork(run))
+
+    # Generation
+
+    def generate(
+        self, prompt: Tokens, plans: Sequence[SteerPlan | None], sampling: Sampling, *, stream: bool
+    ) -> AsyncIterator[tuple[Completion, ...]]:
+        """One row per plan, all in one batch; None generates unsteered.
+
+        Checks and admits at once: every 4xx and 503 is raised by the call itself. With `stream` one tuple per
+        decoded token, cumulative; without, the final one alone. Closing the iterator frees the rows.
+        """
+        self._check_room(prompt, sampling)
+        for plan in plans:
+            if plan is not None:
+                self._steering.check(plan)
+        completions = Completions(self._codec, len(plans))
+        work = GenerateWork(lambda: [self._row(prompt, plan, sampling) for plan in plans], completions.advance)
+        return TicketEvents(lambda put: self._submit(work, n_rows=len(plans), on_event=put if stream else None))
+
+    def describe(self) -> dict[str, Any]:
+        """Model, sources, limits and state, for `/v1/capabilities`."""
+        model, settings = self.model, self.settings
+        return {
+            "model": model.name,
+            "model_id": model.id,
+            "family": model.family,
+            "backend": "eager",
+            "device": model.device,
+            "dtype": model.dtype,
+            "num_layers": model.n_layers,
+            "d_model": model.d_model,
+            "vocab_size": model.vocab_size,
+            "context_length": model.context_length,
+            "sae_sets": list(self.source_sets),
+            "sources": [source.name for source in self.sources],
+            "token_limit": settings.token_limit,
+            "activation_token_limit": settings.token_limit,
+            "max_tokens": self._max_tokens,
+            "max_num_results": settings.max_results,
+            "max_concurrent_requests": settings.max_concurrent_requests,
+            "capture_points": list(self._engine.readable_places()),
+            "writes_available": list(self._engine.writable_places()),
+            "direct_path": self._engine.direct,
+            "chat": model.has_chat_template,
+            "neurons": True,
+            "dfa": any(source.has_dfa for source in self.sources),
+            "sae_cache": self._store.stats(),
+            "requests": {"inside": self._admission.inside, **self._worker.counts},
+            "running": self._worker.n_running,
+            "waiting": self._worker.n_waiting,
+        }
+
+    # Inside
+
+    def _neurons(self, name: str) -> Source:
+        layer = int(name[:8])
+        if layer >= self.model.n_layers or len(name) > 8 or str(layer) != name:
+            raise UnknownSource(
+                f"Unknown source {name[:80]!r}: a bare integer names a layer's neurons, "
+                f"and the model has layers 0 to {self.model.n_layers - 1}."
+            )
+        width = self.model.d_mlp
+        return Source(name, NEURONS, layer, Point(layer, MLP_POST).name, width, width, NEURONS)
+
+    def _read(self, source: Source, question: Callable[[Any], Any]) -> Any:
+        with self._questions.reader(source) as reader:
+            return question(reader)
+
+    async def _nearest_to_feature(self, source: Source, other: Source, index: int, limit: int) -> list[FeatureValue]:
+        check_index(other, index)
+        if other.width != source.width:
+            raise InvalidRequest(
+                f"Features of {other.name} have width {other.width} and those of {source.name} width {source.width}: "
+                "they cannot be compared."
+            )
+
+        def run() -> list[FeatureValue]:
+            row = self._read(other, lambda reader: reader.decoder_row(index))
+            return self._read(source, lambda reader: list(reader.nearest_decoder_rows(row, limit)))
+
+        return await self._ask(CallWork(run))
+
+    @property
+    def _max_tokens(self) -> int:
+        return min(self.settings.max_tokens, self.model.context_length)
+
+    def _check_room(self, prompt: Tokens, sampling: Sampling) -> None:
+        _check_prompts([prompt])
+        if len(prompt) + sampling.max_new_tokens > self._max_tokens:
+            raise LimitExceeded(
+                f"No room to generate: the prompt is {len(prompt)} tokens and {sampling.max_new_tokens} are asked for, "
+                f"but the per-request budget (prompt + completion) is {self._max_tokens}. "
+                "Shorten the prompt, ask for fewer tokens, or start a new conversation."
+            )
+
+    def _row(self, prompt: Tokens, plan: SteerPlan | None, sampling: Sampling) -> RowSpec:
+        """Runs on the worker."""
+        if plan is None:
+            return RowSpec(prompt.ids, sampling)
+        special = [place for place, is_special in enumerate(prompt.is_special) if is_special]
+        untouched = tuple(special) if plan.skip_special_tokens else ()
+        return RowSpec(prompt.ids, sampling, self._steering.resolve(plan), untouched)
+
+    async def _ask(self, work: Work) -> Any:
+        return await asyncio.wrap_future(self._submit(work).future)
+
+    def _submit(self, work: Work, *, n_rows: int = 1, on_event: Callable[[Any], None] | None = None) -> Ticket:
+        permit = self._admission.permit()
+        try:
+            ticket = self._worker.submit(work, n_rows=n_rows, on_event=on_event)
+        except NotReady:
+            permit.release()
+            raise
+        ticket.future.add_done_callback(lambda _: permit.release())
+        return ticket
+
+
+def _check_prompts(prompts: Sequence[Tokens], *, at_least: int = 1) -> None:
+    """Raises InvalidRequest for a prompt with fewer tokens than the question needs."""
+    for prompt in prompts:
+        if len(prompt) < at_least:
+            need = "is empty" if len(prompt) == 0 or at_least == 1 else f"has {len(prompt)} tokens, {at_least} needed"
+            raise InvalidRequest(f"Prompt {need}.")

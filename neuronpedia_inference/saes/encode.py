@@ -1,0 +1,197 @@
+"""Reading features from a hook's tensor: one interface for SAEs and for a layer's MLP neurons.
+
+What SAELens's `encode` answers is the reference. Where each feature depends on its own encoder column alone,
+only the columns asked for are computed. TopK and matching pursuit compare features, and need all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from neuronpedia_inference.domain import FeatureValue, Source
+from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.saes.order import stable_topk
+
+MAX_NEAREST = 128
+_ROWS_AT_ONCE = 8192
+
+
+class FeatureReader(Protocol):
+    """Features of one source. `x` is one prompt's hook tensor [pos, width]; activations are float32."""
+
+    @property
+    def source(self) -> Source: ...
+
+    @property
+    def steerable(self) -> bool:
+        """Whether decoder rows live at the source's own hook."""
+        ...
+
+    def encode(self, x: Tensor) -> Tensor:
+        """[pos, width] -> [pos, n_features]"""
+        ...
+
+    def encode_feature(self, x: Tensor, index: int) -> Tensor:
+        """[pos, width] -> [pos]"""
+        ...
+
+    def encode_features(self, x: Tensor, indices: Sequence[int]) -> Tensor:
+        """[pos, width] -> [pos, len(indices)]"""
+        ...
+
+    def blocks(self, x: Tensor, block: int) -> Iterator[tuple[int, Tensor]]:
+        """(first feature, activations [pos, at most `block`]), in feature order."""
+        ...
+
+    def decoder_row(self, index: int) -> Tensor:
+        """[decoder width], a float32 copy. Raises InvalidRequest for neurons."""
+        ...
+
+    def encoder_column(self, index: int) -> Tensor:
+        """[width], a float32 copy. Raises InvalidRequest for neurons."""
+        ...
+
+    def nearest_decoder_rows(self, query: Tensor, k: int) -> tuple[FeatureValue, ...]:
+        """Features by cosine similarity to `query` [decoder width], descending; k is cut to [1, min(128, F)].
+
+        Raises InvalidRequest for neurons and for a query of another width.
+        """
+        ...
+
+
+Columns = slice | Tensor
+_Encoder = Callable[[Any, Tensor, Columns], Tensor]
+
+
+class LoadedSae:
+    """An SAELens SAE with its decoder norms folded in."""
+
+    def __init__(self, source: Source, module: Any) -> None:
+        """`module`: the SAELens object; untyped because its classes are imported only while one is loaded."""
+        self.source = source
+        self.module = module
+        self.steerable = not source.architecture.endswith("transcoder")
+        self._by_column = _BY_COLUMN.get(source.architecture) if isinstance(module.activation_fn, nn.ReLU) else None
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        return self.module.encode(x.to(self.module.device)).float()
+
+    def encode_feature(self, x: Tensor, index: int) -> Tensor:
+        return self.encode_features(x, (index,))[:, 0]
+
+    @torch.no_grad()
+    def encode_features(self, x: Tensor, indices: Sequence[int]) -> Tensor:
+        columns = torch.tensor(indices, dtype=torch.long, device=self.module.device)
+        if self._by_column is None:
+            return self.encode(x)[:, columns]
+        return self._by_column(self.module, self._input(x), columns).float()
+
+    @torch.no_grad()
+    def blocks(self, x: Tensor, block: int) -> Iterator[tuple[int, Tensor]]:
+        starts = range(0, self.source.n_features, block)
+        if self._by_column is None:
+            yield from zip(starts, self.encode(x).split(block, dim=1), strict=True)
+            return
+        inputs = self._input(x)
+        for first in starts:
+            yield first, self._by_column(self.module, inputs, slice(first, first + block)).float()
+
+    def decoder_row(self, index: int) -> Tensor:
+        return self._copy(self.module.W_dec[index])
+
+    def encoder_column(self, index: int) -> Tensor:
+        return self._copy(self.module.W_enc[:, index])
+
+    @torch.no_grad()
+    def nearest_decoder_rows(self, query: Tensor, k: int) -> tuple[FeatureValue, ...]:
+        rows: Tensor = self.module.W_dec
+        if query.shape != rows.shape[1:]:
+            raise InvalidRequest(
+                f"The vector has {query.numel()} numbers, a row of {self.source.name!r} has {rows.shape[1]}."
+            )
+        query = query.to(rows.device, torch.float32)
+        cosine = torch.cat([_cosine(chunk.float(), query) for chunk in rows.split(_ROWS_AT_ONCE)])
+        comparable = torch.where(cosine.isnan(), -torch.inf, cosine)
+        values, indices = stable_topk(comparable, max(1, min(k, MAX_NEAREST, len(rows))))
+        values = torch.where(values.isinf(), 0.0, values)
+        pairs = zip(indices.tolist(), values.tolist(), strict=True)
+        return tuple(FeatureValue(index, value) for index, value in pairs)
+
+    def _input(self, x: Tensor) -> Tensor:
+        """Cast, normalise and shift as the SAE's configuration says: [pos, width] -> [pos, width]."""
+        return self.module.process_sae_in(x.to(self.module.device))
+
+    def _copy(self, weights: Tensor) -> Tensor:
+        # A view would keep the whole matrix alive after its SAE has left.
+        return weights.detach().to(torch.float32, copy=True)
+
+
+class NeuronReader:
+    """A layer's MLP neurons: the hook's tensor is the activations."""
+
+    steerable = False
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.float()
+
+    def encode_feature(self, x: Tensor, index: int) -> Tensor:
+        return x[:, index].float()
+
+    def encode_features(self, x: Tensor, indices: Sequence[int]) -> Tensor:
+        return x[:, list(indices)].float()
+
+    def blocks(self, x: Tensor, block: int) -> Iterator[tuple[int, Tensor]]:
+        for first in range(0, self.source.n_features, block):
+            yield first, x[:, first : first + block].float()
+
+    def decoder_row(self, index: int) -> Tensor:
+        raise self._no_weights("decoder")
+
+    def encoder_column(self, index: int) -> Tensor:
+        raise self._no_weights("encoder")
+
+    def nearest_decoder_rows(self, query: Tensor, k: int) -> tuple[FeatureValue, ...]:
+        raise self._no_weights("decoder")
+
+    def _no_weights(self, which: str) -> InvalidRequest:
+        return InvalidRequest(f"Source {self.source.name!r} is a layer's neurons: it has no {which}.")
+
+
+def _cosine(rows: Tensor, query: Tensor) -> Tensor:
+    """[row, width], [width] -> [row]"""
+    return (rows @ query) / (rows.norm(dim=1) * query.norm()).clamp(min=1e-8)
+
+
+def _relu_columns(module: Any, inputs: Tensor, columns: Columns) -> Tensor:
+    return module.activation_fn(inputs @ module.W_enc[:, columns] + module.b_enc[columns])
+
+
+def _jumprelu_columns(module: Any, inputs: Tensor, columns: Columns) -> Tensor:
+    before = inputs @ module.W_enc[:, columns] + module.b_enc[columns]
+    return module.activation_fn(before) * (before > module.threshold[columns]).to(before.dtype)
+
+
+def _gated_columns(module: Any, inputs: Tensor, columns: Columns) -> Tensor:
+    weights = module.W_enc[:, columns]
+    gate = (inputs @ weights + module.b_gate[columns]) > 0
+    magnitude = inputs @ (weights * module.r_mag[columns].exp()) + module.b_mag[columns]
+    return gate.to(magnitude.dtype) * module.activation_fn(magnitude)
+
+
+_BY_COLUMN: dict[str, _Encoder] = {
+    "standard": _relu_columns,
+    "transcoder": _relu_columns,
+    "skip_transcoder": _relu_columns,
+    "jumprelu": _jumprelu_columns,
+    "jumprelu_transcoder": _jumprelu_columns,
+    "jumprelu_skip_transcoder": _jumprelu_columns,
+    "gated": _gated_columns,
+}

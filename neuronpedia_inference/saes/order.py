@@ -1,0 +1,34 @@
+"""Largest first, ties by index: an order that does not depend on how the work was cut into blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """[..., n] -> the k largest along the last axis and their indices, both [..., k]; equal values by index.
+
+    `torch.topk` picks any of several equal values; a stable sort of everything costs several times as much.
+    """
+    if k == 0:
+        return values[..., :0], torch.empty_like(values[..., :0], dtype=torch.long)
+    top = values.topk(k, dim=-1)
+    least = top.values[..., -1:]
+    # Index precision: float32 is exact up to 2**24 features.
+    countdown = -torch.arange(values.shape[-1], dtype=torch.float32, device=values.device)
+    tied = torch.where(values == least, countdown, -torch.inf).topk(k, dim=-1).indices
+    above = (top.values > least).sum(dim=-1, keepdim=True)
+    place = torch.arange(k, device=values.device)
+    fill = tied.gather(-1, (place - above).clamp(min=0))
+    chosen = torch.where(place < above, top.indices, fill).sort(dim=-1).values
+    found, order = values.gather(-1, chosen).sort(dim=-1, descending=True, stable=True)
+    return found, chosen.gather(-1, order)
+
+
+def merge_topk(kept: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """Join two results of `stable_topk` (values, indices), all indices of `kept` below those of `more`."""
+    values = torch.cat((kept[0], more[0]), dim=-1)
+    indices = torch.cat((kept[1], more[1]), dim=-1)
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], indices.gather(-1, order)[..., :k]

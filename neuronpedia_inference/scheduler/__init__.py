@@ -1,0 +1,1 @@
+"""Who runs when: jobs and tickets, the pure policy, admission, and the one thread that owns the model."""

@@ -1,0 +1,96 @@
+"""A request as the worker sees it (Job) and the promise its caller waits on (Ticket). No tensors, no clock."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Ticket:
+    """A result that will come, perhaps with events before it. Any thread or event loop may wait on `future`."""
+
+    def __init__(self, on_event: Callable[[Any], None] | None = None) -> None:
+        self.future: Future[Any] = Future()
+        self._on_event = on_event
+        self._cancel = threading.Event()
+
+    @property
+    def wants_events(self) -> bool:
+        return self._on_event is not None
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancel.is_set() or self.future.cancelled()
+
+    def cancel(self) -> None:
+        """The caller has gone: its rows leave at the next tick."""
+        self._cancel.set()
+
+    def emit(self, event: Any) -> None:
+        if self._on_event is not None and not self.cancelled:
+            self._on_event(event)
+
+    def resolve(self, result: Any) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+    def abandon(self) -> None:
+        """Close the future of a cancelled ticket, so that nothing waits on it for ever."""
+        self.future.cancel()
+
+
+@dataclass(frozen=True)
+class CaptureWork:
+    """Read tensors in one forward pass and reduce them to plain values, beside the model."""
+
+    prompts: Sequence[Sequence[int]]
+    points: Collection[Any]
+    """engine.points.Point"""
+    reduce: Callable[[list[Any]], Any]
+    """Gets one mapping of point to tensor per prompt."""
+
+
+@dataclass(frozen=True)
+class GenerateWork:
+    """Generate rows; `prepare` resolves them on the worker, `advance` turns their steps into an event."""
+
+    prepare: Callable[[], Sequence[Any]]
+    """-> engine.protocol.RowSpec per row"""
+    advance: Callable[[Sequence[Any]], Any]
+    """engine.protocol.RowStep of every live row -> the event; the last event is the result."""
+
+
+@dataclass(frozen=True)
+class CallWork:
+    """Anything else that needs the device."""
+
+    run: Callable[[], Any]
+
+
+Work = CaptureWork | GenerateWork | CallWork
+
+
+@dataclass
+class Job:
+    """One unit of work in the worker's hands."""
+
+    id: int
+    work: Work
+    n_rows: int
+    deadline_s: float | None
+    """Monotonic time after which it is no longer begun; None for never."""
+    ticket: Ticket = field(default_factory=Ticket)
+    context: Context = field(default_factory=copy_context)
+    """Of the caller, so that what is logged about the job carries its request id."""
+
+    @property
+    def generates(self) -> bool:
+        return isinstance(self.work, GenerateWork)

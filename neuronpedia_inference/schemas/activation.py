@@ -1,0 +1,361 @@
+"""Activation routes: one feature, the strongest features, features per token, everything that fires."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+
+from neuronpedia_inference.schemas.common import (
+    DfaFields,
+    ModelName,
+    Name,
+    NumResults,
+    Prompt,
+    Prompts,
+    Reply,
+    SourceName,
+    SourceSetName,
+    TopK,
+    Vector,
+    Wire,
+    examples,
+)
+
+_MODEL = "smollm2-135m-instruct"
+_TEXT = "The cat sat on the mat."
+_TEXTS = ["The cat sat on the mat.", "The court heard the case."]
+
+TokenStrings = Annotated[list[str], Field(description="The prompt's tokens as text.")]
+
+
+class FeatureOrVector(Wire):
+    """What to measure: `source` with `index`, or `vector` with `hook`."""
+
+    model: ModelName
+    source: SourceName | None = Field(default=None, description="Source of the feature; goes with `index`.")
+    index: Name | None = Field(
+        default=None, description='Index of the feature as a decimal string, such as "42"; goes with `source`.'
+    )
+    vector: Vector | None = Field(
+        default=None, description="Direction to project on, as wide as the hook; goes with `hook`."
+    )
+    hook: Name | None = Field(
+        default=None, description='Where to project, such as "blocks.15.hook_resid_post"; goes with `vector`.'
+    )
+
+
+class ActivationSingleRequest(FeatureOrVector):
+    """One feature, or one custom vector, over one prompt."""
+
+    prompt: Prompt
+
+    model_config = ConfigDict(
+        json_schema_extra=examples(
+            {"prompt": _TEXT, "model": _MODEL, "source": "15-res-4k", "index": "42"},
+            {
+                "prompt": _TEXT,
+                "model": _MODEL,
+                "vector": [0.1] * 576,
+                "hook": "blocks.15.hook_resid_post",
+            },
+        )
+    )
+
+
+class ActivationSingleBatchRequest(FeatureOrVector):
+    """One feature, or one custom vector, over several prompts."""
+
+    prompts: Prompts
+
+    model_config = ConfigDict(
+        json_schema_extra=examples({"prompts": _TEXTS, "model": _MODEL, "source": "15-res-4k", "index": "42"})
+    )
+
+
+class ActivationValues(DfaFields):
+    """Activations of one feature."""
+
+    values: list[float] = Field(description="Activation at each token of `tokens`.")
+    max_value: float = Field(description="Largest of `values`.")
+    max_value_index: int = Field(description="First position of `max_value` in `values`.")
+
+
+class ActivationSingleResponse(Reply):
+    """One feature over one prompt. For an SAE feature a leading BOS token is left out of all three lists."""
+
+    activation: ActivationValues = Field(description="The activations.")
+    tokens: TokenStrings
+    tokens_is_special: list[bool] = Field(
+        description="Per token, whether it is one of the tokenizer's special tokens and not content."
+    )
+
+
+class ActivationSingleBatchResponse(Reply):
+    """One result per prompt, in request order; each equals the answer for that prompt alone."""
+
+    results: list[ActivationSingleResponse] = Field(description="One entry per prompt.")
+
+
+class RankingFields(Wire):
+    """How the strongest features are chosen."""
+
+    model: ModelName
+    source_set: SourceSetName
+    selected_sources: list[Name] = Field(description="Sources of the set to look at; `[]` means all of them.")
+    sort_by_token_indexes: list[int] = Field(
+        description="Rank by the sum of activations at these positions (BOS counts); `[]`: by the maximum."
+    )
+    ignore_bos: bool = Field(description="Count activations on a leading BOS token as zero.")
+    num_results: NumResults = 25
+
+
+class ActivationAllRequest(RankingFields):
+    """The features of a source set that fire most on one prompt."""
+
+    prompt: Prompt
+
+    model_config = ConfigDict(
+        json_schema_extra=examples(
+            {
+                "prompt": _TEXT,
+                "model": _MODEL,
+                "source_set": "res-4k",
+                "selected_sources": ["10-res-4k", "20-res-4k"],
+                "sort_by_token_indexes": [],
+                "ignore_bos": True,
+                "num_results": 10,
+            }
+        )
+    )
+
+
+class ActivationAllBatchRequest(RankingFields):
+    """The features of a source set that fire most, for several prompts."""
+
+    prompts: Prompts
+
+    model_config = ConfigDict(
+        json_schema_extra=examples(
+            {
+                "prompts": _TEXTS,
+                "model": _MODEL,
+                "source_set": "res-4k",
+                "selected_sources": [],
+                "sort_by_token_indexes": [],
+                "ignore_bos": True,
+                "num_results": 10,
+            }
+        )
+    )
+
+
+class ActivationAllFeature(DfaFields):
+    """One feature that fires on the prompt."""
+
+    source: SourceName
+    index: int = Field(description="Index of the feature in its source.")
+    values: list[float] = Field(description="Activation at each token of `tokens`.")
+    max_value: float = Field(description="Largest of `values`.")
+    max_value_index: int = Field(description="First position of `max_value` in `values`.")
+    sum_values: float | None = Field(
+        default=None, description="Sum over `sort_by_token_indexes`; 0 when the ranking is by the maximum."
+    )
+
+
+class ActivationAllResponse(Reply):
+    """The strongest features, best first."""
+
+    activations: list[ActivationAllFeature] = Field(description="The features, strongest first.")
+    tokens: TokenStrings
+    counts: list[list[float]] | None = Field(default=None, description="Not served; always null.")
+
+
+class ActivationAllBatchResponse(Reply):
+    """One result per prompt, in request order."""
+
+    results: list[ActivationAllResponse] = Field(description="One entry per prompt.")
+
+
+class TopkFields(Wire):
+    """What to list for each token."""
+
+    model: ModelName
+    source: SourceName
+    top_k: TopK = None
+    ignore_bos: bool = Field(description="Leave a leading BOS token out of the answer.")
+
+
+class ActivationTopkByTokenRequest(TopkFields):
+    """The strongest features at each token of one prompt."""
+
+    prompt: Prompt
+
+    model_config = ConfigDict(
+        json_schema_extra=examples(
+            {"prompt": _TEXT, "model": _MODEL, "source": "15-res-4k", "top_k": 5, "ignore_bos": True}
+        )
+    )
+
+
+class ActivationTopkByTokenBatchRequest(TopkFields):
+    """The strongest features at each token of several prompts."""
+
+    prompts: Prompts
+
+    model_config = ConfigDict(
+        json_schema_extra=examples(
+            {"prompts": _TEXTS, "model": _MODEL, "source": "15-res-4k", "top_k": 5, "ignore_bos": True}
+        )
+    )
+
+
+class ActivationTopkByTokenFeature(Reply):
+    """A feature at a token."""
+
+    feature_index: int = Field(description="Index of the feature in the source.")
+    activation_value: float = Field(description="Its activation at this token.")
+
+
+class TokenFields(Reply):
+    """One token of the prompt."""
+
+    token_position: int = Field(description="Position in the full prompt, BOS included.")
+    token: str = Field(description="The token as text.")
+    is_special: bool = Field(description="Whether it is a special token of the tokenizer and not content.")
+
+
+class ActivationTopkByTokenResult(TokenFields):
+    """A token and its strongest features."""
+
+    top_features: list[ActivationTopkByTokenFeature] = Field(description="Strongest first; zeros included.")
+
+
+class ActivationTopkByTokenResponse(Reply):
+    """The strongest features of every token."""
+
+    results: list[ActivationTopkByTokenResult] = Field(description="One entry per token of `tokens`.")
+    tokens: TokenStrings
+
+
+class ActivationTopkByTokenBatchResponse(Reply):
+    """One result per prompt, in request order."""
+
+    results: list[ActivationTopkByTokenResponse] = Field(description="One entry per prompt.")
+
+
+class ActivationSourceRequest(Wire):
+    """Every feature of a source that fires."""
+
+    prompts: Prompts
+    model: ModelName
+    source: SourceName
+
+    model_config = ConfigDict(json_schema_extra=examples({"prompts": _TEXTS, "model": _MODEL, "source": "15-res-4k"}))
+
+
+class ActivationSourceResult(Reply):
+    """What fires on one prompt."""
+
+    tokens: TokenStrings
+    active_features: dict[str, list[tuple[int, float]]] | None = Field(
+        default=None,
+        description="Feature index → [token position, activation] pairs, in order of first firing. Positions "
+        "count BOS, which itself is skipped; activations have 3 decimals.",
+    )
+
+
+class ActivationSourceResponse(Reply):
+    """One result per prompt, in request order."""
+
+    results: list[ActivationSourceResult] = Field(description="One entry per prompt.")
+
+
+class ActivationsRequest(Wire):
+    """Features on one prompt or several: the strongest ones, or with `index` a single one.
+
+    Without `index` this is `activation/all`, with it `activation/single`.
+    """
+
+    prompt: str | list[str] = Field(description="A text, or 1 to 4 texts.")
+    source: SourceName | None = Field(
+        default=None, description="Source to look at; may be left out where the choice is clear."
+    )
+    source_set: SourceSetName | None = Field(
+        default=None, description="Source set to look at; may be left out when only one is loaded."
+    )
+    index: int | None = Field(default=None, description="Show this feature only.")
+    num_results: NumResults = 25
+    ignore_bos: bool = Field(
+        default=True, description="Count activations on a leading BOS token as zero; must be true with `index`."
+    )
+
+    model_config = ConfigDict(
+        json_schema_extra=examples(
+            {"prompt": _TEXT, "num_results": 5},
+            {"prompt": _TEXTS, "source": "15-res-4k", "index": 42},
+        )
+    )
+
+
+class LabelledFeature(DfaFields):
+    """A feature that fires, with its label where one is known."""
+
+    source: SourceName
+    index: int = Field(description="Index of the feature in its source.")
+    label: str | None = Field(default=None, description="What the feature stands for; null if unknown.")
+    values: list[float] = Field(description="Activation at each token of `tokens`.")
+    max_value: float = Field(description="Largest of `values`.")
+    max_value_index: int = Field(description="First position of `max_value` in `values`.")
+
+
+class ActivationsResult(Reply):
+    """Features on one prompt. With `index` a leading BOS token is left out of `tokens` and `values`."""
+
+    tokens: TokenStrings
+    features: list[LabelledFeature] = Field(description="Strongest first; exactly one with `index`.")
+
+
+class ActivationsResponse(Reply):
+    """Always a list, also for a single prompt."""
+
+    results: list[ActivationsResult] = Field(description="One entry per prompt, in request order.")
+
+
+class TopKRequest(Wire):
+    """The strongest features at each token of one prompt or several."""
+
+    prompt: str | list[str] = Field(description="A text, or 1 to 4 texts.")
+    source: SourceName | None = Field(
+        default=None, description="Source to look at; may be left out when only one is loaded."
+    )
+    top_k: TopK = 5
+    ignore_bos: bool = Field(default=True, description="Leave a leading BOS token out of the answer.")
+
+    model_config = ConfigDict(json_schema_extra=examples({"prompt": _TEXT, "source": "15-res-4k", "top_k": 3}))
+
+
+class LabelledTopFeature(ActivationTopkByTokenFeature):
+    """A feature at a token, with its label where one is known."""
+
+    label: str | None = Field(default=None, description="What the feature stands for; null if unknown.")
+
+
+class LabelledToken(TokenFields):
+    """A token and its strongest features."""
+
+    top_features: list[LabelledTopFeature] = Field(description="Strongest first; zeros included.")
+
+
+class TopKResult(Reply):
+    """The strongest features of every token of one prompt."""
+
+    source: SourceName
+    tokens: TokenStrings
+    positions: list[LabelledToken] = Field(description="One entry per token of `tokens`.")
+
+
+class TopKResponse(Reply):
+    """Always a list, also for a single prompt."""
+
+    results: list[TopKResult] = Field(description="One entry per prompt, in request order.")

@@ -1,0 +1,138 @@
+"""The base of every wire model, and the field types that several routes share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+)
+from pydantic.alias_generators import to_camel
+
+SEED_LIMIT = 2**63
+
+
+class Wire(BaseModel):
+    """A JSON object of the wire. Every field is read in snake_case and in camelCase; camelCase wins.
+
+    Types are strict: no strings for numbers, no `1.0` for integers, no NaN. Unknown fields are ignored.
+    """
+
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        validate_by_name=True,
+        validate_by_alias=True,
+        loc_by_alias=False,
+        strict=True,
+        extra="ignore",
+        allow_inf_nan=False,
+        frozen=True,
+    )
+
+
+class Reply(Wire):
+    """A wire model that we fill ourselves: tuples may stand for arrays; numbers are checked when rendered."""
+
+    model_config = ConfigDict(strict=False, allow_inf_nan=True)
+
+
+def examples(*bodies: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """For `json_schema_extra`: example bodies (snake_case), spelled as the schema spells its properties."""
+
+    def attach(schema: dict[str, Any]) -> None:
+        known = schema.get("properties", {})
+        schema["examples"] = [
+            {key if key in known else to_camel(key): value for key, value in body.items()} for body in bodies
+        ]
+
+    return attach
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("Text holds a lone surrogate, which is not a character") from None
+    return text
+
+
+def _truncated(value: Any) -> Any:
+    """3.7 → 3; whatever is not a finite float is left to the integer check."""
+    return int(value) if isinstance(value, float) and math.isfinite(value) else value
+
+
+EchoedText = Annotated[str, AfterValidator(_encodable)]
+"""Text that the answer repeats without tokenising it."""
+
+Name = Annotated[str, AfterValidator(_encodable), Field(max_length=512)]
+"""A model, source, hook or role."""
+
+Vector = Annotated[list[float], Field(fail_fast=True)]
+
+ModelName = Annotated[
+    Name,
+    Field(
+        description="Name of the model. One server holds one model, so this is checked only in strict mode.",
+    ),
+]
+Prompt = Annotated[str, Field(description="Text to run through the model.")]
+Prompts = Annotated[
+    list[str],
+    Field(
+        description="1 to 4 texts to run through the model. With more than one, each may be a quarter as "
+        "long as a single text.",
+    ),
+]
+SourceName = Annotated[
+    Name,
+    Field(
+        description='Source of features: an SAE such as "10-res-4k", or a bare layer number such as "3" for '
+        "the neurons of that layer's MLP.",
+    ),
+]
+SourceSetName = Annotated[
+    Name, Field(description='Source set, such as "res-4k"; "neurons" for the MLP neurons of every layer.')
+]
+NumResults = Annotated[
+    Annotated[int, Field(ge=0)] | None,
+    Field(description="Features returned at most; null means 25. The server's MAX_RESULTS is the ceiling."),
+]
+TopK = Annotated[
+    Annotated[int, Field(ge=1)] | None,
+    Field(description="Features per token; null means 5. The number of features is the ceiling."),
+]
+Seed = Annotated[
+    int,
+    BeforeValidator(_truncated),
+    Field(ge=-SEED_LIMIT, lt=SEED_LIMIT),
+    WithJsonSchema({"type": "number", "minimum": -SEED_LIMIT, "exclusiveMaximum": SEED_LIMIT}),
+]
+"""Any JSON number; fractions are cut off."""
+
+
+class DfaFields(Reply):
+    """Direct feature attribution: which earlier tokens an attention feature's top activation came from."""
+
+    dfa_values: list[float] | None = Field(
+        default=None, description="Attribution of each token; null unless the source is an attention-output SAE."
+    )
+    dfa_target_index: int | None = Field(
+        default=None,
+        description="Position in `values` that is explained: where the feature fires most.",
+    )
+    dfa_max_value: float | None = Field(default=None, description="Largest of `dfa_values`.")
+
+
+class NPFeature(Wire):
+    """One feature of one source."""
+
+    model: ModelName
+    source: SourceName
+    index: int = Field(description="Index of the feature in its source.")

@@ -1,0 +1,266 @@
+"""Steering routes: text and chat completions, with and without the steering."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from neuronpedia_inference.schemas.common import (
+    EchoedText,
+    ModelName,
+    Name,
+    Prompt,
+    Reply,
+    Seed,
+    SourceName,
+    Vector,
+    Wire,
+    examples,
+)
+
+NPSteerMethod = Literal["SIMPLE_ADDITIVE", "ORTHOGONAL_DECOMP", "PROJECTION_CAP"]
+NPSteerType = Literal["STEERED", "DEFAULT"]
+
+Method = Annotated[
+    NPSteerMethod,
+    Field(
+        description="With c = strength multiplier × strength, state h and direction v (v̂ at unit length): "
+        "SIMPLE_ADDITIVE h + c·v; ORTHOGONAL_DECOMP h + (c − 1)(h·v̂)v̂; "
+        "PROJECTION_CAP h + (min(h·v̂, c) − h·v̂)v̂."
+    ),
+]
+Temperature = Annotated[float, Field(ge=0, description="0 takes the likeliest token; higher values draw more freely.")]
+NewTokens = Annotated[int, Field(ge=1, description="Tokens to generate at most.")]
+FreqPenalty = Annotated[
+    float,
+    Field(
+        description="Subtracted from a token's logit for each earlier occurrence, after the temperature; "
+        "no effect at temperature 0."
+    ),
+]
+NLogprobs = Annotated[
+    Annotated[int, Field(ge=0, le=10)] | None,
+    Field(description="Candidates reported per generated token; 0 or null reports no log-probabilities."),
+]
+Stream = Annotated[
+    bool | None,
+    Field(description="Answer with server-sent events, each the whole response so far."),
+]
+StrengthMultiplier = Annotated[float, Field(description="Every strength is multiplied by this.")]
+Strength = Annotated[float, Field(description="How strongly; negative values steer away.")]
+SteerSpecialTokens = Annotated[
+    bool,
+    Field(description="Steer the special tokens of the rendered chat too; generated tokens always are."),
+]
+
+_COMPLETION = {
+    "model": "smollm2-135m-instruct",
+    "steer_method": "SIMPLE_ADDITIVE",
+    "normalize_steering": False,
+    "types": ["STEERED", "DEFAULT"],
+    "features": [{"model": "smollm2-135m-instruct", "source": "15-res-4k", "index": 42, "strength": 60}],
+    "n_completion_tokens": 16,
+    "temperature": 0,
+    "strength_multiplier": 1,
+    "freq_penalty": 0,
+    "seed": 16,
+}
+
+
+class NPSteerFeature(Wire):
+    """Steer along the unit-length decoder row of a feature, where its SAE reads."""
+
+    model: ModelName
+    source: SourceName
+    index: int = Field(description="Index of the feature in its source.")
+    strength: Strength
+    steering_vector: Vector | None = Field(default=None, description="Ignored: the server takes the decoder row.")
+
+
+class NPSteerVector(Wire):
+    """Steer along a vector of your own."""
+
+    steering_vector: Vector = Field(description="The direction, as wide as the hook.")
+    strength: Strength
+    hook: Name = Field(description='Where to steer, such as "blocks.15.hook_resid_post".')
+
+
+class NPSteerChatMessage(Wire):
+    """One message of a chat."""
+
+    role: Name = Field(description="Who speaks: a role that the model's chat template knows, such as `user`.")
+    content: EchoedText = Field(description="What is said.")
+
+
+class SteerFields(Wire):
+    """What both completions share. Give `features` or `vectors`; an empty list steers nothing."""
+
+    model: ModelName
+    steer_method: Method
+    normalize_steering: bool = Field(description="Scale every direction to unit length first.")
+    types: list[NPSteerType] = Field(
+        min_length=1,
+        description="Outputs wanted, each at most once: STEERED, or DEFAULT for the same without steering.",
+    )
+    features: list[NPSteerFeature] | None = Field(default=None, description="Features to steer with, in order.")
+    vectors: list[NPSteerVector] | None = Field(default=None, description="Vectors to steer with, in order.")
+    n_completion_tokens: NewTokens
+    temperature: Temperature
+    strength_multiplier: StrengthMultiplier
+    freq_penalty: FreqPenalty
+    seed: Seed = Field(description="Starts the random draws of each output; fractions are cut off.")
+    stream: Stream = False
+    n_logprobs: NLogprobs = 0
+
+
+class SteerCompletionRequest(SteerFields):
+    """Continue a text, steered."""
+
+    prompt: Prompt
+
+    model_config = ConfigDict(json_schema_extra=examples({"prompt": "I think that", **_COMPLETION}))
+
+
+class SteerCompletionChatRequest(SteerFields):
+    """Answer a chat, steered."""
+
+    prompt: list[NPSteerChatMessage] = Field(description="The chat so far, oldest message first.")
+    steer_special_tokens: SteerSpecialTokens
+    is_assistant_axis: bool | None = Field(
+        default=False, description="Accepted; no persona asset is served, so the answer has no `assistant_axis`."
+    )
+
+    model_config = ConfigDict(
+        json_schema_extra=examples(
+            {
+                "prompt": [{"role": "user", "content": "What is the capital of France?"}],
+                **_COMPLETION,
+                "steer_special_tokens": False,
+            }
+        )
+    )
+
+
+class NPLogprobTop(Reply):
+    """A token that could have been chosen."""
+
+    token: str = Field(description="The token as text.")
+    logprob: float = Field(description="Natural logarithm of its probability.")
+
+
+class NPLogprob(Reply):
+    """A generated token and its rivals. Probabilities are the model's own: no temperature, no penalty."""
+
+    token: str = Field(description="The token as text.")
+    logprob: float = Field(description="Natural logarithm of its probability; -100 stands for none.")
+    top_logprobs: list[NPLogprobTop] = Field(description="The likeliest tokens, most likely first.")
+
+
+Logprobs = Annotated[
+    list[NPLogprob] | None,
+    Field(description="One entry per generated token; absent unless `n_logprobs` asks for candidates."),
+]
+
+
+class NPSteerCompletionOutput(Reply):
+    """One continuation."""
+
+    type: NPSteerType = Field(description="Steered or not.")
+    output: str = Field(description="The generated text, without the prompt.")
+    logprobs: Logprobs = None
+
+
+class SteerCompletionResponse(Reply):
+    """One output per requested type, in request order."""
+
+    outputs: list[NPSteerCompletionOutput] = Field(description="The continuations.")
+
+
+class NPSteerChatResult(Reply):
+    """A chat, as the model's text and as messages."""
+
+    raw: str = Field(description="The rendered chat with special tokens; in an output, with the answer.")
+    chat_template: list[NPSteerChatMessage] = Field(
+        description="The messages; in an output, the answer included once it has content."
+    )
+    type: NPSteerType | None = Field(default=None, description="Steered or not; absent in `input`.")
+    logprobs: Logprobs = None
+
+
+class SteerCompletionChatResponse(Reply):
+    """One output per requested type, in request order."""
+
+    outputs: list[NPSteerChatResult] = Field(description="The chats with their answers.")
+    input: NPSteerChatResult = Field(description="The chat before the answer.")
+
+
+class SteerByFeature(Wire):
+    """Steer with a feature."""
+
+    source: SourceName | None = Field(
+        default=None, description="Source of the feature; may be left out when only one is loaded."
+    )
+    index: int = Field(description="Index of the feature in its source.")
+    strength: Strength
+
+
+class SteerByVector(Wire):
+    """Steer with a vector of your own."""
+
+    hook: Name = Field(description='Where to steer, such as "blocks.15.hook_resid_post".')
+    vector: Vector = Field(description="The direction, as wide as the hook.")
+    strength: Strength
+
+
+class SteerRequest(Wire):
+    """Continue a text or answer a chat, steered, and by default unsteered next to it.
+
+    Give `features` or `vectors`; an empty list steers nothing.
+    """
+
+    prompt: str | list[NPSteerChatMessage] = Field(description="A text, or the messages of a chat.")
+    features: list[SteerByFeature] | None = Field(default=None, description="Features to steer with, in order.")
+    vectors: list[SteerByVector] | None = Field(default=None, description="Vectors to steer with, in order.")
+    method: Method = "SIMPLE_ADDITIVE"
+    strength_multiplier: StrengthMultiplier = 1.0
+    max_new_tokens: NewTokens = 32
+    temperature: Temperature = 0.0
+    freq_penalty: FreqPenalty = 0.0
+    seed: Seed = Field(default=16, description="Starts the random draws; fractions are cut off.")
+    n_logprobs: NLogprobs = 0
+    compare: bool = Field(default=True, description="Also generate the same without steering.")
+    steer_special_tokens: SteerSpecialTokens = False
+    stream: Stream = False
+
+    model_config = ConfigDict(
+        json_schema_extra=examples(
+            {
+                "prompt": "I think that",
+                "features": [{"source": "15-res-4k", "index": 42, "strength": 60}],
+                "max_new_tokens": 16,
+            },
+            {
+                "prompt": [{"role": "user", "content": "What is the capital of France?"}],
+                "vectors": [{"hook": "blocks.15.hook_resid_post", "vector": [0.1] * 576, "strength": 10}],
+                "max_new_tokens": 16,
+            },
+        )
+    )
+
+
+class SteerText(Reply):
+    """One generated text."""
+
+    text: str = Field(description="The generated text, without the prompt.")
+    messages: list[NPSteerChatMessage] | None = Field(
+        default=None, description="For a chat: its messages with the answer; null for a text."
+    )
+    logprobs: Annotated[list[NPLogprob] | None, Field(description="Null unless asked for.")] = None
+
+
+class SteerResponse(Reply):
+    """The steered text and the unsteered one."""
+
+    steered: SteerText = Field(description="With the steering.")
+    default: SteerText | None = Field(description="Without; null when `compare` is false.")

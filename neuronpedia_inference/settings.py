@@ -1,0 +1,179 @@
+"""Every setting: variable, type, default, bound and meaning, in one place. Nothing else reads the environment."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
+
+from neuronpedia_inference.errors import StartupError
+
+EMBEDDED_MODEL_ID = "smollm2-135m-instruct"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+JsonList = Annotated[tuple[str, ...], NoDecode]
+
+
+class Settings(BaseSettings):
+    """The environment as one frozen value. The variable of a field is its name in capitals."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env",
+        extra="ignore",
+        frozen=True,
+        env_ignore_empty=True,
+        validate_by_name=True,
+        validate_by_alias=True,
+    )
+
+    # Model and SAEs
+    model_id: str = Field(
+        EMBEDDED_MODEL_ID,
+        description="Model to serve: the embedded one, a short or Hugging Face name, or a local folder.",
+    )
+    override_model_id: str | None = Field(
+        None, description="Weights to load instead of MODEL_ID's, keeping MODEL_ID's SAEs."
+    )
+    custom_hf_model_id: str | None = Field(
+        None, description="Hugging Face weights; wins over both ids and is used to look up the SAEs."
+    )
+    sae_sets: JsonList | None = Field(
+        None,
+        description="Source sets, a JSON list or words. Unset: `res-4k` for the embedded model, every set in "
+        "LOCAL_SAE_DIR if that is given, else `res-jb`. `[]` serves no SAEs.",
+    )
+    local_sae_dir: Path | None = Field(
+        None,
+        description="Folder of SAELens SAE folders named by source (`7-res-jb/`), used before the directory.",
+    )
+    include_sae: JsonList = Field((), description="Regular expressions; keep only sources that one matches.")
+    exclude_sae: JsonList = Field((), description="Regular expressions; drop sources that one matches.")
+    model_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="Precision of the model's weights; `auto` takes the checkpoint's own."
+    )
+    sae_dtype: Dtype = Field("float32", description="Precision of the SAEs' weights.")
+    max_loaded_saes: int = Field(300, ge=1, description="SAEs kept in memory; the least recently used leave first.")
+    model_from_pretrained_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="JSON object passed to Hugging Face's `from_pretrained`."
+    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps or cuda[:N].")
+    num_threads: int = Field(
+        0, ge=0, le=1024, description="CPU threads for tensors; 0 leaves one core free for the server."
+    )
+
+    # Limits
+    token_limit: int = Field(200, ge=1, description="Tokens in a prompt, BOS included; a batch gets a quarter each.")
+    max_tokens: int = Field(4096, ge=2, description="Tokens of prompt and completion together.")
+    max_results: int = Field(1000, ge=1, description="Upper bound of `num_results`.")
+    max_concurrent_requests: int = Field(32, ge=1, description="Requests admitted at once; more get a 503.")
+    request_timeout_s: float = Field(
+        300.0,
+        ge=0,
+        validation_alias="REQUEST_LOCK_TIMEOUT",
+        description="Seconds that a request may wait for its turn; 0 waits for ever.",
+    )
+    max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Bytes in a request body.")
+    strict_model: bool = Field(False, description="Refuse requests whose `model` is not the one served.")
+    chatml_fallback: bool = Field(False, description="Render chats as ChatML when the model has no template.")
+
+    # Server
+    server_host: str = Field("127.0.0.1", description="Address to bind; others than loopback need a SECRET.")
+    server_port: int = Field(5002, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
+    secret: SecretStr | None = Field(None, description="Value that X-SECRET-KEY must have; unset or empty: open.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
+    log_format: Literal["text", "json"] = Field("text", description="Form of log lines.")
+
+    # Monitoring
+    sentry_dsn: SecretStr | None = Field(None, description="Sentry project; unset: Sentry is off.")
+    sentry_environment: str = Field("development", description="Sentry environment.")
+    sentry_release: str | None = Field(None, description="Sentry release.")
+    sentry_traces_sample_rate: float = Field(0.25, ge=0, le=1, description="Share of requests traced by Sentry.")
+    sentry_profiles_sample_rate: float = Field(0.25, ge=0, le=1, description="Share of traces profiled by Sentry.")
+
+    @field_validator("sae_sets", "include_sae", "exclude_sae", mode="before")
+    @classmethod
+    def _read_list(cls, value: Any) -> Any:
+        return _words(value) if isinstance(value, str) else value
+
+    @field_validator("sae_sets", mode="after")
+    @classmethod
+    def _split_sets(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if value is None else tuple(dict.fromkeys(word for name in value for word in name.split()))
+
+    @field_validator("include_sae", "exclude_sae", mode="after")
+    @classmethod
+    def _compile(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as exc:
+                raise ValueError(f"{pattern!r} is not a regular expression: {exc}") from exc
+        return value
+
+    @field_validator("secret", "sentry_dsn", mode="after")
+    @classmethod
+    def _empty_is_unset(cls, value: SecretStr | None) -> SecretStr | None:
+        return value if value is not None and value.get_secret_value() else None
+
+    @model_validator(mode="after")
+    def _limits_agree(self) -> Self:
+        if self.max_tokens <= self.token_limit:
+            raise ValueError(
+                f"MAX_TOKENS ({self.max_tokens}) must exceed TOKEN_LIMIT ({self.token_limit}), or nothing is generated"
+            )
+        return self
+
+    @classmethod
+    def read(cls, **overrides: Any) -> Settings:
+        """Settings from the environment and `.env`; `overrides` win. Raises StartupError naming the variable."""
+        try:
+            return cls(**overrides)
+        except ValidationError as exc:
+            raise StartupError(_one_line(exc)) from None
+        except SettingsError as exc:
+            raise StartupError(f"Bad setting. {exc}: not valid JSON") from None
+
+    @property
+    def is_embedded(self) -> bool:
+        return self.weights_id == EMBEDDED_MODEL_ID
+
+    @property
+    def weights_id(self) -> str:
+        """The model whose weights are loaded."""
+        return self.custom_hf_model_id or self.override_model_id or self.model_id
+
+    @property
+    def sae_model_id(self) -> str:
+        """The model whose SAEs are looked up."""
+        return self.custom_hf_model_id or self.model_id
+
+    @property
+    def is_exposed(self) -> bool:
+        """True when the server would listen to other machines."""
+        return self.server_host not in LOOPBACK
+
+
+def variable(field: str) -> str:
+    """The environment variable that sets a field."""
+    alias = Settings.model_fields[field].validation_alias
+    return alias if isinstance(alias, str) else field.upper()
+
+
+def _words(text: str) -> Any:
+    """A JSON list, or words; `[0-9]-res` is a word."""
+    return json.loads(text) if re.match(r'\s*\[\s*["\]]', text) else text.split()
+
+
+def _one_line(exc: ValidationError) -> str:
+    """Every bad variable with its problem; the value itself stays out, it may be a secret."""
+    problems = []
+    for error in exc.errors():
+        where = str(error["loc"][0]).upper() if error["loc"] else ""
+        problem = error["msg"].removeprefix("Value error, ")
+        problems.append(f"{where}: {problem}" if where else problem)
+    return "Bad setting. " + "; ".join(problems)

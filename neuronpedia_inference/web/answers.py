@@ -1,0 +1,82 @@
+"""What leaves the server: JSON bodies, and the one body that every error has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from neuronpedia_inference.errors import BodyTooLarge, EngineFailed, InferenceError, Unavailable
+from neuronpedia_inference.observability import request_id
+from neuronpedia_inference.operations import InvalidBody
+
+LONGEST_TEXT = 2000
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An error as the caller sees it."""
+
+    status: int
+    code: str
+    message: str
+    headers: dict[str, str] = field(default_factory=dict)
+    detail: list[dict[str, Any]] | None = None
+
+    def body(self) -> dict[str, Any]:
+        body: dict[str, Any] = {"error": self.message, "code": self.code, "request_id": request_id()}
+        return body if self.detail is None else {**body, "detail": self.detail}
+
+
+def json_bytes(value: Any) -> bytes:
+    """Strict JSON. Raises EngineFailed where a number is NaN or infinite, which JSON cannot say."""
+    try:
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    except ValueError as exc:
+        raise EngineFailed("The answer holds NaN or infinite numbers, which JSON cannot express") from exc
+    return text.encode("ascii")
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Raises EngineFailed like `json_bytes`, so before any header is sent."""
+    return Response(json_bytes(value), status, dict(headers or {}), media_type="application/json")
+
+
+def error_response(problem: Problem) -> Response:
+    return json_response(problem.body(), problem.status, problem.headers)
+
+
+def problem_of(exc: Exception) -> Problem:
+    """The caller's view of any exception. Nothing of an unexpected one is shown but the request id."""
+    if isinstance(exc, InvalidBody):
+        detail = [{**entry, "loc": ["body", *entry["loc"]]} for entry in exc.detail]
+        return Problem(exc.status, exc.code, _cut(exc.message), detail=detail)
+    if isinstance(exc, InferenceError):
+        return Problem(exc.status, exc.code, _cut(exc.message), _headers_of(exc))
+    if isinstance(exc, HTTPException):
+        return _of_http(exc)
+    return Problem(500, "internal", f"Internal error. The server's log has it under request id {request_id()}.")
+
+
+def _headers_of(exc: InferenceError) -> dict[str, str]:
+    if isinstance(exc, Unavailable):
+        return {"Retry-After": str(exc.retry_after_s)}
+    # The rest of a body that is too large stays unread, so the connection cannot be used again.
+    return {"Connection": "close"} if isinstance(exc, BodyTooLarge) else {}
+
+
+def _of_http(exc: HTTPException) -> Problem:
+    """Unknown paths and methods, mostly."""
+    status = HTTPStatus(exc.status_code)
+    known = {404: "Not found: the server has no such path", 405: "Method not allowed on this path"}
+    code = status.phrase.lower().replace(" ", "_").replace("-", "_")
+    return Problem(status, code, known.get(status, status.phrase), dict(exc.headers or {}))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"

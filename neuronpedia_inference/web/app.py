@@ -1,0 +1,105 @@
+"""The application: one route per operation, and the few that are about the server itself."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.responses import Response
+
+from neuronpedia_inference import __version__
+from neuronpedia_inference.errors import Conflict, Unavailable
+from neuronpedia_inference.operations import OPERATIONS, Events, Operation, render, validate
+from neuronpedia_inference.settings import Settings
+from neuronpedia_inference.web.answers import error_response, json_response, problem_of
+from neuronpedia_inference.web.auth import SecretGate
+from neuronpedia_inference.web.body import read_object
+from neuronpedia_inference.web.boundary import ID_HEADER, Boundary, RequestScope, note_problem
+from neuronpedia_inference.web.openapi import TITLE, document
+from neuronpedia_inference.web.sse import EventStream, while_connected
+
+if TYPE_CHECKING:
+    from neuronpedia_inference.runtime import Runtime
+
+GetRuntime = Callable[[], "Runtime"]
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def create_app(settings: Settings, get_runtime: GetRuntime) -> FastAPI:
+    """`get_runtime` raises NotReady until the model is loaded."""
+    app = FastAPI(title=TITLE, version=__version__, redirect_slashes=False, middleware=_layers(settings))
+    app.openapi = document
+    app.add_exception_handler(HTTPException, _answer_error)
+    for operation in OPERATIONS:
+        handler = _handler(operation, settings.max_body_bytes, get_runtime)
+        app.add_api_route(operation.path, handler, methods=["POST"], name=operation.name)
+    _add_service_routes(app, get_runtime)
+    return app
+
+
+def _layers(settings: Settings) -> list[Middleware]:
+    """Outermost first: every answer has its id and CORS headers, refusals included."""
+    return [
+        Middleware(RequestScope),
+        Middleware(
+            CORSMiddleware,
+            allow_origins=["*"],
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=[ID_HEADER, "Retry-After"],
+        ),
+        Middleware(GZipMiddleware, minimum_size=1000, compresslevel=6),
+        Middleware(Boundary),
+        Middleware(SecretGate, secret=settings.secret),
+    ]
+
+
+def _handler(operation: Operation[Any], max_body_bytes: int, get_runtime: GetRuntime) -> Handler:
+    """body limit → JSON → schema → operation; the secret was checked before."""
+
+    async def handle(request: Request) -> Response:
+        body = await read_object(request, max_body_bytes)
+        wanted = validate(operation, body)
+        runtime = get_runtime()
+        if operation.stream is not None and getattr(wanted, "stream", None):
+            events = await while_connected(request.receive, operation.stream(wanted, runtime))
+            return EventStream(Events(events, lambda event: render(operation, body, event)))
+        answer = await while_connected(request.receive, operation.run(wanted, runtime))
+        return json_response(render(operation, body, answer))
+
+    return handle
+
+
+async def _answer_error(request: Request, exc: Exception) -> Response:
+    problem = problem_of(exc)
+    note_problem(request.scope, problem, exc)
+    return error_response(problem)
+
+
+def _add_service_routes(app: FastAPI, get_runtime: GetRuntime) -> None:
+    async def health() -> dict[str, str]:
+        return {"status": "healthy"}
+
+    async def ready() -> dict[str, str]:
+        runtime = get_runtime()
+        if not runtime.healthy:
+            raise Unavailable("The device has failed; this process has to be replaced")
+        return {"status": "ready", "model": runtime.model.id}
+
+    async def capabilities() -> Response:
+        return json_response(get_runtime().describe())
+
+    async def initialize() -> NoReturn:
+        raise Conflict(
+            "A running server keeps its model: restart it with other settings, such as MODEL_ID or CUSTOM_HF_MODEL_ID"
+        )
+
+    app.add_api_route("/health", health, methods=["GET", "HEAD"])
+    app.add_api_route("/ready", ready, methods=["GET", "HEAD"])
+    app.add_api_route("/v1/capabilities", capabilities, methods=["GET"])
+    app.add_api_route("/initialize", initialize, methods=["POST"], response_model=None)

@@ -1,0 +1,52 @@
+"""`X-SECRET-KEY`."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from hmac import compare_digest
+
+from pydantic import SecretStr
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from neuronpedia_inference.errors import Unauthorized
+
+HEADER = "X-SECRET-KEY"
+OPEN_PATHS = frozenset({"/health", "/ready"})
+
+
+class SecretGate:
+    """Lets a request through when it knows the secret, asks for an open path, or is a browser's preflight."""
+
+    def __init__(self, app: ASGIApp, secret: SecretStr | None) -> None:
+        self.app = app
+        self._accepted = _digests(secret.get_secret_value()) if secret else ()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._accepted and not _is_open(scope):
+            self._check(scope)
+        await self.app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        given = Headers(scope=scope).get(HEADER, "").encode("latin-1")
+        # Digests have one length and every one is compared, so the time tells nothing about the secret.
+        matches = [compare_digest(sha256(given).digest(), digest) for digest in self._accepted]
+        if not any(matches):
+            raise Unauthorized(f"Invalid or missing {HEADER} header")
+
+
+def _digests(secret: str) -> tuple[bytes, ...]:
+    """Of the forms in which clients send the secret: UTF-8 or Latin-1, without blanks at its ends.
+
+    A secret of nothing but blanks cannot travel in a header: nobody gets in.
+    """
+    text = secret.strip() or secret
+    forms = {text.encode("utf-8", "surrogateescape")}
+    if all(ord(char) < 256 for char in text):
+        forms.add(text.encode("latin-1"))
+    return tuple(sha256(form).digest() for form in forms)
+
+
+def _is_open(scope: Scope) -> bool:
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return scope["method"] == "OPTIONS" or path in OPEN_PATHS

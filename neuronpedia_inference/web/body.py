@@ -1,0 +1,50 @@
+"""Reading a request's body: within its bound, as JSON, as an object."""
+
+from __future__ import annotations
+
+from email.message import Message
+from typing import Any
+
+from pydantic_core import from_json
+from starlette.requests import Request
+
+from neuronpedia_inference.errors import BodyTooLarge
+from neuronpedia_inference.operations import InvalidBody
+
+
+async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
+    """The body as a dictionary. Raises BodyTooLarge before the bound is passed in memory, or InvalidBody."""
+    raw = await _read(request, max_bytes)
+    if not _is_json(request.headers.get("content-type", "")):
+        raise _invalid("content_type", "Content-Type must be application/json")
+    try:
+        value = from_json(raw, allow_inf_nan=False)
+    except ValueError as exc:
+        raise _invalid("json_invalid", f"The body is not valid JSON: {str(exc)[:200]}") from exc
+    if not isinstance(value, dict):
+        raise _invalid("dict_type", "The body must be a JSON object")
+    return value
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    refusal = BodyTooLarge(f"The request body is larger than {max_bytes} bytes (MAX_BODY_BYTES)")
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise refusal
+    chunks = bytearray()
+    async for chunk in request.stream():
+        if len(chunks) + len(chunk) > max_bytes:
+            raise refusal
+        chunks += chunk
+    return bytes(chunks)
+
+
+def _is_json(header: str) -> bool:
+    message = Message()
+    message["content-type"] = header or "none/none"
+    kind = message.get_content_type()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+def _invalid(kind: str, message: str) -> InvalidBody:
+    return InvalidBody(message, [{"type": kind, "loc": [], "msg": message}])

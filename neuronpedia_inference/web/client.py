@@ -1,0 +1,61 @@
+"""Asking a running server: what `neuronpedia-inference call --url` needs, and no more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from http.client import HTTPException, HTTPResponse
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from pydantic import SecretStr
+
+from neuronpedia_inference.errors import InvalidRequest, Unavailable
+from neuronpedia_inference.web.auth import HEADER
+
+TIMEOUT_S = 600
+
+
+def ask(url: str, path: str, body: dict[str, Any], secret: SecretStr | None) -> Iterator[dict[str, Any]]:
+    """The answer, or the events of a stream as they come.
+
+    Raises InvalidRequest with the server's own words, or Unavailable where nobody answers.
+    """
+    headers = {"Content-Type": "application/json"}
+    if secret is not None:
+        headers[HEADER] = secret.get_secret_value()
+    try:
+        request = Request(url.rstrip("/") + path, json.dumps(body).encode(), headers, method="POST")
+        with urlopen(request, timeout=TIMEOUT_S) as response:
+            yield from _answers(response)
+    except HTTPError as exc:
+        raise InvalidRequest(_words(exc)) from None
+    except (URLError, HTTPException, OSError) as exc:
+        reason = getattr(exc, "reason", None) or exc
+        raise Unavailable(f"No answer from {url}: {reason}") from None
+    except ValueError as exc:
+        raise InvalidRequest(f"Cannot ask {url}: {exc}") from None
+
+
+def _answers(response: HTTPResponse) -> Iterator[dict[str, Any]]:
+    if response.headers.get_content_type() != "text/event-stream":
+        yield json.load(response)
+        return
+    for line in response:
+        if line.startswith(b"data: "):
+            event = json.loads(line.removeprefix(b"data: "))
+            if "error" in event:
+                raise InvalidRequest(_sentence(event))
+            yield event
+
+
+def _words(exc: HTTPError) -> str:
+    try:
+        return _sentence(json.load(exc))
+    except (ValueError, TypeError, KeyError):
+        return f"The server answered {exc.code} {exc.reason}"
+
+
+def _sentence(body: dict[str, Any]) -> str:
+    return f"{body['error']} (code {body.get('code', '?')}, request id {body.get('request_id', '?')})"

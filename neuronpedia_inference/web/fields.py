@@ -1,0 +1,67 @@
+"""What a person wants to know about a request: its fields as rows of a table, and an example."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from neuronpedia_inference.schemas.common import Wire
+
+
+@dataclass(frozen=True)
+class FieldRow:
+    name: str
+    type: str
+    default: str
+    """Empty for a required field."""
+    meaning: str
+
+
+def fields_of(model: type[Wire]) -> list[FieldRow]:
+    """One row per field, in snake_case; the fields of a nested object follow as `outer.inner`."""
+    schema = model.model_json_schema(by_alias=False)
+    return _rows(schema, schema.get("$defs", {}), "")
+
+
+def example_of(model: type[Wire]) -> dict[str, Any]:
+    """The model's first example, in snake_case; empty if it has none."""
+    examples = model.model_json_schema(by_alias=False).get("examples", [])
+    return examples[0] if examples else {}
+
+
+def _rows(schema: dict[str, Any], known: dict[str, Any], prefix: str) -> list[FieldRow]:
+    required = schema.get("required", [])
+    rows: list[FieldRow] = []
+    for name, about in schema["properties"].items():
+        default = "" if name in required else json.dumps(about.get("default"))
+        rows.append(FieldRow(prefix + name, _type(about), default, about.get("description", "")))
+        for inner in _objects_in(about, known):
+            rows.extend(_rows(inner, known, f"{prefix}{name}."))
+    return rows
+
+
+def _type(about: dict[str, Any]) -> str:
+    if "anyOf" in about:
+        return " or ".join(dict.fromkeys(map(_type, about["anyOf"])))
+    if "enum" in about:
+        return ", ".join(map(str, about["enum"]))
+    if "$ref" in about:
+        return "object"
+    kind = about.get("type", "any")
+    if kind == "array":
+        return f"list of {_type(about.get('items', {}))}"
+    return kind + _bounds(about)
+
+
+def _bounds(about: dict[str, Any]) -> str:
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {about[key]}" for key, sign in signs.items() if key in about]
+    return f" ({', '.join(bounds)})" if bounds else ""
+
+
+def _objects_in(about: dict[str, Any], known: dict[str, Any]) -> list[dict[str, Any]]:
+    parts = [about, about.get("items", {}), *about.get("anyOf", [])]
+    parts += [part.get("items", {}) for part in about.get("anyOf", [])]
+    names = [part["$ref"].rsplit("/", 1)[1] for part in parts if "$ref" in part]
+    return [known[name] for name in dict.fromkeys(names) if "properties" in known[name]]

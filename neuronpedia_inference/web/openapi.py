@@ -1,0 +1,97 @@
+"""The OpenAPI document, made from the operations."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, cast
+
+from pydantic.json_schema import models_json_schema
+
+from neuronpedia_inference import __version__
+from neuronpedia_inference.operations import OPERATIONS, Operation
+from neuronpedia_inference.schemas.service import Capabilities, ErrorBody, Health, Ready
+from neuronpedia_inference.web.auth import HEADER
+
+TITLE = "Neuronpedia inference"
+SECURITY = "SimpleSecretAuth"
+MEANINGS = {
+    400: "The request cannot be honoured as asked",
+    401: "Missing or wrong secret",
+    409: "The server's state forbids it",
+    413: "The body is too large",
+    422: "The body is not JSON, or does not fit the schema",
+    500: "A fault of the server",
+    503: "Loading, full or out of memory; see Retry-After",
+}
+FAILURES = (400, 401, 413, 422, 500, 503)
+Refs = dict[Any, dict[str, Any]]
+
+
+@cache
+def document() -> dict[str, Any]:
+    """The whole document. Callers share it and must not change it."""
+    refs, definitions = _schemas()
+    paths = {op.path: {"post": _operation(op, refs)} for op in OPERATIONS}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": TITLE, "version": __version__},
+        "paths": {**_service_paths(refs), **paths},
+        "components": {
+            "schemas": definitions["$defs"],
+            "securitySchemes": {SECURITY: {"type": "apiKey", "in": "header", "name": HEADER}},
+        },
+        "security": [{SECURITY: []}],
+    }
+
+
+def _schemas() -> tuple[Refs, dict[str, Any]]:
+    """References by (model, mode), and what they refer to."""
+    asked: list[Any] = [(op.request, "validation") for op in OPERATIONS]
+    given: list[Any] = [(op.response, "serialization") for op in OPERATIONS]
+    service: list[Any] = [(model, "serialization") for model in (Capabilities, ErrorBody, Health, Ready)]
+    wanted = list(dict.fromkeys(asked + given + service))
+    refs, definitions = models_json_schema(wanted, ref_template="#/components/schemas/{model}")
+    return cast("Refs", refs), definitions
+
+
+def _operation(operation: Operation[Any], refs: Refs) -> dict[str, Any]:
+    content = _json(refs[operation.response, "serialization"])
+    if operation.stream is not None:
+        note = "With `stream`: events `data: {json}`, each holding the whole answer so far."
+        content["text/event-stream"] = {"schema": {"type": "string", "description": note}}
+    return {
+        "operationId": operation.name,
+        "summary": operation.summary,
+        "tags": [operation.path.split("/")[2]],
+        "requestBody": {"required": True, "content": _json(refs[operation.request, "validation"])},
+        "responses": {"200": {"description": "The answer", "content": content}, **_failures(refs, *FAILURES)},
+    }
+
+
+def _service_paths(refs: Refs) -> dict[str, Any]:
+    def get(name: str, summary: str, model: Any, *codes: int) -> dict[str, Any]:
+        answer = {"description": "The answer", "content": _json(refs[model, "serialization"])}
+        about = {"operationId": name, "summary": summary, "tags": ["service"]}
+        return {**about, "responses": {"200": answer, **_failures(refs, *codes)}}
+
+    refused = {
+        "operationId": "initialize",
+        "summary": "Refused: a running server keeps its model",
+        "tags": ["service"],
+        "responses": _failures(refs, 401, 409),
+    }
+    return {
+        "/health": {"get": {**get("health", "The process lives", Health), "security": []}},
+        "/ready": {"get": {**get("ready", "The model is loaded and serves", Ready, 503), "security": []}},
+        "/v1/capabilities": {"get": get("capabilities", "Model, sources and limits", Capabilities, 401, 503)},
+        "/initialize": {"post": refused},
+    }
+
+
+def _failures(refs: Refs, *codes: int) -> dict[str, Any]:
+    body = _json(refs[ErrorBody, "serialization"])
+    return {str(code): {"description": MEANINGS[code], "content": body} for code in codes}
+
+
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}

@@ -1,0 +1,144 @@
+"""Running the application on a port, with the model loading beside it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from neuronpedia_inference.errors import NotReady, StartupError
+from neuronpedia_inference.observability import start_logging, start_sentry
+from neuronpedia_inference.settings import Settings
+from neuronpedia_inference.web.app import create_app
+
+if TYPE_CHECKING:
+    from neuronpedia_inference.runtime import Runtime
+
+SHUTDOWN_S = 30
+# Longer than the minute after which load balancers drop an idle connection, so that they close it, not we.
+KEEP_ALIVE_S = 75
+Say = Callable[[str], None]
+
+
+class LoadingRuntime:
+    """A runtime that loads in its own thread; calling this gives it, or raises NotReady."""
+
+    def __init__(self, settings: Settings, say: Say) -> None:
+        self.failure: StartupError | None = None
+        self._settings = settings
+        self._say = say
+        self._step = "starting"
+        self._runtime: Runtime | None = None
+
+    def __call__(self) -> Runtime:
+        if self._runtime is None:
+            raise NotReady(f"The model is still loading ({self._step}). Try again in a few seconds.")
+        return self._runtime
+
+    def start(self, on_ready: Callable[[Runtime], None], on_failure: Callable[[], None]) -> None:
+        """Load in the background, then call one of the two, from that thread."""
+
+        def load() -> None:
+            failure: StartupError | None = StartupError("The model could not be loaded; the lines above say why")
+            try:
+                self._runtime = self._load()
+                failure = None
+            except StartupError as exc:
+                failure = exc
+            finally:
+                self.failure = failure
+                if failure is not None:
+                    on_failure()
+            if self._runtime is not None:
+                on_ready(self._runtime)
+
+        threading.Thread(target=load, name="load", daemon=True).start()
+
+    def close(self) -> None:
+        if self._runtime is not None:
+            self._runtime.close()
+
+    def _load(self) -> Runtime:
+        from neuronpedia_inference.runtime import Runtime
+
+        return Runtime.load(self._settings, self._note)
+
+    def _note(self, step: str) -> None:
+        self._step = step
+        self._say(step)
+
+
+def serve(settings: Settings, say: Say, on_ready: Callable[[Runtime, float], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then let running requests end. Raises StartupError.
+
+    `say` gets the steps of loading; `on_ready` the runtime and the seconds it took.
+    """
+    started = time.perf_counter()
+    start_logging(settings)
+    start_sentry(settings)
+    listener = listen(settings.server_host, settings.server_port)
+    loading = LoadingRuntime(settings, say)
+    config = uvicorn.Config(
+        create_app(settings, loading),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        lifespan="off",
+    )
+    server = uvicorn.Server(config)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    say(f"Listening on {url_of(listener)}")
+    loading.start(lambda runtime: on_ready(runtime, time.perf_counter() - started), stop)
+    try:
+        _run(server, listener)
+    finally:
+        loading.close()
+    if loading.failure is not None:
+        raise loading.failure
+
+
+def _run(server: uvicorn.Server, listener: socket.socket) -> None:
+    """uvicorn repeats the signal that stopped it: with a handler of ours in place it does not kill us mid-way."""
+
+    def ignore(_signal: int, _frame: FrameType | None) -> None:
+        pass
+
+    wanted = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, ignore) for number in wanted}
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises StartupError when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as exc:
+        listener.close()
+        reason = os.strerror(exc.errno) if exc.errno else str(exc)
+        raise StartupError(f"Cannot listen on {host}:{port} (SERVER_HOST, SERVER_PORT): {reason}") from None
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,91 @@
+"""Server-sent events: `data: {json}` and a blank line, each holding the whole answer so far.
+
+A failure before the first event is an ordinary error answer. A later one ends the stream with
+`event: error` and `data: {"error": ..., "code": ..., "request_id": ...}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Mapping
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from neuronpedia_inference.errors import EngineFailed
+from neuronpedia_inference.operations import Events
+from neuronpedia_inference.web.answers import json_bytes
+
+EVENT_STREAM = "text/event-stream"
+T = TypeVar("T")
+
+
+class ClientLeft(Exception):
+    """The caller hung up; there is nobody to answer."""
+
+
+def event(value: Any) -> bytes:
+    return b"data: " + json_bytes(value) + b"\n\n"
+
+
+def error_event(body: Mapping[str, Any]) -> bytes:
+    return b"event: error\n" + event(body)
+
+
+class EventStream(Response):
+    """Sends one event per item of `answers`, and closes it as soon as the caller hangs up."""
+
+    def __init__(self, answers: Events[Any, dict[str, Any]]) -> None:
+        # A proxy that buffers would hold events back.
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type=EVENT_STREAM)
+        del self.headers["content-length"]
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await while_connected(receive, self._send_events(send))
+
+    async def _send_events(self, send: Send) -> None:
+        """Headers leave with the first event, so that a failure before it has its own status."""
+        async with aclosing(self._answers) as answers:
+            is_first = True
+            async for answer in answers:
+                body = event(answer)
+                if is_first:
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                is_first = False
+        if is_first:
+            raise EngineFailed("The stream ended without an event")
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of `work`; cancels it and raises ClientLeft when the caller hangs up first.
+
+    The request's body must have been read: what arrives after it is the hang-up.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_hang_up(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientLeft
+    finally:
+        await _stop(leaving)
+        await _stop(working)
+
+
+async def _hang_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stop(task: asyncio.Future[Any]) -> None:
+    """Cancel and wait until it has cleaned up."""
+    task.cancel()
+    await asyncio.wait((task,))
+    if not task.cancelled():
+        task.exception()

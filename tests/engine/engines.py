@@ -1,0 +1,16 @@
+"""The engine under test over the small models, built once each."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from neuronpedia_inference.engine.bridge import BridgeEngine
+from tests import models
+
+
+@cache
+def engine(family: str, stop_ids: tuple[int, ...] = ()) -> BridgeEngine:
+    with torch.inference_mode(False):
+        return BridgeEngine(models.model(family), model_id=family, name=family, stop_ids=stop_ids)

@@ -1,0 +1,316 @@
+"""Reductions against full-matrix sorts and explicit loops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from neuronpedia_inference.domain import ActiveFeature, FeatureValue, Ranking, Source
+from neuronpedia_inference.errors import EngineFailed
+from neuronpedia_inference.saes import reduce
+from neuronpedia_inference.saes.encode import FeatureReader, NeuronReader
+from neuronpedia_inference.saes.order import merge_topk, stable_topk
+from neuronpedia_inference.saes.reduce import (
+    FeatureRanker,
+    active_features,
+    dfa,
+    feature_values,
+    rank_features,
+    top_features,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven features at a time, so that every result is merged from many blocks."""
+    monkeypatch.setattr(reduce, "_block", lambda x: 7)
+
+
+def reader_of(name: str, n_features: int) -> NeuronReader:
+    """A reader whose activations are its input."""
+    return NeuronReader(Source(name, "t", 0, "blocks.0.mlp.hook_post", n_features, n_features, "neurons"))
+
+
+def sparse(n_pos: int, n_features: int, seed: int) -> Tensor:
+    """Few distinct values and many zeros: ties everywhere."""
+    made = torch.Generator().manual_seed(seed)
+    return torch.randint(-8, 4, (n_pos, n_features), generator=made).clamp(min=0).float() / 4
+
+
+class TestStableTopK:
+    @settings(max_examples=150, deadline=None)
+    @given(
+        st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, math.inf, -math.inf]), min_size=1, max_size=30), st.data()
+    )
+    def test_equals_a_stable_sort(self, values: list[float], data: st.DataObject) -> None:
+        k = data.draw(st.integers(0, len(values)))
+        found, indices = stable_topk(torch.tensor(values), k)
+        expected = sorted(range(len(values)), key=lambda i: -values[i])[:k]
+        assert indices.tolist() == expected
+        assert found.tolist() == [values[i] for i in expected]
+
+    def test_rows_are_independent(self) -> None:
+        x = sparse(20, 50, seed=1)
+        values, indices = stable_topk(x, 9)
+        expected = x.sort(dim=1, descending=True, stable=True)
+        assert torch.equal(values, expected.values[:, :9])
+        assert torch.equal(indices, expected.indices[:, :9])
+
+    def test_merging_halves_equals_the_whole(self) -> None:
+        x = sparse(20, 50, seed=2)
+        right = stable_topk(x[:, 25:], 9)
+        merged = merge_topk(stable_topk(x[:, :25], 9), (right[0], right[1] + 25), 9)
+        for part, whole in zip(merged, stable_topk(x, 9), strict=True):
+            assert torch.equal(part, whole)
+
+
+def naive_ranking(pairs: Sequence[tuple[str, Tensor]], ranking: Ranking) -> list[tuple[str, int, list[float], float]]:
+    """(source, feature, values, key) by a sort of every row of every source, in Python."""
+    rows = []
+    for name, acts in pairs:
+        for index in range(acts.shape[1]):
+            values = acts[:, index].tolist()
+            if ranking.ignore_first:
+                values[0] = 0.0
+            chosen = [values[position] for position in ranking.token_indexes]
+            rows.append((name, index, values, math.fsum(chosen) if chosen else max(values)))
+    return sorted(rows, key=lambda row: -row[3])[: ranking.limit]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    n_pos=st.integers(1, 5),
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    limit=st.integers(0, 60),
+    ignore_first=st.booleans(),
+    data=st.data(),
+)
+def test_ranking_equals_a_full_sort(
+    seed: int, n_pos: int, sizes: list[int], limit: int, ignore_first: bool, data: st.DataObject
+) -> None:
+    """Values are quarters, so that sums are exact and ties are real."""
+    columns = data.draw(st.lists(st.integers(0, n_pos - 1), max_size=5))
+    ranking = Ranking(limit, ignore_first, tuple(columns))
+    acts = [(f"{n}-t", sparse(n_pos, size, seed + n)) for n, size in enumerate(sizes)]
+    block = data.draw(st.integers(1, 50))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reduce, "_block", lambda x: block)
+        found = rank_features(((reader_of(name, a.shape[1]), a) for name, a in acts), ranking)
+    expected = naive_ranking(acts, ranking)
+    assert [(row.source, row.index, list(row.values)) for row in found] == [row[:3] for row in expected]
+    for row, (_, _, values, key) in zip(found, expected, strict=True):
+        assert row.max_value == max(values)
+        assert row.max_value_index == values.index(max(values))
+        assert row.sum_values == (key if columns else 0.0)
+        assert row.dfa is None
+
+
+class TestRanking:
+    def test_negative_neurons_lose_to_the_zeroed_first_position(self) -> None:
+        x = torch.tensor([[9.0, 9.0], [-1.0, 2.0]])
+        found = rank_features([(reader_of("3", 2), x)], Ranking(2))
+        assert [(row.index, row.values, row.max_value, row.max_value_index) for row in found] == [
+            (1, (0.0, 2.0), 2.0, 1),
+            (0, (0.0, -1.0), 0.0, 0),
+        ]
+
+    def test_the_first_position_counts_when_kept(self) -> None:
+        x = torch.tensor([[9.0, 1.0], [1.0, 2.0]])
+        (first, _) = rank_features([(reader_of("3", 2), x)], Ranking(2, ignore_first=False))
+        assert (first.index, first.max_value, first.max_value_index) == (0, 9.0, 0)
+
+    def test_an_infinite_first_position_does_no_harm_when_ignored(self) -> None:
+        x = torch.tensor([[math.inf, math.nan], [1.0, 2.0]])
+        assert [row.index for row in rank_features([(reader_of("3", 2), x)], Ranking(5))] == [1, 0]
+
+    def test_duplicates_count_twice(self) -> None:
+        x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.5]])
+        once = rank_features([(reader_of("3", 2), x)], Ranking(1, token_indexes=(1, 2)))
+        twice = rank_features([(reader_of("3", 2), x)], Ranking(1, token_indexes=(1, 1, 2)))
+        assert (once[0].index, once[0].sum_values) == (1, 1.5)
+        assert (twice[0].index, twice[0].sum_values) == (0, 2.0)
+
+    def test_sources_are_taken_one_by_one(self) -> None:
+        alive: list[str] = []
+
+        def leases() -> Iterator[tuple[FeatureReader, Tensor]]:
+            for n in range(3):
+                alive.append(f"{n}-t")
+                assert len(alive) == 1
+                yield reader_of(f"{n}-t", 10), sparse(3, 10, n)
+                alive.pop()
+
+        assert len(rank_features(leases(), Ranking(30))) == 30
+
+    def test_the_ranker_may_be_fed_prompt_by_prompt(self) -> None:
+        readers = [reader_of(f"{n}-t", 30) for n in range(3)]
+        prompts = [[sparse(4, 30, 10 * p + n) for n in range(3)] for p in range(2)]
+        rankers = [FeatureRanker(Ranking(12)) for _ in prompts]
+        for n, reader in enumerate(readers):
+            for prompt, ranker in zip(prompts, rankers, strict=True):
+                ranker.add(reader, prompt[n])
+        for prompt, ranker in zip(prompts, rankers, strict=True):
+            assert ranker.result() == rank_features(zip(readers, prompt, strict=True), Ranking(12))
+
+    def test_nothing_in_nothing_out(self) -> None:
+        assert rank_features([], Ranking(5)) == ()
+        assert rank_features([(reader_of("3", 4), torch.ones(2, 4))], Ranking(0)) == ()
+
+    def test_only_blocks_are_held(self) -> None:
+        """A wide source is never encoded whole."""
+        widest = 0
+
+        @dataclass
+        class Watched:
+            source: Source
+            steerable: bool = True
+
+            def blocks(self, x: Tensor, block: int) -> Iterator[tuple[int, Tensor]]:
+                nonlocal widest
+                for first in range(0, self.source.n_features, block):
+                    part = torch.zeros(len(x), min(block, self.source.n_features - first))
+                    widest = max(widest, part.numel())
+                    yield first, part
+
+        wide = Source("0-t", "t", 0, "blocks.0.hook_resid_pre", 40 * 2**18, 4, "standard")
+        found = rank_features([(Watched(wide), torch.zeros(8, 4))], Ranking(3))  # type: ignore[list-item]
+        assert [row.index for row in found] == [0, 1, 2]
+        assert widest <= reduce.BLOCK_ELEMENTS
+
+
+@pytest.mark.usefixtures("_small_blocks")
+class TestTopFeatures:
+    @pytest.mark.parametrize("k", [1, 5, 29, 30, 500])
+    def test_equals_a_stable_sort_of_every_position(self, k: int) -> None:
+        x = sparse(6, 30, seed=4)
+        found = top_features(reader_of("3", 30), x, k)
+        for row, values in zip(found, x.tolist(), strict=True):
+            expected = sorted(range(30), key=lambda i: -values[i])[:k]
+            assert row == tuple(FeatureValue(i, values[i]) for i in expected)
+
+    def test_zero_features_give_empty_rows(self) -> None:
+        assert top_features(reader_of("3", 8), torch.ones(2, 8), 0) == ((), ())
+
+
+@pytest.mark.usefixtures("_small_blocks")
+def test_active_features_come_in_scan_order() -> None:
+    x = sparse(6, 30, seed=5)
+    x[2, 3] = -0.5
+    expected = [
+        ActiveFeature(position, index, x[position, index].item())
+        for position in range(6)
+        for index in range(30)
+        if x[position, index] != 0
+    ]
+    assert 10 < len(expected) < 120
+    assert list(active_features(reader_of("3", 30), x)) == expected
+
+
+def test_no_active_features() -> None:
+    assert active_features(reader_of("3", 4), torch.zeros(3, 4)) == ()
+
+
+def test_feature_values_are_plain_floats() -> None:
+    x = torch.tensor([[1.0, 0.1], [2.0, 0.2]], dtype=torch.float16)
+    found = feature_values(reader_of("3", 2), x, 1)
+    assert found == tuple(x[:, 1].float().tolist())
+    assert all(type(value) is float for value in found)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+class TestNotFinite:
+    def x(self, bad: float) -> Tensor:
+        x = torch.ones(3, 20)
+        x[1, 11] = bad
+        return x
+
+    def test_everything_refuses(self, bad: float) -> None:
+        x, reader = self.x(bad), reader_of("3", 20)
+        for ask in (
+            lambda: feature_values(reader, x, 11),
+            lambda: top_features(reader, x, 2),
+            lambda: active_features(reader, x),
+            lambda: rank_features([(reader, x)], Ranking(2)),
+            lambda: rank_features([(reader, x)], Ranking(2, token_indexes=(1,))),
+        ):
+            with pytest.raises(EngineFailed, match="'3' gave a value that is not finite"):
+                ask()
+        assert feature_values(reader, x, 10) == (1.0, 1.0, 1.0)
+
+    def test_attribution_refuses(self, bad: float) -> None:
+        pattern, v, column = torch.ones(2, 3, 3), torch.ones(3, 2, 2), torch.ones(4)
+        v[1, 1, 0] = bad
+        with pytest.raises(EngineFailed, match="not finite"):
+            dfa(pattern, v, column, 2)
+
+
+class TestAttribution:
+    def made(self, heads: int, kv: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """pattern [heads, 6, 6], causal and softmaxed; v [6, kv, 5]; column [heads * 5]"""
+        made = torch.Generator().manual_seed(seed)
+        scores = torch.randn(heads, 6, 6, generator=made).masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf)
+        return scores.softmax(-1), torch.randn(6, kv, 5, generator=made), torch.randn(heads * 5, generator=made)
+
+    def by_loops(self, pattern: Tensor, v: Tensor, column: Tensor, target: int) -> list[float]:
+        heads, (n_pos, kv, d_head) = len(pattern), v.shape
+        out = []
+        for s in range(n_pos):
+            total = 0.0
+            for h in range(heads):
+                shared = h // (heads // kv)
+                dot = sum(v[s, shared, d].item() * column[h * d_head + d].item() for d in range(d_head))
+                total += pattern[h, target, s].item() * dot
+            out.append(total)
+        return out
+
+    @pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 2), (6, 2), (4, 1), (1, 1)])
+    @pytest.mark.parametrize("target", [0, 3, 5])
+    def test_against_loops(self, heads: int, kv: int, target: int) -> None:
+        parts = self.made(heads, kv)
+        found = dfa(*parts, target)
+        assert found.values == pytest.approx(self.by_loops(*parts, target), abs=1e-5)
+        assert found.target_index == target
+        assert len(found.values) == 6
+        assert all(value == 0 for value in found.values[target + 1 :])
+        assert found.max_value == max(found.values)
+
+    def test_sums_to_the_activation_of_the_heads(self) -> None:
+        """Adding over source positions gives the encoder column times the mixed values at the target."""
+        pattern, v, column = self.made(6, 2, seed=3)
+        mixed = torch.einsum("hs,shd->hd", pattern[:, 4], v.repeat_interleave(3, dim=1))
+        assert sum(dfa(pattern, v, column, 4).values) == pytest.approx((mixed.flatten() @ column).item(), abs=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_is_promoted(self, dtype: torch.dtype) -> None:
+        pattern, v, column = (part.to(dtype) for part in self.made(4, 2))
+        v, column = v * 1000, column * 1000  # products past the range of float16
+        expected = self.by_loops(pattern, v, column, 5)
+        assert max(map(abs, expected)) > 65504
+        assert dfa(pattern, v, column, 5).values == pytest.approx(expected, rel=1e-5)
+
+    def test_mixed_precision_takes_the_widest(self) -> None:
+        pattern, v, column = self.made(4, 2)
+        found = dfa(pattern.double(), v.half(), column, 5)
+        expected = self.by_loops(pattern.double(), v.half(), column, 5)
+        assert found.values == pytest.approx(expected, abs=1e-12)
+
+    def test_a_column_of_another_width_is_refused(self) -> None:
+        pattern, v, column = self.made(4, 2)
+        with pytest.raises(EngineFailed, match="19 numbers.*20"):
+            dfa(pattern, v, column[:-1], 5)

@@ -1,0 +1,66 @@
+"""The application on a real port, for the tests of this folder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import uvicorn
+
+from neuronpedia_inference.runtime import Runtime
+from neuronpedia_inference.settings import Settings
+from neuronpedia_inference.web.app import create_app
+from neuronpedia_inference.web.serve import listen, url_of
+
+MODEL = "smollm2-135m-instruct"
+SOURCE = "15-res-4k"
+TEXT = "The cat sat on the mat."
+SECRET = "sésame-0x5ec2e7"
+WIDTH = 576
+BOS = "<|im_start|>"
+
+
+@dataclass(frozen=True)
+class Served:
+    url: str
+    settings: Settings
+
+    def client(self, **headers: str) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers=headers, timeout=120)
+
+
+def small_settings(**changes: Any) -> Settings:
+    """Small limits and one thread, so that a busy machine answers soon."""
+    small = {"token_limit": 48, "max_tokens": 64, "num_threads": 1, "max_results": 50, "sae_sets": "res-4k"}
+    return Settings.read(**{**small, **changes})
+
+
+@contextmanager
+def running(settings: Settings, get_runtime: Callable[[], Any]) -> Iterator[Served]:
+    """A uvicorn server in a thread of its own, on a free port."""
+    listener = listen("127.0.0.1", 0)
+    config = uvicorn.Config(create_app(settings, get_runtime), log_config=None, lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield Served(url_of(listener), settings)
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
+
+
+class Wrapped:
+    """A runtime with some methods replaced, everything else its own."""
+
+    def __init__(self, runtime: Runtime, **replaced: Any) -> None:
+        self._runtime = runtime
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runtime, name)

@@ -1,0 +1,214 @@
+"""Small seeded models of several families, and plain Hugging Face computations to compare with.
+
+Nothing here uses the library under test: hooks are written by hand on the Hugging Face modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+BOS = "<|bos|>"
+VOCAB_SIZE = 260
+_SMALL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+_GROUPED = {**_SMALL, "num_key_value_heads": 2, "head_dim": 8}
+
+CONFIGS: dict[str, Any] = {
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB_SIZE,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        attn_pdrop=0,
+        embd_pdrop=0,
+        resid_pdrop=0,
+    ),
+    "llama": LlamaConfig(**_GROUPED),
+    "gemma2": Gemma2Config(**_GROUPED, sliding_window=6, query_pre_attn_scalar=8),
+    "qwen2": Qwen2Config(**{k: v for k, v in _GROUPED.items() if k != "head_dim"}),
+    "qwen3": Qwen3Config(**_GROUPED),
+    "neox": GPTNeoXConfig(**_SMALL),
+}
+
+
+@cache
+def model(family: str) -> PreTrainedModel:
+    """A seeded random model whose layers matter: weights are large enough for hooks to change its output."""
+    torch.manual_seed(sum(map(ord, family)))
+    built = AutoModelForCausalLM.from_config(CONFIGS[family]).eval().requires_grad_(False)
+    for parameter in built.parameters():
+        if parameter.ndim >= 2:
+            parameter.mul_(5)
+    return built
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, plus BOS (0), EOS (1) and two unused ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {BOS: 0, "<|eos|>": 1, "<|x|>": 2, "<|y|>": 3}
+    vocabulary |= {symbol: place + 4 for place, symbol in enumerate(alphabet)}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=BOS, eos_token="<|eos|>")
+
+
+def save(family: str, folder: Path) -> Path:
+    """The model and tokenizer as a Hugging Face folder with safetensors."""
+    model(family).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+Edit = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a hook point is in a family's own modules, found by reading its source."""
+
+    module: Callable[[Any], nn.Module]
+    """From a block to the module."""
+    on_input: bool
+
+
+LLAMA_PLACES = {
+    "hook_resid_pre": Place(lambda block: block, True),
+    "hook_resid_post": Place(lambda block: block, False),
+    "attn.hook_z": Place(lambda block: block.self_attn.o_proj, True),
+    "hook_attn_out": Place(lambda block: block.self_attn, False),
+    "hook_mlp_out": Place(lambda block: block.mlp, False),
+}
+PLACES: dict[str, dict[str, Place]] = {
+    "llama": LLAMA_PLACES,
+    "qwen2": LLAMA_PLACES,
+    "qwen3": LLAMA_PLACES,
+    "gemma2": {
+        **LLAMA_PLACES,
+        "hook_attn_out": Place(lambda block: block.post_attention_layernorm, False),
+        "hook_mlp_out": Place(lambda block: block.post_feedforward_layernorm, False),
+    },
+    "gpt2": {
+        **LLAMA_PLACES,
+        "attn.hook_z": Place(lambda block: block.attn.c_proj, True),
+        "hook_attn_out": Place(lambda block: block.attn, False),
+    },
+    "neox": {
+        **LLAMA_PLACES,
+        "attn.hook_z": Place(lambda block: block.attention.dense, True),
+        "hook_attn_out": Place(lambda block: block.attention, False),
+    },
+}
+
+
+def with_places(places: Sequence[str]) -> list[tuple[str, str]]:
+    """Every family with every place it has; GPT-NeoX's parallel blocks have no resid_mid."""
+    return [(f, p) for f in CONFIGS for p in places if (f, p) != ("neox", "hook_resid_mid")]
+
+
+def blocks(net: Any) -> nn.ModuleList:
+    base = net.base_model
+    return base.h if hasattr(base, "h") else base.layers
+
+
+@contextmanager
+def hooked(net: PreTrainedModel, family: str, layer: int, place: str, edit: Edit):
+    """`edit` applied at a point by plain torch hooks. resid_mid is edited as the sum that it is: the skip
+    connection's part is taken from the block's input."""
+    block = blocks(net)[layer]
+    with ExitStack() as stack:
+        if place == "hook_resid_mid":
+            entry: list[Tensor] = []
+            stack.callback(_hook(block, True, lambda h: entry.append(h) or h).remove)
+            out = PLACES[family]["hook_attn_out"]
+
+            def edit_sum(attn_out: Tensor) -> Tensor:
+                mid = entry[-1] + attn_out
+                return attn_out + edit(mid) - mid
+
+            stack.callback(_hook(out.module(block), out.on_input, edit_sum).remove)
+        else:
+            at = PLACES[family][place]
+            stack.callback(_hook(at.module(block), at.on_input, edit).remove)
+        yield
+
+
+def read(net: PreTrainedModel, family: str, ids: Sequence[int], layer: int, place: str) -> Tensor:
+    """[pos, width] of one prompt on its own, no padding, no cache."""
+    seen: list[Tensor] = []
+    with torch.no_grad(), hooked(net, family, layer, place, lambda h: seen.append(h.clone()) or h):
+        net(torch.tensor([list(ids)]), use_cache=False)
+    return seen[0][0]
+
+
+def greedy(net: PreTrainedModel, ids: Sequence[int], n_tokens: int) -> list[int]:
+    """A plain greedy loop without cache; wrap it in `hooked` to steer it."""
+    tokens = list(ids)
+    with torch.no_grad():
+        for _ in range(n_tokens):
+            tokens.append(int(net(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(ids) :]
+
+
+def formula(method: str, vector: Tensor, coefficient: float) -> Edit:
+    """The three steering formulas written out with outer products, as the contract states them."""
+    unit = vector / vector.pow(2).sum().sqrt()
+    projector = torch.outer(unit, unit)
+
+    def edit(h: Tensor) -> Tensor:
+        if method == "SIMPLE_ADDITIVE":
+            return h + coefficient * vector
+        along = h @ projector
+        if method == "ORTHOGONAL_DECOMP":
+            return (h - along) + coefficient * along
+        size = h @ unit
+        return h + torch.outer((size.clamp(max=coefficient) - size).flatten(), unit).view_as(h)
+
+    return edit
+
+
+def _hook(module: nn.Module, on_input: bool, edit: Edit) -> Any:
+    if on_input:
+
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (edit(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+
+    def after(_: Any, args: Any, output: Any) -> Any:
+        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+    return module.register_forward_hook(after)

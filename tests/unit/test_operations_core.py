@@ -1,0 +1,265 @@
+"""The list of operations, and what all of them share: spelling, nulls, validation, strict mode."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import neuronpedia_inference_client
+import pytest
+from neuronpedia_inference_client import models
+from pydantic.alias_generators import to_camel
+from test_operations_fake import FakeRuntime, ask
+
+from neuronpedia_inference.errors import EngineFailed, InvalidRequest
+from neuronpedia_inference.operations import OPERATIONS, InvalidBody, by_name, render, validate
+from neuronpedia_inference.schemas.tokenize import TokenizeRequest
+
+STEER = {
+    "model": "tiny",
+    "steer_method": "SIMPLE_ADDITIVE",
+    "normalize_steering": False,
+    "types": ["STEERED", "DEFAULT"],
+    "features": [{"model": "m", "source": "1-res", "index": 3, "strength": 5}],
+    "n_completion_tokens": 8,
+    "temperature": 0,
+    "strength_multiplier": 2,
+    "freq_penalty": 0,
+    "seed": 16,
+    "n_logprobs": 2,
+}
+ALL = {
+    "model": "tiny",
+    "source_set": "att",
+    "selected_sources": [],
+    "sort_by_token_indexes": [1],
+    "ignore_bos": True,
+    "num_results": 2,
+}
+TOPK = {"model": "tiny", "source": "1-res", "top_k": 2, "ignore_bos": True}
+SINGLE = {"model": "tiny", "source": "3-att", "index": "1"}
+COSSIM = {"feature": {"model": "m", "source": "1-res", "index": 0}, "model": "m", "source": "2-res", "num_results": 2}
+BODIES: dict[str, dict[str, Any]] = {
+    "activation_single": {"prompt": "one two", **SINGLE},
+    "activation_single_batch": {"prompts": ["one two", "three"], **SINGLE},
+    "activation_all": {"prompt": "one two", **ALL},
+    "activation_all_batch": {"prompts": ["one two", "three"], **ALL},
+    "activation_topk_by_token": {"prompt": "one two", **TOPK},
+    "activation_topk_by_token_batch": {"prompts": ["one two", "three"], **TOPK},
+    "activation_source": {"prompts": ["one two"], "model": "tiny", "source": "1-res"},
+    "steer_completion": {"prompt": "one two", **STEER},
+    "steer_completion_chat": {
+        "prompt": [{"role": "user", "content": "hi"}],
+        "steer_special_tokens": True,
+        **STEER,
+    },
+    "tokenize": {"model": "tiny", "text": "one"},
+    "util_sae_vector": {"model": "tiny", "source": "1-res", "index": 1},
+    "util_sae_topk_by_decoder_cossim": COSSIM,
+    "activations": {"prompt": "one", "source_set": "res"},
+    "top_k": {"prompt": "one", "source": "1-res", "top_k": 1},
+    "steer": {"prompt": "one", "features": [], "max_new_tokens": 1, "n_logprobs": 1},
+}
+READERS: dict[str, Any] = {
+    "activation_single": models.ActivationSinglePost200Response,
+    "activation_single_batch": models.ActivationSingleBatchPost200Response,
+    "activation_all": models.ActivationAllPost200Response,
+    "activation_all_batch": models.ActivationAllBatchPost200Response,
+    "activation_topk_by_token": models.ActivationTopkByTokenPost200Response,
+    "activation_topk_by_token_batch": models.ActivationTopkByTokenBatchPost200Response,
+    "activation_source": models.ActivationSourcePost200Response,
+    "steer_completion": models.SteerCompletionPost200Response,
+    "steer_completion_chat": models.SteerCompletionChatPost200Response,
+    "tokenize": models.TokenizePost200Response,
+    "util_sae_vector": models.UtilSaeVectorPost200Response,
+    "util_sae_topk_by_decoder_cossim": models.UtilSaeTopkByDecoderCossimPost200Response,
+}
+BOTH = {"activation_single", "activation_single_batch", "tokenize"}
+ALWAYS_CAMEL = {"activation_source": {"activeFeatures"}, "util_sae_vector": {"hookName"}}
+
+
+def camel(value: Any) -> Any:
+    """A body with every key in camelCase."""
+    if isinstance(value, dict):
+        return {to_camel(key): camel(item) for key, item in value.items()}
+    return [camel(item) for item in value] if isinstance(value, list) else value
+
+
+def keys(value: Any) -> set[str]:
+    """Every key that occurs, at any depth; keys that are data (feature numbers) left out."""
+    if isinstance(value, dict):
+        found = {key for key in value if not key.isdecimal()}
+        return found.union(*map(keys, value.values()))
+    return set().union(*map(keys, value)) if isinstance(value, list) else set()
+
+
+def words(found: set[str]) -> tuple[set[str], set[str]]:
+    """Keys of several words: in snake_case, in camelCase."""
+    return {key for key in found if "_" in key}, {key for key in found if key != key.lower()}
+
+
+# The list
+
+
+def test_the_client_has_a_method_for_every_wire_operation():
+    client = {
+        name.removesuffix("_post")
+        for api in vars(neuronpedia_inference_client).values()
+        if isinstance(api, type) and api.__name__.endswith("Api")
+        for name in vars(api)
+        if name.endswith("_post") and not name.startswith("_")
+    }
+    assert client == set(READERS)
+    assert [operation.name for operation in OPERATIONS] == [*BODIES]
+
+
+def test_names_paths_and_summaries_are_there_once():
+    assert len({operation.path for operation in OPERATIONS}) == len(OPERATIONS) == len(by_name) == 15
+    for operation in OPERATIONS:
+        assert operation.path.startswith("/v1/")
+        assert operation.summary[0].isupper()
+        assert not operation.summary.endswith(".")
+    assert {o.name for o in OPERATIONS if o.stream} == {"steer_completion", "steer_completion_chat", "steer"}
+
+
+@pytest.mark.parametrize("module", ["operations", "schemas.steer"])
+def test_importing_loads_nothing_heavy(module: str):
+    heavy = ["torch", "transformers", "fastapi", "modal", "transformer_lens", "sae_lens"]
+    code = f"import sys, neuronpedia_inference.{module}; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# Spelling
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_snake_case_request_gets_what_the_client_reads(name: str):
+    answer = ask(name, BODIES[name])
+    json.dumps(answer, allow_nan=False)
+    snake, camels = words(keys(answer))
+    if name in BOTH:
+        assert {to_camel(key) for key in snake} == camels != set()
+    else:
+        assert camels == ALWAYS_CAMEL.get(name, set())
+    if name in READERS:
+        assert READERS[name].from_dict(answer) is not None
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_camel_case_request_gets_camel_case(name: str):
+    body = camel(BODIES[name])
+    answer = ask(name, body)
+    plain = ask(name, BODIES[name])
+    snake, camels = words(keys(answer))
+    if name in BOTH:
+        assert answer == plain
+    elif "steer" in name:
+        assert snake == {"top_logprobs"}
+        assert "topLogprobs" in camels
+    else:
+        assert snake == set()
+        assert camels == {to_camel(key) for key in words(keys(plain))[0]} | ALWAYS_CAMEL.get(name, set())
+
+
+@pytest.mark.parametrize(("key", "spelled"), [("prepend_bos", "snake"), ("prependBos", "camel")])
+def test_tokenize_mirrors_its_flag(key: str, spelled: str):
+    snake, camels = words(keys(ask("tokenize", {"model": "tiny", "text": "one", key: None})))
+    assert (bool(snake), bool(camels)) == (spelled == "snake", spelled == "camel")
+
+
+def test_both_spellings_hold_the_same_values():
+    answer = ask("activation_single", BODIES["activation_single"])
+    assert answer["tokens_is_special"] == answer["tokensIsSpecial"]
+    for key in ("max_value", "max_value_index", "dfa_values", "dfa_max_value", "dfa_target_index"):
+        assert answer["activation"][key] == answer["activation"][to_camel(key)]
+        assert answer["activation"][key] is not None
+
+
+def test_top_logprobs_have_both_spellings_in_a_camel_case_answer():
+    answer = ask("steer_completion", camel(BODIES["steer_completion"]))
+    [entry] = answer["outputs"][0]["logprobs"]
+    assert entry["top_logprobs"] == entry["topLogprobs"] != []
+
+
+def test_camel_case_wins_where_both_spellings_are_sent():
+    body = {**BODIES["activation_all"], "numResults": 1, "num_results": 5}
+    answer = ask("activation_all", body)
+    assert len(answer["activations"]) == 1
+    assert "maxValue" in answer["activations"][0]
+
+
+def test_unknown_keys_do_not_choose_the_spelling():
+    answer = ask("top_k", {"prompt": "one", "source": "1-res", "fooBar": 1})
+    assert words(keys(answer))[1] == set()
+
+
+def test_a_request_object_is_answered_like_its_body():
+    request = TokenizeRequest(model="tiny", text="one", prepend_bos=True)
+    assert ask("tokenize", request) == ask("tokenize", request.model_dump())  # pyright: ignore[reportArgumentType]
+
+
+# Nulls and numbers
+
+
+def test_only_steering_leaves_nulls_out():
+    single = ask("activation_single", {**BODIES["activation_single"], "source": "1-res"})
+    assert single["activation"]["dfa_values"] is None
+    assert ask("activation_all", BODIES["activation_all"])["counts"] is None
+    assert "logprobs" not in ask("steer_completion", {**BODIES["steer_completion"], "n_logprobs": 0})["outputs"][0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["activation_single", "activation_all", "activation_topk_by_token", "activations"])
+def test_a_number_that_json_cannot_say_is_our_failure(name: str, value: float):
+    with pytest.raises(EngineFailed, match="not finite"):
+        ask(name, BODIES[name], FakeRuntime(value=value))
+
+
+def test_render_needs_only_the_keys():
+    operation = by_name["tokenize"]
+    response = operation.response.model_validate({"tokens": [1], "token_strings": ["a"], "prepend_bos": False})
+    assert render(operation, ["prependBos"], response) == {"tokens": [1], "tokenStrings": ["a"], "prependBos": False}
+
+
+# Validation
+
+
+def test_bad_fields_are_named_with_their_problems():
+    body = {**BODIES["steer_completion"], "temperature": -1, "nLogprobs": 11}
+    del body["model"]
+    with pytest.raises(InvalidBody) as caught:
+        ask("steer_completion", body)
+    assert (caught.value.status, caught.value.code) == (422, "invalid_body")
+    for part in ("model: Field required", "temperature: Input should be greater than or equal to 0", "n_logprobs: "):
+        assert part in caught.value.message
+    assert {tuple(one["loc"]) for one in caught.value.detail} == {("model",), ("temperature",), ("n_logprobs",)}
+    assert all(set(one) == {"type", "loc", "msg"} for one in caught.value.detail)
+
+
+def test_large_values_are_not_echoed():
+    secret = "x" * 10_000
+    vector: list[Any] = [secret] * 1000
+    with pytest.raises(InvalidBody) as caught:
+        ask("activation_single", {"prompt": [secret], "model": secret, "vector": vector, "hook": {secret: 1}})
+    assert len(caught.value.message) < 1000
+    assert "xxx" not in caught.value.message + json.dumps(caught.value.detail)
+
+
+@pytest.mark.parametrize("body", [None, [], "text", 1, TokenizeRequest(model="m", text="t")])
+def test_a_body_must_be_an_object_of_its_operation(body: Any):
+    with pytest.raises(InvalidBody, match="needs a JSON object"):
+        validate(by_name["top_k"], body)
+
+
+# Strict mode
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_strict_mode_refuses_other_models(name: str):
+    runtime = FakeRuntime(strict_model=True)
+    assert ask(name, {**BODIES[name], "model": "org/tiny"}, runtime)
+    with pytest.raises(InvalidRequest, match="serves 'tiny', not 'other'"):
+        ask(name, {**BODIES[name], "model": "other"}, runtime)
+    assert ask(name, {**BODIES[name], "model": "other"}, FakeRuntime())

@@ -1,0 +1,281 @@
+"""An in-memory stand-in for `Runtime`, and the check that it has the real one's methods.
+
+Its numbers are a fixed formula of token, position and feature, so that every expectation can be written down.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import re
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import neuronpedia_inference
+from neuronpedia_inference.domain import (
+    ActiveFeature,
+    ChatMessage,
+    Completion,
+    Dfa,
+    FeatureActivations,
+    FeatureValue,
+    RankedFeature,
+    Ranking,
+    Sampling,
+    Source,
+    TokenLogprob,
+    Tokens,
+)
+from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownSource
+from neuronpedia_inference.operations import answer, by_name
+from neuronpedia_inference.settings import Settings
+from neuronpedia_inference.steering.plan import SteerPlan
+
+BOS = "<s>"
+SPECIAL = (BOS, "<|im_start|>", "<|im_end|>")
+PIECES = re.compile(r"<[^<>\s]+>| ?[^\s<]+|\s|<")
+N_FEATURES = 6
+AT_BOS = 900.0
+
+
+def sae(name: str, layer: int, **changes: Any) -> Source:
+    fields = {
+        "source_set": name.split("-", 1)[1],
+        "layer": layer,
+        "hook": f"blocks.{layer}.hook_resid_post",
+        "n_features": N_FEATURES,
+        "width": 4,
+        "architecture": "standard",
+    }
+    return Source(name=name, **{**fields, **changes})
+
+
+RES = (sae("1-res", 1), sae("2-res", 2), sae("12-res", 11, hook="blocks.11.hook_resid_post"))
+ATT = sae("3-att", 3, hook="blocks.3.attn.hook_z", has_dfa=True)
+
+
+class FakeRuntime:
+    """Plain Python; words are tokens."""
+
+    def __init__(
+        self,
+        *,
+        has_bos: bool = True,
+        natural_bos: bool = False,
+        sources: tuple[Source, ...] = (*RES, ATT),
+        completions: Sequence[tuple[Completion, ...]] = (),
+        template_tail: str = "<|im_start|>assistant\n",
+        value: float | None = None,
+        **settings: Any,
+    ) -> None:
+        self.settings = Settings(_env_file=None, **settings)  # pyright: ignore[reportCallIssue]  (a private argument)
+        self.model = SimpleNamespace(id="tiny", has_bos=has_bos, known_names=("tiny", "org/tiny"))
+        self.sources = sources
+        self.natural_bos = natural_bos
+        self.completions = completions
+        self.template_tail = template_tail
+        self.value = value
+        self.vocabulary: list[str] = [BOS]
+        self.calls: list[tuple[str, Any]] = []
+        self.closed = 0
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+    @property
+    def source_sets(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(source.source_set for source in self.sources))
+
+    def source(self, name: str) -> Source:
+        for source in (*self.sources, *self._neurons()):
+            if source.name == name:
+                return source
+        raise UnknownSource.named("source", name, [source.name for source in self.sources])
+
+    def source_set(self, name: str) -> tuple[Source, ...]:
+        found = tuple(s for s in (*self.sources, *self._neurons()) if s.source_set == name)
+        if not found:
+            raise UnknownSource.named("source set", name, self.source_sets)
+        return found
+
+    def _neurons(self) -> tuple[Source, ...]:
+        return tuple(
+            Source(str(layer), "neurons", layer, f"blocks.{layer}.mlp.hook_post", N_FEATURES, N_FEATURES, "neurons")
+            for layer in range(2)
+        )
+
+    def label(self, source: str, index: int) -> str | None:
+        return f"{source} means {index}" if index % 2 == 0 else None
+
+    def tokenize(self, text: str, bos: str, *, limit: int | None = None, batch: bool = False) -> Tokens:
+        limit = (limit or self.settings.token_limit) // (4 if batch else 1)
+        adds = {"once": not text.startswith(BOS), "natural": self.natural_bos, "prepend": True, "never": False}[bos]
+        tokens = self._tokens(BOS + text if adds and self.model.has_bos else text)
+        if len(tokens) > limit:
+            suffix = " for batch requests" if batch else ""
+            raise LimitExceeded(f"Text too long: {len(tokens)} tokens, max is {limit}{suffix}")
+        return tokens
+
+    def _tokens(self, text: str) -> Tokens:
+        strings = tuple(PIECES.findall(text))
+        for string in strings:
+            if string not in self.vocabulary:
+                self.vocabulary.append(string)
+        ids = tuple(self.vocabulary.index(string) for string in strings)
+        special = tuple(string in SPECIAL for string in strings)
+        return Tokens(ids, strings, special, has_bos=self.model.has_bos and ids[:1] == (0,))
+
+    def render_chat(self, messages: Sequence[ChatMessage]) -> tuple[str, Tokens]:
+        self.calls.append(("render_chat", list(messages)))
+        text = "".join(f"<|im_start|>{m.role}\n{m.content}<|im_end|>\n" for m in messages) + self.template_tail
+        return text, self._tokens(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.vocabulary[i] for i in ids)
+
+    def at(self, tokens: Tokens, position: int, feature: int) -> float:
+        """The one formula: huge on a leading BOS, else small and different everywhere, sometimes zero."""
+        if self.value is not None:
+            return self.value
+        if position == 0 and tokens.has_bos:
+            return AT_BOS + feature
+        return (position * 7 + feature * 5) % 12 / 4
+
+    def column(self, tokens: Tokens, feature: int) -> tuple[float, ...]:
+        return tuple(self.at(tokens, position, feature) for position in range(len(tokens)))
+
+    async def feature_activations(
+        self, prompts: Sequence[Tokens], source: Source, index: int, *, dfa_from: int = 0
+    ) -> list[FeatureActivations]:
+        self.calls.append(("feature_activations", (source.name, index, dfa_from)))
+        if not 0 <= index < source.n_features:
+            raise InvalidRequest(f"index {index} is out of range: {source.name} has {source.n_features} features")
+        return [self._feature(tokens, source, index, dfa_from) for tokens in prompts]
+
+    def _feature(self, tokens: Tokens, source: Source, index: int, dfa_from: int) -> FeatureActivations:
+        values = self.column(tokens, index)
+        if not source.has_dfa:
+            return FeatureActivations(values)
+        target = max(range(dfa_from, len(values)), key=lambda place: (values[place], -place))
+        shares = tuple(50.0 if place == 0 else place / 10 for place in range(len(values)))
+        return FeatureActivations(values, Dfa(shares, target))
+
+    async def projections(
+        self, prompts: Sequence[Tokens], hook: str, vector: Sequence[float]
+    ) -> list[tuple[float, ...]]:
+        self.calls.append(("projections", (hook, tuple(vector))))
+        return [self.column(tokens, 0) for tokens in prompts]
+
+    async def ranked_features(
+        self, prompts: Sequence[Tokens], sources: Sequence[Source], ranking: Ranking
+    ) -> list[tuple[RankedFeature, ...]]:
+        self.calls.append(("ranked_features", ([source.name for source in sources], ranking)))
+        return [self._ranked(tokens, sources, ranking) for tokens in prompts]
+
+    def _ranked(self, tokens: Tokens, sources: Sequence[Source], ranking: Ranking) -> tuple[RankedFeature, ...]:
+        rows = []
+        for source in sources:
+            for index in range(source.n_features):
+                found = self._feature(tokens, source, index, 0)
+                values = (0.0, *found.values[1:]) if ranking.ignore_first else found.values
+                top = max(values)
+                total = sum(values[i] for i in ranking.token_indexes)
+                rows.append(RankedFeature(source.name, index, values, top, values.index(top), total, found.dfa))
+        rows.sort(key=lambda row: -(row.sum_values if ranking.token_indexes else row.max_value))
+        return tuple(rows[: ranking.limit])
+
+    async def top_features(
+        self, prompts: Sequence[Tokens], source: Source, k: int
+    ) -> list[tuple[tuple[FeatureValue, ...], ...]]:
+        self.calls.append(("top_features", (source.name, k)))
+        return [tuple(self._top(tokens, position, k) for position in range(len(tokens))) for tokens in prompts]
+
+    def _top(self, tokens: Tokens, position: int, k: int) -> tuple[FeatureValue, ...]:
+        values = [FeatureValue(index, self.at(tokens, position, index)) for index in range(N_FEATURES)]
+        return tuple(sorted(values, key=lambda one: -one.value)[:k])
+
+    async def active_features(self, prompts: Sequence[Tokens], source: Source) -> list[tuple[ActiveFeature, ...]]:
+        return [
+            tuple(
+                ActiveFeature(position, index, self.at(tokens, position, index) + 0.00049)
+                for position in range(len(tokens))
+                for index in range(N_FEATURES)
+                if self.at(tokens, position, index)
+            )
+            for tokens in prompts
+        ]
+
+    async def encoder_column(self, source: Source, index: int) -> tuple[float, ...]:
+        return tuple(float(index + place) for place in range(source.width))
+
+    async def nearest_decoder_rows(
+        self, source: Source, query: Sequence[float] | tuple[Source, int], limit: int
+    ) -> list[FeatureValue]:
+        self.calls.append(("nearest_decoder_rows", (source.name, query, limit)))
+        return [FeatureValue(index, 1.0 - index / 10) for index in range(limit)]
+
+    def generate(
+        self, prompt: Tokens, plans: Sequence[SteerPlan | None], sampling: Sampling, *, stream: bool
+    ) -> AsyncIterator[tuple[Completion, ...]]:
+        self.calls.append(("generate", (prompt, list(plans), sampling, stream)))
+        if sampling.max_new_tokens > self.settings.max_tokens:
+            raise LimitExceeded("No room to generate")
+        steps = list(self.completions) or [tuple(_said(plan, sampling) for plan in plans)]
+        return Steps(self, steps if stream else steps[-1:])
+
+    def describe(self) -> dict[str, Any]:
+        return {"model": self.model.id}
+
+    def called(self, name: str) -> Any:
+        """Arguments of the only call of a method."""
+        [arguments] = [arguments for called, arguments in self.calls if called == name]
+        return arguments
+
+
+class Steps(AsyncIterator[tuple[Completion, ...]]):
+    """The given tuples; counts how often it was closed."""
+
+    def __init__(self, runtime: FakeRuntime, steps: Sequence[tuple[Completion, ...]]) -> None:
+        self.runtime = runtime
+        self.steps = list(steps)
+
+    async def __anext__(self) -> tuple[Completion, ...]:
+        if not self.steps:
+            raise StopAsyncIteration
+        return self.steps.pop(0)
+
+    async def aclose(self) -> None:
+        self.runtime.closed += 1
+
+
+def _said(plan: SteerPlan | None, sampling: Sampling) -> Completion:
+    text = " plain" if plan is None else " steered"
+    top = tuple((f"t{i}", -1.0 - i if i else float("-inf")) for i in range(sampling.n_logprobs))
+    logprobs = (TokenLogprob(text, -0.5, top),) if top else ()
+    return Completion(text=text, token_ids=(1,), logprobs=logprobs, finish_reason="length")
+
+
+def ask(name: str, body: dict[str, Any], runtime: Any = None) -> dict[str, Any]:
+    """The answer of an operation by name."""
+    return asyncio.run(answer(by_name[name], body, runtime or FakeRuntime()))
+
+
+def test_the_stand_in_has_every_method_of_the_real_runtime():
+    """Read from the source text, because importing it would import torch."""
+    text = (Path(neuronpedia_inference.__file__).parent / "runtime.py").read_text(encoding="utf-8")
+    [real] = [n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "Runtime"]
+    compared = 0
+    for method in real.body:
+        if not isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef) or method.name.startswith("_"):
+            continue
+        fake = getattr(FakeRuntime, method.name, None)
+        if fake is None or isinstance(fake, property):
+            continue
+        wanted = [a.arg for a in (*method.args.args, *method.args.kwonlyargs)]
+        assert list(inspect.signature(fake).parameters) == wanted, method.name
+        assert inspect.iscoroutinefunction(fake) == isinstance(method, ast.AsyncFunctionDef), method.name
+        compared += 1
+    assert compared >= 14
