@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 PIPED_WIDTH = 100
 SECRETS = ("SECRET", "SENTRY_DSN")
+# What the environment may say about other models; the demo is about the embedded one.
+OTHER_MODELS = ("override_model_id", "custom_hf_model_id", "sae_sets", "local_sae_dir", "include_sae", "exclude_sae")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -94,8 +97,7 @@ def demo(
     from neuronpedia_inference.demo import show
     from neuronpedia_inference.embedded import MODEL_ID
 
-    everything_else = dict.fromkeys(("override_model_id", "custom_hf_model_id", "sae_sets", "local_sae_dir"))
-    settings = _settings(None, model_id=MODEL_ID, device=device, **everything_else, keep_none=True)
+    settings = _settings(None, without=OTHER_MODELS, model_id=MODEL_ID, device=device)
     runtime = _load(settings)
     try:
         asyncio.run(show(_console(), runtime, n_tokens=tokens))
@@ -178,11 +180,15 @@ def operations(
 # Settings and operations
 
 
-def _settings(assignments: list[str] | None, *, keep_none: bool = False, **options: Any) -> Settings:
-    """The environment, overridden by options that were given, overridden by `--set`. Raises StartupError."""
+def _settings(assignments: list[str] | None, *, without: Sequence[str] = (), **options: Any) -> Settings:
+    """The environment, overridden by options that were given, overridden by `--set`. Raises StartupError.
+
+    without: fields that get their defaults, whatever the environment says.
+    """
     from neuronpedia_inference.settings import Settings
 
-    given = {field: value for field, value in options.items() if keep_none or value is not None}
+    given = {field: Settings.model_fields[field].get_default() for field in without}
+    given |= {field: value for field, value in options.items() if value is not None}
     for assignment in assignments or ():
         field, value = _assigned(assignment)
         given[field] = value
@@ -258,7 +264,8 @@ def _load(settings: Settings) -> Runtime:
 
     from neuronpedia_inference.observability import start_logging
 
-    start_logging(settings)
+    quiet = {} if "log_level" in settings.model_fields_set else {"log_level": "warning"}
+    start_logging(settings.model_copy(update=quiet))
     console = _console(stderr=True)
     started = time.perf_counter()
     with console.status("Starting") as status:

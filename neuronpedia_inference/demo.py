@@ -22,7 +22,7 @@ SENTENCE = "The judge told the court that the army had burned the old church."
 SOURCE = "15-res-4k"
 FEATURES_PER_TOKEN = 2
 LEVELS = " ▁▂▃▄▅▆▇█"
-BAR = 8
+BAR = 6
 # From the colour of the page to a strong orange: how strongly a feature fires.
 WARM = ((255, 237, 213), (253, 186, 116), (234, 88, 12))
 
@@ -32,7 +32,9 @@ async def show(console: Console, runtime: Runtime, *, n_tokens: int) -> None:
     top = await _ask(runtime, "top_k", prompt=SENTENCE, source=SOURCE, top_k=FEATURES_PER_TOKEN)
     console.print(top_features(top["results"][0]))
     strongest = await _ask(runtime, "activations", prompt=SENTENCE, source=SOURCE, num_results=1)
-    console.print(heat_strip(strongest["results"][0], console.width))
+    index = strongest["results"][0]["features"][0]["index"]
+    one = await _ask(runtime, "activations", prompt=SENTENCE, source=SOURCE, index=index)
+    console.print(heat_strip(one["results"][0], console.width))
     console.print(
         _heading("The same prompt, plain and steered", "a feature's direction is added while the model writes")
     )
@@ -58,11 +60,12 @@ async def _steered(runtime: Runtime, example: SteeringExample, n_tokens: int) ->
 
 def top_features(result: dict[str, Any]) -> Group:
     """A row per token: its strongest features with their labels."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column("token", style="bold", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", expand=True)
+    longest = max(cell_len(_visible(token)) for token in result["tokens"])
+    table.add_column("token", style="bold", no_wrap=True, min_width=min(longest, 16))
     for rank in ("strongest feature", "second"):
-        table.add_column(rank, ratio=1, no_wrap=True, overflow="ellipsis")
-        table.add_column("", no_wrap=True)
+        table.add_column(rank, ratio=1, no_wrap=True)
+        table.add_column("", no_wrap=True, min_width=7 + BAR)
     values = [f["activation_value"] for p in result["positions"] for f in p["top_features"]]
     most = max(values, default=1.0) or 1.0
     for position in result["positions"]:
@@ -72,15 +75,14 @@ def top_features(result: dict[str, Any]) -> Group:
 
 
 def _feature_cells(feature: dict[str, Any], most: float) -> tuple[Text, Text]:
+    """`1234 label`, and how strongly it fires."""
     value = feature["activation_value"]
     if value <= 0:
         return Text("-", style="dim"), Text("")
-    name = feature["label"] or "(no label)"
     filled = round(BAR * value / most)
-    amount = (
-        Text(f"{value:6.1f} ") + Text("█" * filled, style=_colour(value / most)) + Text("░" * (BAR - filled), "dim")
-    )
-    return Text(name) + Text(f"  #{feature['feature_index']}", style="dim"), amount
+    bar = Text("█" * filled, style=_colour(value / most)) + Text("░" * (BAR - filled), style="dim")
+    name = Text.assemble((f"{feature['feature_index']:>4} ", "dim"), feature["label"] or "no label")
+    return name, Text(f"{value:6.1f} ") + bar
 
 
 def heat_strip(result: dict[str, Any], width: int) -> Group:

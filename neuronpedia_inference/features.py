@@ -62,14 +62,16 @@ class FeatureQuestions:
     def ranked(self, prompts: Sequence[Tokens], sources: Sequence[Source], ranking: Ranking) -> CaptureWork:
         """-> list[tuple[RankedFeature, ...]], best first. One source is leased at a time."""
 
-        def one(seen: Captured) -> tuple[RankedFeature, ...]:
-            ranker = reduce.FeatureRanker(ranking)
+        def reduce_all(captured: list[Captured]) -> list[tuple[RankedFeature, ...]]:
+            rankers = [reduce.FeatureRanker(ranking) for _ in captured]
             for source in sources:
                 with self.reader(source) as reader:
-                    ranker.add(reader, seen[_point(source)])
-            return tuple(self._with_dfa(row, seen, sources) for row in ranker.result())
+                    for ranker, seen in zip(rankers, captured, strict=True):
+                        ranker.add(reader, seen[_point(source)])
+            results = zip(rankers, captured, strict=True)
+            return [tuple(self._with_dfa(row, seen, sources) for row in r.result()) for r, seen in results]
 
-        return _work(prompts, _points(sources), one)
+        return CaptureWork([prompt.ids for prompt in prompts], _points(sources), reduce_all)
 
     def top(self, prompts: Sequence[Tokens], source: Source, k: int) -> CaptureWork:
         """-> list[tuple[tuple[FeatureValue, ...], ...]]: [prompt][position][k]"""

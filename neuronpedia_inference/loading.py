@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from neuronpedia_inference import embedded
 from neuronpedia_inference.embedded.weights import model_folder
 from neuronpedia_inference.engine import weights
 from neuronpedia_inference.engine.bridge import BridgeEngine
@@ -16,7 +17,7 @@ from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import ModelInfo
 from neuronpedia_inference.engine.tokens import TextCodec
 from neuronpedia_inference.errors import StartupError, UnknownPoint
-from neuronpedia_inference.saes.catalogue import aliases, resolve
+from neuronpedia_inference.saes.catalogue import SaeCatalogue, aliases, resolve
 from neuronpedia_inference.saes.store import SaeStore
 from neuronpedia_inference.settings import Settings
 
@@ -33,6 +34,8 @@ class Loaded:
     codec: TextCodec
     store: SaeStore
     info: ModelInfo
+    labels: Mapping[str, tuple[str, ...]]
+    """Of sources whose features have been named: one label per feature, empty where there is none."""
 
 
 def load(settings: Settings, progress: Progress) -> Loaded:
@@ -61,9 +64,17 @@ def load(settings: Settings, progress: Progress) -> Loaded:
     store.load_all(progress)
     _check_sources(store, engine)
     info = engine.model_info(
-        has_bos=codec.has_bos, has_chat_template=codec.has_chat_template, known_names=_known_names(settings)
+        has_bos=codec.has_bos,
+        has_chat_template=codec.has_chat_template,
+        known_names=_known_names(settings, catalogue.model_key),
     )
-    return Loaded(engine, codec, store, info)
+    return Loaded(engine, codec, store, info, _labels(catalogue))
+
+
+def _labels(catalogue: SaeCatalogue) -> dict[str, tuple[str, ...]]:
+    """The embedded SAEs come with labels; a local SAE of the same name is another SAE and has none."""
+    ours = {embedded.sae_dir(name): name for name in embedded.SOURCES}
+    return {ours[spec.folder]: embedded.labels(ours[spec.folder]) for spec in catalogue.specs if spec.folder in ours}
 
 
 def n_threads(settings: Settings) -> int:
@@ -98,6 +109,6 @@ def _hugging_face_name(model_id: str) -> str:
     return next((name for name in aliases(model_id) if "/" in name), model_id)
 
 
-def _known_names(settings: Settings) -> tuple[str, ...]:
-    ids = (settings.model_id, settings.override_model_id, settings.custom_hf_model_id)
+def _known_names(settings: Settings, sae_model: str | None) -> tuple[str, ...]:
+    ids = (settings.model_id, settings.override_model_id, settings.custom_hf_model_id, sae_model)
     return tuple(dict.fromkeys(name for i in ids if i for name in (i, *aliases(i))))

@@ -179,11 +179,11 @@ def start_sentry(settings: Settings, *, transport: Transport | None = None) -> b
         environment=settings.sentry_environment,
         release=settings.sentry_release,
         traces_sample_rate=settings.sentry_traces_sample_rate,
-        profiles_sample_rate=settings.sentry_profiles_sample_rate,
+        profile_lifecycle="trace",
+        profile_session_sample_rate=settings.sentry_profiles_sample_rate,
         # Log lines are breadcrumbs only: the boundary reports each fault once, with its exception.
         integrations=[StarletteIntegration(), FastApiIntegration(), LoggingIntegration(event_level=None)],
         auto_enabling_integrations=False,
-        send_default_pii=False,
         include_local_variables=False,
         max_request_body_size="never",
         before_send=scrub,

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 
-from neuronpedia_inference import embedded
 from neuronpedia_inference.domain import (
     ActiveFeature,
     ChatMessage,
@@ -56,6 +55,7 @@ class Runtime:
         self._engine = loaded.engine
         self._codec = loaded.codec
         self._store = loaded.store
+        self._labels = loaded.labels
         self._questions = FeatureQuestions(loaded.store, loaded.info)
         self._steering = SteerResolver(loaded.engine, loaded.store, self.source)
         self._admission = Admission(settings.max_concurrent_requests)
@@ -114,9 +114,8 @@ class Runtime:
 
     def label(self, source: str, index: int) -> str | None:
         """What a person calls a feature, where someone or something has named it."""
-        if not self.settings.is_embedded or source not in embedded.SOURCES:
-            return None
-        return embedded.labels(source)[index] or None
+        labels = self._labels.get(source, ())
+        return (labels[index] or None) if 0 <= index < len(labels) else None
 
     # Text
 
@@ -190,7 +189,7 @@ class Runtime:
         if isinstance(query, tuple) and len(query) == 2 and isinstance(query[0], Source):
             return await self._nearest_to_feature(source, query[0], int(query[1]), limit)
         vector = cast(Sequence[float], query)
-        check_vector(vector, source.width, source.name)
+        check_vector(vector, len(vector), source.name)  # the reader knows the width of its decoder rows
 
         def run() -> list[FeatureValue]:
             return self._read(source, lambda reader: list(reader.nearest_decoder_rows(torch.tensor(vector), limit)))
@@ -266,11 +265,6 @@ class Runtime:
 
     async def _nearest_to_feature(self, source: Source, other: Source, index: int, limit: int) -> list[FeatureValue]:
         check_index(other, index)
-        if other.width != source.width:
-            raise InvalidRequest(
-                f"Features of {other.name} have width {other.width} and those of {source.name} width {source.width}: "
-                "they cannot be compared."
-            )
 
         def run() -> list[FeatureValue]:
             row = self._read(other, lambda reader: reader.decoder_row(index))

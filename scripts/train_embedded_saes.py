@@ -113,8 +113,7 @@ def evaluate(run: Run) -> None:
         "sources": evaluate(run.work, run.model, run.saes),
         "recipe": asdict(Recipe()),
         "training": {
-            source(layer): json.loads((run.work / "trained" / f"{layer}.json").read_text())
-            for layer in run.layers
+            source(layer): json.loads((run.work / "trained" / f"{layer}.json").read_text()) for layer in run.layers
         },
         "data": about_data(run.work),
     }
@@ -124,16 +123,13 @@ def evaluate(run: Run) -> None:
 def steer_search(run: Run) -> None:
     from embedded_saes import steer
 
-    labels = {layer: list(embedded.labels(source(layer))) for layer in run.layers}
-    trials: list[steer.Trial] = []
     for layer, sae in run.saes.items():
-        rows = sae.W_dec.detach()
-        norm = steer.median_norm(run.work, layer)
-        candidates = steer.screen(run.work, run.model, run.tokenizer, layer, rows, steer.SCREEN_SHARE * norm)
-        trials += steer.try_out(run.model, run.tokenizer, candidates, rows, norm)
-        print(f"steer-search: layer {layer}, {len(trials)} continuations so far", flush=True)
-    steer.save_trials(run.work, trials)
-    found = steer.examples(run.model, run.tokenizer, steer.choose(trials), run.saes, labels)
+        if not (run.work / "steer" / f"{layer}.jsonl").exists():
+            steer.search(run.work, run.model, run.tokenizer, layer, sae.W_dec.detach())
+            print(f"steer-search: layer {layer} done", flush=True)
+    chosen = steer.choose(steer.load_trials(run.work))
+    labels = {layer: list(embedded.labels(source(layer))) for layer in run.layers}
+    found = steer.examples(run.model, run.tokenizer, chosen, run.saes, labels)
     text = json.dumps(found, indent=1, ensure_ascii=False)
     embedded.STEERING_EXAMPLES.write_text(text + "\n", encoding="utf-8")
 
@@ -157,13 +153,9 @@ STAGES: dict[str, Callable[[Run], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=[*STAGES, "all"])
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder for text, activations and trained weights"
-    )
+    parser.add_argument("--work", type=Path, required=True, help="folder for text, activations and trained weights")
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 15, 20], choices=[10, 15, 20])
     args = parser.parse_args()
     run = Run(args.work, tuple(args.layers))

@@ -29,7 +29,7 @@ from transformers import (
 
 BOS = "<|bos|>"
 VOCAB_SIZE = 260
-_SMALL = {
+_SMALL: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -39,7 +39,7 @@ _SMALL = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
-_GROUPED = {**_SMALL, "num_key_value_heads": 2, "head_dim": 8}
+_GROUPED: dict[str, Any] = {**_SMALL, "num_key_value_heads": 2, "head_dim": 8}
 
 CONFIGS: dict[str, Any] = {
     "gpt2": GPT2Config(

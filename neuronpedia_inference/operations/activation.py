@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from neuronpedia_inference.domain import (
     ActiveFeature,
@@ -45,31 +45,36 @@ INDEX = re.compile(r"[0-9]{1,18}", re.ASCII)
 
 
 async def activation_single(request: ActivationSingleRequest, rt: Runtime) -> ActivationSingleResponse:
+    """As the batch form, for one prompt of full length."""
     [result] = await _single(request, [request.prompt], rt)
     return result
 
 
 async def activation_single_batch(request: ActivationSingleBatchRequest, rt: Runtime) -> ActivationSingleBatchResponse:
+    """One result per prompt. Raises InvalidRequest (pair rule, index, empty prompt), UnknownSource, LimitExceeded."""
     return ActivationSingleBatchResponse(results=await _single(request, request.prompts, rt))
 
 
 async def activation_all(request: ActivationAllRequest, rt: Runtime) -> ActivationAllResponse:
+    """As the batch form, for one prompt of full length."""
     [result] = await _all(request, [request.prompt], rt)
     return result
 
 
 async def activation_all_batch(request: ActivationAllBatchRequest, rt: Runtime) -> ActivationAllBatchResponse:
+    """One ranking per prompt. Raises InvalidRequest (sort positions), UnknownSource (set, members), LimitExceeded."""
     return ActivationAllBatchResponse(results=await _all(request, request.prompts, rt))
 
 
 async def activation_source(request: ActivationSourceRequest, rt: Runtime) -> ActivationSourceResponse:
+    """Everything that fires, per prompt. Raises UnknownSource, LimitExceeded."""
     check_model(request.model, rt)
     source = rt.source(request.source)
     prompts = tokenize_prompts(rt, request.prompts, "once")
     found = await rt.active_features(prompts, source)
     return ActivationSourceResponse(
         results=[
-            ActivationSourceResult(tokens=list(tokens.strings), active_features=_by_feature(tokens, active))
+            ActivationSourceResult(tokens=list(tokens.strings), activeFeatures=_by_feature(tokens, active))
             for tokens, active in zip(prompts, found, strict=True)
         ]
     )
@@ -129,7 +134,7 @@ def _result(tokens: Tokens, found: FeatureActivations, start: int) -> Activation
     )
 
 
-def _dfa(dfa: Dfa | None, start: int = 0) -> dict:
+def _dfa(dfa: Dfa | None, start: int = 0) -> dict[str, Any]:
     """Attribution from position `start` on, as the wire's three fields; the maximum is of what remains."""
     if dfa is None:
         return {}
@@ -241,5 +246,4 @@ ACTIVATION_SOURCE = Operation(
     response=ActivationSourceResponse,
     summary="Every feature of a source that fires, with its positions and activations",
     run=activation_source,
-    casing="camel",
 )

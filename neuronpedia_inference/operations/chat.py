@@ -46,8 +46,9 @@ def _strip_blocks(text: str) -> str:
     at = 0
     while (start := text.find(OPEN, at)) >= 0 and (end := text.find(CLOSE, start)) >= 0:
         parts.append(text[at:start])
-        rest = text[end + len(CLOSE) :]
-        at = len(text) - len(rest.lstrip())
+        at = end + len(CLOSE)
+        while text[at : at + 1].isspace():
+            at += 1
     return "".join([*parts, text[at:]])
 
 

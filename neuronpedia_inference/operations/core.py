@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 from pydantic.alias_generators import to_camel
@@ -18,7 +18,7 @@ from neuronpedia_inference.operations.activation import (
     ACTIVATION_SOURCE,
 )
 from neuronpedia_inference.operations.friendly import ACTIVATIONS, STEER, TOP_K
-from neuronpedia_inference.operations.operation import Casing, Events, Operation
+from neuronpedia_inference.operations.operation import Events, Operation
 from neuronpedia_inference.operations.steer import STEER_COMPLETION, STEER_COMPLETION_CHAT
 from neuronpedia_inference.operations.tokenize import TOKENIZE
 from neuronpedia_inference.operations.top_k import ACTIVATION_TOPK_BY_TOKEN, ACTIVATION_TOPK_BY_TOKEN_BATCH
@@ -70,6 +70,9 @@ class InvalidBody(InvalidRequest):
 
     code = "invalid_body"
     status = 422
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def detail(self) -> list[dict[str, Any]]:
@@ -136,7 +139,7 @@ def _keys(body: Body) -> Iterable[str]:
     return body.model_fields_set if isinstance(body, Wire) else body.keys()
 
 
-def _casing(operation: Operation[Any], request_keys: Iterable[str]) -> Casing:
+def _casing(operation: Operation[Any], request_keys: Iterable[str]) -> Literal["snake", "camel", "both"]:
     """The request's own spelling where one of its fields has two words; else the operation's."""
     keys = set(request_keys)
     names = [name for name in operation.request.model_fields if to_camel(name) != name]

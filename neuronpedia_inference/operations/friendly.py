@@ -49,12 +49,14 @@ if TYPE_CHECKING:
 
 
 async def activations(request: ActivationsRequest, rt: Runtime) -> ActivationsResponse:
+    """Raises InvalidRequest where source or set must be named, and what activation/all or /single raise."""
     if request.index is None:
         return await _strongest(request, rt)
     return await _one_feature(request, request.index, rt)
 
 
 async def top_k(request: TopKRequest, rt: Runtime) -> TopKResponse:
+    """Raises InvalidRequest where the source must be named, and what activation/topk-by-token raises."""
     source = _choose_source(request.source, rt.sources)
     wire = ActivationTopkByTokenBatchRequest(
         prompts=_prompts(request.prompt),
@@ -77,6 +79,7 @@ async def top_k(request: TopKRequest, rt: Runtime) -> TopKResponse:
 
 
 async def steer(request: SteerRequest, rt: Runtime) -> SteerResponse:
+    """Raises what steer/completion and steer/completion-chat raise."""
     wire = _steer_wire(request, rt)
     if isinstance(wire, SteerCompletionRequest):
         return _from_texts(await steer_completion(wire, rt))
@@ -84,6 +87,7 @@ async def steer(request: SteerRequest, rt: Runtime) -> SteerResponse:
 
 
 async def steer_events(request: SteerRequest, rt: Runtime) -> AsyncIterator[SteerResponse]:
+    """As `steer`, growing token by token."""
     wire = _steer_wire(request, rt)
     if isinstance(wire, SteerCompletionRequest):
         return Events(await steer_completion_events(wire, rt), _from_texts)

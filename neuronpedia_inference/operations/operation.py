@@ -15,8 +15,6 @@ Req = TypeVar("Req", bound=Wire)
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-Casing = Literal["snake", "camel", "both"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Operation(Generic[Req]):
@@ -32,7 +30,7 @@ class Operation(Generic[Req]):
     """Answers once; raises `InferenceError`."""
     stream: Callable[[Req, Runtime], Awaitable[AsyncIterator[Wire]]] | None = None
     """Answers in cumulative events. Raises every 4xx when awaited, before it returns the iterator."""
-    casing: Casing = "snake"
+    casing: Literal["snake", "both"] = "snake"
     """Spelling of the answer when the request's keys do not show one."""
     omits_null: bool = False
     """Leave unset optional fields out of the answer instead of sending null."""

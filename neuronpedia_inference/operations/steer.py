@@ -34,22 +34,26 @@ NO_PROBABILITY = -100.0
 
 
 async def steer_completion(request: SteerCompletionRequest, rt: Runtime) -> SteerCompletionResponse:
+    """Generated text per type, in request order. Raises InvalidRequest, UnknownSource, LimitExceeded."""
     return await last(_complete(request, rt, stream=False))
 
 
 async def steer_completion_events(
     request: SteerCompletionRequest, rt: Runtime
 ) -> AsyncIterator[SteerCompletionResponse]:
+    """As `steer_completion`, growing token by token."""
     return _complete(request, rt, stream=True)
 
 
 async def steer_completion_chat(request: SteerCompletionChatRequest, rt: Runtime) -> SteerCompletionChatResponse:
+    """Answered chat per type, in request order. Raises InvalidRequest, UnknownSource, LimitExceeded."""
     return await last(_complete_chat(request, rt, stream=False))
 
 
 async def steer_completion_chat_events(
     request: SteerCompletionChatRequest, rt: Runtime
 ) -> AsyncIterator[SteerCompletionChatResponse]:
+    """As `steer_completion_chat`, growing token by token."""
     return _complete_chat(request, rt, stream=True)
 
 

@@ -25,6 +25,7 @@ DEFAULT_TOP_K = 5
 
 
 async def activation_topk_by_token(request: ActivationTopkByTokenRequest, rt: Runtime) -> ActivationTopkByTokenResponse:
+    """As the batch form, for one prompt of full length."""
     [result] = await _top_k(request, [request.prompt], rt)
     return result
 
@@ -32,6 +33,7 @@ async def activation_topk_by_token(request: ActivationTopkByTokenRequest, rt: Ru
 async def activation_topk_by_token_batch(
     request: ActivationTopkByTokenBatchRequest, rt: Runtime
 ) -> ActivationTopkByTokenBatchResponse:
+    """The strongest features per token, per prompt. Raises UnknownSource, LimitExceeded."""
     return ActivationTopkByTokenBatchResponse(results=await _top_k(request, request.prompts, rt))
 
 

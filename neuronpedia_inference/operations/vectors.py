@@ -25,10 +25,11 @@ QUERY_RULE = "Invalid request data: exactly one of feature or vector must be pro
 
 
 async def util_sae_vector(request: UtilSaeVectorRequest, rt: Runtime) -> UtilSaeVectorResponse:
+    """The encoder column. Raises UnknownSource, and InvalidRequest for neurons or an index out of range."""
     check_model(request.model, rt)
     source = _sae(request.source, rt)
     column = await rt.encoder_column(source, request.index)
-    return UtilSaeVectorResponse(vector=list(column), hook_name=source.hook)
+    return UtilSaeVectorResponse(vector=list(column), hookName=source.hook)
 
 
 async def util_sae_topk_by_decoder_cossim(
@@ -71,7 +72,6 @@ UTIL_SAE_VECTOR = Operation(
     response=UtilSaeVectorResponse,
     summary="The encoder column of a feature and the hook it reads",
     run=util_sae_vector,
-    casing="camel",
 )
 UTIL_SAE_TOPK_BY_DECODER_COSSIM = Operation(
     name="util_sae_topk_by_decoder_cossim",

@@ -74,7 +74,7 @@ class LoadedSae:
         """`module`: the SAELens object; untyped because its classes are imported only while one is loaded."""
         self.source = source
         self.module = module
-        self.steerable = not source.architecture.endswith("transcoder")
+        self.steerable = not source.is_transcoder
         self._by_column = _BY_COLUMN.get(source.architecture) if isinstance(module.activation_fn, nn.ReLU) else None
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import Condition
 from typing import Protocol
 
@@ -114,13 +114,10 @@ class SaeStore:
 
     def _fill(self, name: str, *, leases: int) -> FeatureReader:
         """Load into the place that is held for `name` and lease it, or give the place up."""
-        try:
+        with ExitStack() as on_failure:
+            on_failure.callback(self._give_up, name)
             reader = self._load(self._specs[name], dtype=self._dtype, device=self._device)
-        except BaseException:
-            with self._changed:
-                del self._resident[name]
-                self._changed.notify_all()
-            raise
+            on_failure.pop_all()
         with self._changed:
             self._resident[name] = reader
             self._sources[name] = reader.source
@@ -129,13 +126,18 @@ class SaeStore:
             self._changed.notify_all()
         return reader
 
+    def _give_up(self, name: str) -> None:
+        with self._changed:
+            del self._resident[name]
+            self._changed.notify_all()
+
     def _is_loading(self, name: str) -> bool:
         return name in self._resident and self._resident[name] is None
 
     def _make_room(self) -> None:
         """Evict until one place is free; the lock is held. Raises Overloaded when all are leased."""
         while len(self._resident) >= self._max_loaded:
-            idle = next((n for n, reader in self._resident.items() if reader and not self._leases[n]), None)
+            idle = next((n for n, reader in self._resident.items() if reader is not None and not self._leases[n]), None)
             if idle is None:
                 raise Overloaded(
                     f"All {self._max_loaded} places for SAEs are in use; try again, or raise MAX_LOADED_SAES."

@@ -35,11 +35,13 @@ class Ticket:
             self._on_event(event)
 
     def resolve(self, result: Any) -> None:
-        if self.future.set_running_or_notify_cancel():
+        """No effect on a ticket that has ended."""
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_result(result)
 
     def fail(self, error: BaseException) -> None:
-        if self.future.set_running_or_notify_cancel():
+        """No effect on a ticket that has ended."""
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
 
     def abandon(self) -> None:

@@ -33,6 +33,7 @@ class Worker:
         self._max_wait_s = max_wait_s
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._waiting: list[Job] = []
+        self._in_hand: list[Job] = []
         self._running: dict[int, tuple[Job, Generation]] = {}
         self._ids = itertools.count()
         self._closing = False
@@ -103,12 +104,12 @@ class Worker:
         for job in tick.expired:
             job.ticket.fail(Overloaded(f"Waited {self._max_wait_s:g} s for a turn, the most allowed. Try again soon."))
             self.counts["expired"] += 1
-        begun = (tick.run, tick.prefill)
-        gone = {job.id for job in (*tick.cancelled, *tick.expired, *begun) if job is not None}
+        self._in_hand = [job for job in (tick.run, tick.prefill) if job is not None]
+        gone = {job.id for job in (*tick.cancelled, *tick.expired, *self._in_hand)}
         self._waiting = [job for job in self._waiting if job.id not in gone]
-        for job in (tick.run, tick.prefill, *tick.decode):
-            if job is not None:
-                self._attempt(job)
+        for job in (*self._in_hand, *tick.decode):
+            self._attempt(job)
+        self._in_hand = []
 
     def _attempt(self, job: Job) -> None:
         """The job's next piece of work; whatever goes wrong ends this job and no other."""
@@ -160,7 +161,7 @@ class Worker:
             job = self._inbox.get()
             if job is not None:
                 self._waiting.append(job)
-        for job in (*self._waiting, *(job for job, _ in self._running.values())):
+        for job in (*self._in_hand, *self._waiting, *(job for job, _ in self._running.values())):
             job.ticket.fail(NotReady("The server stopped before it could answer. Try again soon."))
         self._waiting.clear()
         self._running.clear()

@@ -7,13 +7,12 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from neuronpedia_inference.schemas.common import (
-    DfaFields,
     ModelName,
     Name,
     NumResults,
-    Prompt,
-    Prompts,
+    OnePrompt,
     Reply,
+    SeveralPrompts,
     SourceName,
     SourceSetName,
     TopK,
@@ -45,10 +44,8 @@ class FeatureOrVector(Wire):
     )
 
 
-class ActivationSingleRequest(FeatureOrVector):
+class ActivationSingleRequest(FeatureOrVector, OnePrompt):
     """One feature, or one custom vector, over one prompt."""
-
-    prompt: Prompt
 
     model_config = ConfigDict(
         json_schema_extra=examples(
@@ -63,22 +60,35 @@ class ActivationSingleRequest(FeatureOrVector):
     )
 
 
-class ActivationSingleBatchRequest(FeatureOrVector):
+class ActivationSingleBatchRequest(FeatureOrVector, SeveralPrompts):
     """One feature, or one custom vector, over several prompts."""
-
-    prompts: Prompts
 
     model_config = ConfigDict(
         json_schema_extra=examples({"prompts": _TEXTS, "model": _MODEL, "source": "15-res-4k", "index": "42"})
     )
 
 
-class ActivationValues(DfaFields):
-    """Activations of one feature."""
+class ActivationValues(Reply):
+    """Activations of one feature. Attribution tells which earlier tokens an attention feature's peak came from."""
 
     values: list[float] = Field(description="Activation at each token of `tokens`.")
     max_value: float = Field(description="Largest of `values`.")
     max_value_index: int = Field(description="First position of `max_value` in `values`.")
+    dfa_values: list[float] | None = Field(
+        default=None, description="Attribution of each token; null unless the source is an attention-output SAE."
+    )
+    dfa_target_index: int | None = Field(
+        default=None,
+        description="Position in `values` that is explained: where the feature fires most.",
+    )
+    dfa_max_value: float | None = Field(default=None, description="Largest of `dfa_values`.")
+
+
+class FeatureId(Reply):
+    """Which feature."""
+
+    source: SourceName
+    index: int = Field(description="Index of the feature in its source.")
 
 
 class ActivationSingleResponse(Reply):
@@ -110,10 +120,8 @@ class RankingFields(Wire):
     num_results: NumResults = 25
 
 
-class ActivationAllRequest(RankingFields):
+class ActivationAllRequest(RankingFields, OnePrompt):
     """The features of a source set that fire most on one prompt."""
-
-    prompt: Prompt
 
     model_config = ConfigDict(
         json_schema_extra=examples(
@@ -130,10 +138,8 @@ class ActivationAllRequest(RankingFields):
     )
 
 
-class ActivationAllBatchRequest(RankingFields):
+class ActivationAllBatchRequest(RankingFields, SeveralPrompts):
     """The features of a source set that fire most, for several prompts."""
-
-    prompts: Prompts
 
     model_config = ConfigDict(
         json_schema_extra=examples(
@@ -150,14 +156,9 @@ class ActivationAllBatchRequest(RankingFields):
     )
 
 
-class ActivationAllFeature(DfaFields):
+class ActivationAllFeature(ActivationValues, FeatureId):
     """One feature that fires on the prompt."""
 
-    source: SourceName
-    index: int = Field(description="Index of the feature in its source.")
-    values: list[float] = Field(description="Activation at each token of `tokens`.")
-    max_value: float = Field(description="Largest of `values`.")
-    max_value_index: int = Field(description="First position of `max_value` in `values`.")
     sum_values: float | None = Field(
         default=None, description="Sum over `sort_by_token_indexes`; 0 when the ranking is by the maximum."
     )
@@ -186,10 +187,8 @@ class TopkFields(Wire):
     ignore_bos: bool = Field(description="Leave a leading BOS token out of the answer.")
 
 
-class ActivationTopkByTokenRequest(TopkFields):
+class ActivationTopkByTokenRequest(TopkFields, OnePrompt):
     """The strongest features at each token of one prompt."""
-
-    prompt: Prompt
 
     model_config = ConfigDict(
         json_schema_extra=examples(
@@ -198,10 +197,8 @@ class ActivationTopkByTokenRequest(TopkFields):
     )
 
 
-class ActivationTopkByTokenBatchRequest(TopkFields):
+class ActivationTopkByTokenBatchRequest(TopkFields, SeveralPrompts):
     """The strongest features at each token of several prompts."""
-
-    prompts: Prompts
 
     model_config = ConfigDict(
         json_schema_extra=examples(
@@ -244,10 +241,9 @@ class ActivationTopkByTokenBatchResponse(Reply):
     results: list[ActivationTopkByTokenResponse] = Field(description="One entry per prompt.")
 
 
-class ActivationSourceRequest(Wire):
+class ActivationSourceRequest(SeveralPrompts):
     """Every feature of a source that fires."""
 
-    prompts: Prompts
     model: ModelName
     source: SourceName
 
@@ -258,7 +254,8 @@ class ActivationSourceResult(Reply):
     """What fires on one prompt."""
 
     tokens: TokenStrings
-    active_features: dict[str, list[tuple[int, float]]] | None = Field(
+    # camelCase in every spelling of the wire
+    activeFeatures: dict[str, list[tuple[int, float]]] | None = Field(
         default=None,
         description="Feature index → [token position, activation] pairs, in order of first firing. Positions "
         "count BOS, which itself is skipped; activations have 3 decimals.",
@@ -298,15 +295,10 @@ class ActivationsRequest(Wire):
     )
 
 
-class LabelledFeature(DfaFields):
+class LabelledFeature(ActivationValues, FeatureId):
     """A feature that fires, with its label where one is known."""
 
-    source: SourceName
-    index: int = Field(description="Index of the feature in its source.")
     label: str | None = Field(default=None, description="What the feature stands for; null if unknown.")
-    values: list[float] = Field(description="Activation at each token of `tokens`.")
-    max_value: float = Field(description="Largest of `values`.")
-    max_value_index: int = Field(description="First position of `max_value` in `values`.")
 
 
 class ActivationsResult(Reply):

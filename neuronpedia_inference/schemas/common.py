@@ -82,14 +82,6 @@ ModelName = Annotated[
         description="Name of the model. One server holds one model, so this is checked only in strict mode.",
     ),
 ]
-Prompt = Annotated[str, Field(description="Text to run through the model.")]
-Prompts = Annotated[
-    list[str],
-    Field(
-        description="1 to 4 texts to run through the model. With more than one, each may be a quarter as "
-        "long as a single text.",
-    ),
-]
 SourceName = Annotated[
     Name,
     Field(
@@ -117,17 +109,19 @@ Seed = Annotated[
 """Any JSON number; fractions are cut off."""
 
 
-class DfaFields(Reply):
-    """Direct feature attribution: which earlier tokens an attention feature's top activation came from."""
+class OnePrompt(Wire):
+    """The prompt of a request."""
 
-    dfa_values: list[float] | None = Field(
-        default=None, description="Attribution of each token; null unless the source is an attention-output SAE."
+    prompt: str = Field(description="Text to run through the model.")
+
+
+class SeveralPrompts(Wire):
+    """The prompts of a batch request."""
+
+    prompts: list[str] = Field(
+        description="1 to 4 texts to run through the model. With more than one, each may be a quarter as long as a "
+        "single text."
     )
-    dfa_target_index: int | None = Field(
-        default=None,
-        description="Position in `values` that is explained: where the feature fires most.",
-    )
-    dfa_max_value: float | None = Field(default=None, description="Largest of `dfa_values`.")
 
 
 class NPFeature(Wire):

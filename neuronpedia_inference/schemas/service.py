@@ -14,13 +14,10 @@ class Health(BaseModel):
 
 
 class Ready(BaseModel):
-    """Whether requests are served now; 200 when `ready`, else 503."""
+    """The model is loaded and answers; until then the answer is an error with status 503."""
 
-    status: Literal["ready", "loading", "failed"] = Field(
-        description="`loading` until the model can answer, `failed` when it never will."
-    )
-    model: str | None = Field(default=None, description="The model served; null until it is loaded.")
-    progress: str | None = Field(default=None, description="What loading is busy with; null when done.")
+    status: Literal["ready"] = Field(default="ready", description="Always `ready`.")
+    model: str = Field(description="The model served.")
 
 
 class Capabilities(RootModel[dict[str, Any]]):

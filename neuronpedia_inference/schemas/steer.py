@@ -10,7 +10,7 @@ from neuronpedia_inference.schemas.common import (
     EchoedText,
     ModelName,
     Name,
-    Prompt,
+    OnePrompt,
     Reply,
     Seed,
     SourceName,
@@ -114,10 +114,8 @@ class SteerFields(Wire):
     n_logprobs: NLogprobs = 0
 
 
-class SteerCompletionRequest(SteerFields):
+class SteerCompletionRequest(SteerFields, OnePrompt):
     """Continue a text, steered."""
-
-    prompt: Prompt
 
     model_config = ConfigDict(json_schema_extra=examples({"prompt": "I think that", **_COMPLETION}))
 

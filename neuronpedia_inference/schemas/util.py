@@ -33,7 +33,8 @@ class UtilSaeVectorResponse(Reply):
     """A feature's encoder column (not its decoder row), scaled as the activations are."""
 
     vector: list[float] = Field(description="The encoder column, as wide as the hook; not of unit length.")
-    hook_name: str = Field(description='Hook that the SAE reads, such as "blocks.15.hook_resid_post".')
+    # camelCase in every spelling of the wire
+    hookName: str = Field(description='Hook that the SAE reads, such as "blocks.15.hook_resid_post".')
 
 
 class UtilSaeTopkByDecoderCossimRequest(Wire):

@@ -11,8 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from neuronpedia_inference.errors import Unavailable
-from neuronpedia_inference.observability import bound_request_id, new_request_id, report
+from neuronpedia_inference.observability import bound_request_id, is_reported, new_request_id, report
 from neuronpedia_inference.web.answers import Problem, error_response, problem_of
 from neuronpedia_inference.web.sse import EVENT_STREAM, ClientLeft, error_event
 
@@ -113,6 +112,6 @@ class Boundary:
 def note_problem(scope: Scope, problem: Problem, exc: Exception) -> None:
     """Into the log: a code for what the caller did wrong, a traceback for what we did."""
     scope[ERROR_CODE] = problem.code
-    if problem.status >= 500 and not isinstance(exc, Unavailable):
+    if is_reported(exc):
         log.error("request failed", exc_info=exc, extra={"code": problem.code})
     report(exc)

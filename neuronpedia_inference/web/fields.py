@@ -26,8 +26,8 @@ def fields_of(model: type[Wire]) -> list[FieldRow]:
 
 def example_of(model: type[Wire]) -> dict[str, Any]:
     """The model's first example, in snake_case; empty if it has none."""
-    examples = model.model_json_schema(by_alias=False).get("examples", [])
-    return examples[0] if examples else {}
+    examples = model.model_json_schema(by_alias=False).get("examples", [{}])
+    return {name: examples[0][name] for name in model.model_fields if name in examples[0]}
 
 
 def _rows(schema: dict[str, Any], known: dict[str, Any], prefix: str) -> list[FieldRow]:

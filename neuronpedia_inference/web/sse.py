@@ -44,18 +44,19 @@ class EventStream(Response):
         self._answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await while_connected(receive, self._send_events(send))
+        # Closed here and not by the task that sends: a task cancelled before its first step would close nothing.
+        async with aclosing(self._answers):
+            await while_connected(receive, self._send_events(send))
 
     async def _send_events(self, send: Send) -> None:
         """Headers leave with the first event, so that a failure before it has its own status."""
-        async with aclosing(self._answers) as answers:
-            is_first = True
-            async for answer in answers:
-                body = event(answer)
-                if is_first:
-                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-                is_first = False
+        is_first = True
+        async for answer in self._answers:
+            body = event(answer)
+            if is_first:
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            is_first = False
         if is_first:
             raise EngineFailed("The stream ended without an event")
         await send({"type": "http.response.body", "body": b"", "more_body": False})

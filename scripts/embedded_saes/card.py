@@ -78,17 +78,14 @@ def render(metrics: dict[str, Any]) -> str:
 def numbers_table(sources: dict[str, dict[str, float]]) -> str:
     """One row per source with every number of the bars."""
     header = ["source", *(title for title, _, _ in _COLUMNS)]
-    rows = [
-        [f"`{name}`", *(form.format(row[key]) for _, key, form in _COLUMNS)] for name, row in sources.items()
-    ]
+    rows = [[f"`{name}`", *(form.format(row[key]) for _, key, form in _COLUMNS)] for name, row in sources.items()]
     return table(header, rows)
 
 
 def data_table(data: list[dict[str, Any]]) -> str:
     header = ["text", "package", "licence", "training tokens", "held-out tokens"]
     rows = [
-        [r["title"], r["package"], r["licence"], f"{r['train_tokens']:,}", f"{r['held_out_tokens']:,}"]
-        for r in data
+        [r["title"], r["package"], r["licence"], f"{r['train_tokens']:,}", f"{r['held_out_tokens']:,}"] for r in data
     ]
     return table(header, rows)
 
@@ -114,9 +111,7 @@ def label_samples(every: int = 371) -> str:
     lines: list[str] = []
     for source in embedded.SOURCES:
         names = embedded.labels(source)
-        shown = "; ".join(
-            f"{index}: *{names[index] or 'never fires'}*" for index in range(7, len(names), every)
-        )
+        shown = "; ".join(f"{index}: *{names[index] or 'never fires'}*" for index in range(7, len(names), every))
         lines.append(f"- `{source}`: {shown}")
     return "\n".join(lines)
 

@@ -87,6 +87,6 @@ def collect(work: Path, model: Any, parts: tuple[str, ...] = ()) -> None:
         progress.write_text(json.dumps({"contexts": len(contexts.tokens)}))
 
 
-def _open(path: Path, rows: int) -> np.ndarray:
+def _open(path: Path, rows: int) -> np.memmap:
     mode = "r+" if path.exists() else "w+"
     return np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=(rows, D_MODEL))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,9 @@ def export(work: Path, layer: int, recipe: Recipe, target: Path) -> None:
     threshold = calibrate(work, layer, state, recipe)
     state["threshold"] = torch.full((D_SAE,), threshold)
     target.mkdir(parents=True, exist_ok=True)
-    save_file(state, target / "sae_weights.safetensors")
+    weights = target / "sae_weights.safetensors"
+    save_file(state, weights)
+    weights.chmod(0o644)
     text = json.dumps(config(layer, recipe, float(trained["sink_norm"])), indent=1)
     (target / "cfg.json").write_text(text + "\n", encoding="utf-8")
     print(f"layer {layer}: threshold {threshold:.3f}", flush=True)
@@ -76,5 +79,7 @@ def config(layer: int, recipe: Recipe, sink_norm: float) -> dict[str, object]:
             "excluded_positions": f"position 0, and norms above {sink_norm:.1f}",
             "sink_norm": round(sink_norm, 1),
             "training_k": recipe.k,
+            # Without its version SAELens takes the file for an old one and drops the metadata.
+            "sae_lens_version": version("sae-lens"),
         },
     }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,8 @@ from .words import STOPWORDS, Corpus, readable, stem
 MAX_CHARS = 40
 WORDS_BEFORE, WORDS_AFTER = 14, 5
 SAME_WORD, SAME_NEIGHBOUR, SAME_PIECE, AT_START = 0.5, 0.6, 0.6, 0.6
-MIN_CONTEXTS = 3
-RARE = 0.06
+MIN_CONTEXTS, MIN_LIFT, COMMON, SMOOTHING, MIXED = 2, 3.0, 0.1, 6, 0.35
+ALIKE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,43 +82,72 @@ def label(found: list[Firing], corpus: Corpus) -> str:
     """What is common to the firings: a place, a word, a piece of words, a neighbouring word, else a topic."""
     if not found:
         return ""
-    topic = [word for word, _ in topic_words(found, corpus)]
+    topic = topic_words(found, corpus)
+    words = [word.text for word in topic]
     head = _place(found) or _common_word(found) or _common_piece(found) or _neighbour(found)
-    if head is None:
-        return _fit(topic[0], topic[1:]) if topic else _fit(_most(f.word for f in found)[0], [])
-    word = head.strip("-“”").removeprefix("after “").removeprefix("before “")
-    return _fit(head, [other for other in topic if stem(other) != stem(word)])
+    if head is not None:
+        return _fit(head, _unlike(re.split(r"[^\w]+", head), words))
+    if not topic:
+        return _fit("mixed", _unlike([], [firing.word for firing in found]))
+    if len(set().union(*(word.firings for word in topic[:3]))) < MIXED * len(found):
+        return _fit("mixed", _unlike([], words))
+    return _fit(words[0], _unlike(words[:1], words[1:]))
 
 
-def topic_words(found: list[Firing], corpus: Corpus) -> list[tuple[str, float]]:
-    """Telling words of the firings, best first: weighted by activation, nearness and rarity, one per stem."""
-    scores: Counter[str] = Counter()
-    contexts: dict[str, set[int]] = {}
+@dataclass(frozen=True, slots=True)
+class TopicWord:
+    """A telling word and the (context, position) of the firings that have a form of it nearby."""
+
+    text: str
+    score: float
+    firings: set[tuple[int, int]]
+
+
+def topic_words(found: list[Firing], corpus: Corpus) -> list[TopicWord]:
+    """Telling words of the firings, best first, one per stem.
+
+    A word counts by activation and nearness, times the logarithm of how much commoner it is there.
+    """
+    scores: defaultdict[str, float] = defaultdict(float)
+    seen: dict[str, set[tuple[int, int]]] = defaultdict(set)
+    forms: dict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     for firing in found:
         for word, nearness in _nearby(firing).items():
-            scores[word] += firing.weight * nearness
-            contexts.setdefault(word, set()).add(firing.context)
-    total = len(corpus.tokens)
-    at_least = min(MIN_CONTEXTS, len({firing.context for firing in found}))
-    ranked: dict[str, tuple[str, float]] = {}
-    for word, score in scores.items():
-        frequency = corpus.document_frequency[word] / total
-        if not _telling(word) or frequency > RARE or len(contexts[word]) < at_least:
-            continue
-        value = score * math.log(1 / frequency) * min(1.0, corpus.document_frequency[word] / 4)
-        best = ranked.get(stem(word))
-        together = value + (best[1] if best else 0.0)
-        ranked[stem(word)] = (word if best is None or value > best[1] else best[0], together)
-    return sorted(ranked.values(), key=lambda entry: (-entry[1], entry[0]))
+            if _telling(word) and word not in corpus.boilerplate:
+                key = stem(word)
+                scores[key] += firing.weight * nearness
+                seen[key].add((firing.context, firing.position))
+                forms[key][word] += firing.weight * nearness
+    ranked: list[TopicWord] = []
+    for key, score in scores.items():
+        known = sum(corpus.document_frequency[word] for word in forms[key])
+        frequency = (known + SMOOTHING) / len(corpus.tokens)
+        contexts = len({context for context, _ in seen[key]})
+        lift = contexts / len({firing.context for firing in found}) / frequency
+        if contexts >= min(MIN_CONTEXTS, len(found)) and frequency <= COMMON and lift >= MIN_LIFT:
+            text = max(forms[key], key=lambda word: (forms[key][word], word))
+            ranked.append(TopicWord(text, score * math.log(lift), seen[key]))
+    return sorted(ranked, key=lambda word: (-word.score, word.text))
+
+
+def _unlike(shown: Sequence[str], words: Iterable[str]) -> list[str]:
+    """Words that add something: none begins like one before it."""
+    starts = [word[:ALIKE] for word in shown]
+    chosen: list[str] = []
+    for word in words:
+        if not any(start and (word.startswith(start) or start.startswith(word)) for start in starts):
+            chosen.append(word)
+            starts.append(word[:ALIKE])
+    return chosen
 
 
 def _nearby(firing: Firing) -> dict[str, float]:
-    """Word -> nearness: 1 for the word itself, falling with the distance before and, faster, after it."""
-    nearness = {firing.word: 1.0}
+    """Word -> nearness: 2 for the word itself, falling with the distance before and, faster, after it."""
+    nearness = {firing.word: 2.0}
     for distance, word in enumerate(firing.before, start=1):
-        nearness.setdefault(word, 0.6 / (1 + distance / 4))
+        nearness.setdefault(word, 1 / (1 + distance / 4))
     for distance, word in enumerate(firing.after, start=1):
-        nearness.setdefault(word, 0.4 / (1 + distance / 2))
+        nearness.setdefault(word, 0.7 / (1 + distance / 2))
     return nearness
 
 
@@ -141,7 +171,7 @@ def _common_piece(found: list[Firing]) -> str | None:
     """A prefix `un-` or an ending `-ing` shared by different words."""
     piece, share = _most((firing.piece, firing.starts_word) for firing in found)
     text, starts_word = piece
-    if share < SAME_PIECE or not text.isalpha():
+    if share < SAME_PIECE or not text.replace("'", "").isalpha():
         return None
     return f"{text}-" if starts_word else f"-{text}"
 

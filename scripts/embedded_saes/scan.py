@@ -58,9 +58,7 @@ def scan(work: Path, layer: int, sae: Any) -> None:
     print(f"scan: layer {layer}, {(fired == 0).sum()} features never fire", flush=True)
 
 
-def _cut(
-    feature: np.ndarray, row: np.ndarray, value: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _cut(feature: np.ndarray, row: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The strongest 64 of each feature, ordered by feature, then by falling value."""
     order = np.lexsort((row, -value, feature))
     feature, row, value = feature[order], row[order], value[order]

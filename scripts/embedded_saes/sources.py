@@ -60,9 +60,7 @@ def wordnet(packages: Path) -> list[Document]:
     documents: list[Document] = []
     for part in ("noun", "verb", "adj", "adv"):
         lines = files[f"usr/share/wordnet/data.{part}"].decode("latin-1").splitlines()
-        entries = [
-            entry for line in lines if not line.startswith(" ") for entry in _wordnet_entry(line, part)
-        ]
+        entries = [entry for line in lines if not line.startswith(" ") for entry in _wordnet_entry(line, part)]
         for start in range(0, len(entries), 40):
             documents.append(Document(f"{part}-{start}", "\n".join(entries[start : start + 40])))
     return documents
@@ -213,9 +211,7 @@ PACKAGE_SOURCES = (
         4_000,
         fortunes,
     ),
-    Source(
-        "jargon", "The Jargon File 4.4.7", "jargon-text (apt)", "public domain", 50_000, 2_000, 4_000, jargon
-    ),
+    Source("jargon", "The Jargon File 4.4.7", "jargon-text (apt)", "public domain", 50_000, 2_000, 4_000, jargon),
     Source(
         "foldoc",
         "Free On-line Dictionary of Computing",
@@ -226,9 +222,7 @@ PACKAGE_SOURCES = (
         4_000,
         foldoc,
     ),
-    Source(
-        "devil", "The Devil's Dictionary", "dict-devil (apt)", "public domain", 30_000, 1_000, 4_000, devil
-    ),
+    Source("devil", "The Devil's Dictionary", "dict-devil (apt)", "public domain", 30_000, 1_000, 4_000, devil),
     Source(
         "python",
         "Python standard library sources",

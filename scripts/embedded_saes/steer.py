@@ -25,15 +25,15 @@ from .words import Corpus, stem
 
 PROMPTS = ("I think that", "The most important thing is", "Yesterday I")
 NEW_TOKENS = 28
-SHARES = (0.35, 0.45, 0.55)
-SCREEN_SHARE = 0.45
-CANDIDATES_PER_LAYER = 36
-BATCH = 12
+SHARES = (0.3, 0.4, 0.5)
+SCREEN_SHARE = 0.4
+CANDIDATES_PER_LAYER = 60
+BATCH = 30
 KEPT = 8
 PER_LAYER = 3
-TOPIC_WORDS = 12
+TOPIC_WORDS, COMMON = 12, 0.02
 WORST_LOGPROB_DROP = 1.6
-MIN_DISTINCT_BIGRAMS = 0.9
+MIN_DISTINCT_BIGRAMS = 0.85
 MIN_TOPIC_WORDS = 2
 
 
@@ -105,9 +105,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> Tensor:
 
 
 @torch.inference_mode()
-def screen(
-    work: Path, model: Any, tokenizer: Any, layer: int, rows: Tensor, strength: float
-) -> list[Candidate]:
+def screen(work: Path, model: Any, tokenizer: Any, layer: int, rows: Tensor, strength: float) -> list[Candidate]:
     """The features whose row, added once, most raises the probability of the words they fire on.
 
     `rows` is [d_sae, d_model], unit norm.
@@ -129,17 +127,15 @@ def screen(
         for feature, gain in zip(chunk.tolist(), gains, strict=True):
             if scan.rate[feature] == 0:
                 continue
-            words = topic_words(firings(corpus, scan, feature), corpus)[:TOPIC_WORDS]
-            stems = tuple(stem(word) for word, _ in words)
+            words = (word.text for word in topic_words(firings(corpus, scan, feature), corpus))
+            stems = tuple(stem(word) for word in words if corpus.share(word) <= COMMON)[:TOPIC_WORDS]
             tokens = sorted(set(itertools.chain.from_iterable(by_stem.get(text, []) for text in stems)))
             # The square root favours several topic words over a single one that is repeated.
             found.append(Candidate(layer, feature, stems, gain[tokens].clamp(min=0).sqrt().sum().item()))
     return sorted(found, key=lambda candidate: -candidate.gain)[:CANDIDATES_PER_LAYER]
 
 
-def try_out(
-    model: Any, tokenizer: Any, candidates: list[Candidate], rows: Tensor, norm: float
-) -> list[Trial]:
+def try_out(model: Any, tokenizer: Any, candidates: list[Candidate], rows: Tensor, norm: float) -> list[Trial]:
     """Greedy continuations of every prompt at every strength for candidates of one layer."""
     trials: list[Trial] = []
     strengths = [float(5 * round(share * norm / 5)) for share in SHARES]
@@ -201,9 +197,7 @@ def _mean_logprob(model: Any, prompts: Tensor, new: Tensor) -> list[float]:
 def _hits(text: str, plain: str, candidate: Candidate) -> int:
     """Distinct topic stems in the steered text that the plain text lacks."""
     stems = {stem(word) for word in re.findall(r"[a-z']+", text.lower())}
-    return len(
-        (stems - {stem(word) for word in re.findall(r"[a-z']+", plain.lower())}) & set(candidate.stems)
-    )
+    return len((stems - {stem(word) for word in re.findall(r"[a-z']+", plain.lower())}) & set(candidate.stems))
 
 
 def _distinct_bigrams(tokens: list[int]) -> float:
@@ -224,9 +218,7 @@ def choose(trials: list[Trial]) -> list[Trial]:
 
 
 @torch.inference_mode()
-def examples(
-    model: Any, tokenizer: Any, chosen: list[Trial], saes: dict[int, Any], labels: dict[int, list[str]]
-):
+def examples(model: Any, tokenizer: Any, chosen: list[Trial], saes: dict[int, Any], labels: dict[int, list[str]]):
     """The chosen trials once more, one row at a time as a server would run them, in the stored form."""
     stored = []
     for trial in chosen:
@@ -254,6 +246,18 @@ def median_norm(work: Path, layer: int) -> float:
     return training_activations(work, layer).sink_norm / SINK_RATIO
 
 
-def save_trials(work: Path, trials: list[Trial]) -> None:
-    lines = (json.dumps({**asdict(trial), "score": round(trial.score, 3)}) for trial in trials)
-    (work / "steer-trials.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def search(work: Path, model: Any, tokenizer: Any, layer: int, rows: Tensor) -> None:
+    """Screen all features of a layer, try the best, and write `steer/LAYER.jsonl`."""
+    norm = median_norm(work, layer)
+    candidates = screen(work, model, tokenizer, layer, rows, SCREEN_SHARE * norm)
+    trials = try_out(model, tokenizer, candidates, rows, norm)
+    (work / "steer").mkdir(exist_ok=True)
+    text = "".join(json.dumps(asdict(trial)) + "\n" for trial in trials)
+    (work / "steer" / f"{layer}.jsonl").write_text(text, encoding="utf-8")
+
+
+def load_trials(work: Path) -> list[Trial]:
+    """The trials of every layer searched so far."""
+    files = sorted((work / "steer").glob("*.jsonl"))
+    lines = itertools.chain.from_iterable(file.read_text(encoding="utf-8").splitlines() for file in files)
+    return [Trial(**json.loads(line)) for line in lines]

@@ -58,9 +58,7 @@ def make_packages_part(work: Path, tokenizer: Any) -> None:
     _save(work, ("packages-0", "packages-1"), rows, names)
 
 
-def split_documents(
-    documents: list[Document], source: Source, tokenizer: Any
-) -> tuple[list[Document], list[Document]]:
+def split_documents(documents: list[Document], source: Source, tokenizer: Any) -> tuple[list[Document], list[Document]]:
     """(held out, training): whole documents until the held-out budget is filled, the rest for training."""
     count, filled = 0, 0
     while filled < source.held_out_tokens and count < len(documents) - 1:

@@ -21,7 +21,7 @@ from .collect import D_MODEL
 from .text import CONTEXT, load
 
 D_SAE = 4096
-SINK_RATIO = 10.0
+SINK_RATIO = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Recipe:
     """Hyperparameters; `k` features are active per token on average, `dead_after` is in tokens."""
 
     k: int = 40
-    epochs: int = 6
+    epochs: int = 5
     batch_tokens: int = 2048
     lr: float = 7e-4
     warmup_steps: int = 200
@@ -85,7 +85,7 @@ class Activations:
 
 
 def training_activations(work: Path, layer: int) -> Activations:
-    """Every training position but position 0 and attention sinks (norm above 10 times the median)."""
+    """Every training position but position 0 and attention sinks (norm above 3 times the median)."""
     values, kept = [], []
     for part, contexts in load(work).items():
         rows = np.load(work / "acts" / f"{part}-{layer}.npy", mmap_mode="r")
@@ -95,10 +95,7 @@ def training_activations(work: Path, layer: int) -> Activations:
         values.append(np.asarray(rows))
     joined, rows = np.concatenate(values), np.concatenate(kept)
     norms = np.concatenate(
-        [
-            np.linalg.norm(joined[rows[at : at + 65536]].astype(np.float32), axis=1)
-            for at in range(0, len(rows), 65536)
-        ]
+        [np.linalg.norm(joined[rows[at : at + 65536]].astype(np.float32), axis=1) for at in range(0, len(rows), 65536)]
     )
     sink_norm = float(SINK_RATIO * np.median(norms))
     return Activations(joined, rows[norms <= sink_norm], sink_norm)
@@ -184,9 +181,7 @@ class Trainer:
             at, values = at[keep], values[keep]
         return _pairs(at, values, *pre.shape)
 
-    def _accumulate(
-        self, pairs: Pairs, grad_out: Tensor, centred: Tensor, features: slice | np.ndarray
-    ) -> None:
+    def _accumulate(self, pairs: Pairs, grad_out: Tensor, centred: Tensor, features: slice | np.ndarray) -> None:
         """Add the gradients of a loss with derivative `grad_out`, [token, d_model], by the reconstruction."""
         w = self.weights
         dense = grad_out.bfloat16() @ w.w_dec[features].bfloat16().T

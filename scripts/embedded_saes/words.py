@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,11 +41,19 @@ def readable(word: str) -> str:
     if not bare.strip():
         return "blank line" if bare.count("\n") > 1 else "line break"
     bare = bare.strip()
+    if any(letter == "\ufffd" or (letter.isalpha() and not _latin(letter)) for letter in bare):
+        return "foreign letters"
     if bare in MARKS:
         return MARKS[bare]
     if bare.isdigit():
         return "year" if _YEAR.match(bare) else "number"
-    return bare.lower()
+    if not any(letter.isalnum() for letter in bare):
+        return MARKS.get(bare[0], bare)
+    return bare.lower().removesuffix("'s") or bare
+
+
+def _latin(letter: str) -> bool:
+    return letter.isascii() or unicodedata.name(letter, "").startswith("LATIN")
 
 
 def stem(word: str) -> str:
@@ -78,12 +87,18 @@ class Corpus:
         self.tokens = tokens
         pieces: list[str] = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
         self.pieces = pieces
+        empty_chat = tokenizer.apply_chat_template([{"role": "user", "content": ""}], return_dict=True)
+        self.boilerplate = frozenset(self._split([pieces[token] for token in empty_chat["input_ids"]]).words)
         self._contexts: dict[int, Context] = {}
 
     def context(self, number: int) -> Context:
         if number not in self._contexts:
             self._contexts[number] = self._split([self.pieces[token] for token in self.tokens[number]])
         return self._contexts[number]
+
+    def share(self, word: str) -> float:
+        """Share of the contexts that hold `word`."""
+        return self.document_frequency[word] / len(self.tokens)
 
     def _split(self, pieces: list[str]) -> Context:
         words: list[str] = []
@@ -111,4 +126,6 @@ def _continues(previous: str, piece: str) -> bool:
     if not previous or not piece:
         return False
     left, right = previous[-1], piece[0]
+    if right == "'" and piece[1:].isalpha():
+        return left.isalpha()
     return (left.isalpha() and right.isalpha()) or (left.isdigit() and right.isdigit())

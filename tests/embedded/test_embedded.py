@@ -1,6 +1,6 @@
 """The embedded SAEs, labels and steering examples, measured again without the script that made them.
 
-`held_out_excerpt.txt` is held-out text in the public domain: Jane Austen, the World Factbook, the Jargon File.
+`held_out_excerpt.txt` is held-out text in the public domain: Jane Austen, World Factbook, Jargon File.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def excerpt_residuals(model: Any, tokenizer: Any) -> dict[str, Tensor]:
+def excerpt_residuals(model: Any, tokenizer: Any, saes: dict[str, Any]) -> dict[str, Tensor]:
     """Source -> residuals of the excerpt without BOS and attention sinks, [pos, 576]."""
     text = (HERE / "held_out_excerpt.txt").read_text(encoding="utf-8")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -64,8 +64,7 @@ def excerpt_residuals(model: Any, tokenizer: Any) -> dict[str, Tensor]:
         states = model(input_ids=tokens, output_hidden_states=True).hidden_states
     for source in embedded.SOURCES:
         resid = states[_layer(source) + 1][:, 1:].reshape(-1, 576)
-        norms = resid.norm(dim=1)
-        found[source] = resid[norms <= 10 * norms.median()]
+        found[source] = resid[resid.norm(dim=1) <= saes[source].cfg.metadata.sink_norm]
     return found
 
 

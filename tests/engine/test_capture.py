@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -46,7 +48,8 @@ def test_the_pass_stops_at_the_highest_layer_and_skips_the_head() -> None:
     handles = [
         block.register_forward_pre_hook(lambda *_, n=n: ran.append(n)) for n, block in enumerate(models.blocks(net))
     ]
-    handles.append(net.get_output_embeddings().register_forward_pre_hook(lambda *_: ran.append(99)))
+    head: Any = net.get_output_embeddings()
+    handles.append(head.register_forward_pre_hook(lambda *_: ran.append(99)))
     try:
         with torch.inference_mode():
             engine("llama").capture([[1, 2, 3]], [Point(0, "hook_resid_pre"), Point(1, "hook_resid_post")])

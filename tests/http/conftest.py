@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any
 
 import httpx
 import pytest
-from served import SECRET, Served, running, small_settings
+from served import SECRET, Serve, Served, running, small_settings
 
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings, variable
@@ -20,7 +19,8 @@ def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     """No setting of the machine, and no `.env`, reaches the tests."""
     with pytest.MonkeyPatch.context() as patch:
         for field in Settings.model_fields:
-            if field == "local_sae_dir": continue
+            if field == "local_sae_dir":
+                continue
             patch.delenv(variable(field), raising=False)
         patch.chdir(tmp_path_factory.mktemp("cwd"))
         yield
@@ -55,7 +55,7 @@ def http(server: Served) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[Settings, Callable[[], Any]], Served]]:
+def serve() -> Iterator[Serve]:
     """Start a server of one's own; it ends with the test."""
     with ExitStack() as stack:
         yield lambda settings, get_runtime: stack.enter_context(running(settings, get_runtime))

@@ -29,8 +29,12 @@ class Served:
     url: str
     settings: Settings
 
-    def client(self, **headers: str) -> httpx.Client:
+    def client(self, secret: str | None = None) -> httpx.Client:
+        headers = {b"X-SECRET-KEY": secret.encode()} if secret is not None else None
         return httpx.Client(base_url=self.url, headers=headers, timeout=120)
+
+
+Serve = Callable[[Settings, Callable[[], Any]], Served]
 
 
 def small_settings(**changes: Any) -> Settings:
@@ -64,3 +68,7 @@ class Wrapped:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runtime, name)
+
+
+async def raising(exc: Exception, *_: Any, **__: Any) -> Any:
+    raise exc

@@ -1,8 +1,10 @@
 """The published client, unchanged: every method answers, parses, and means what it should."""
 
+# The client re-exports its names without saying so.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import neuronpedia_inference_client as np_client
@@ -54,9 +56,9 @@ def api_of(served: Served, secret: str | None) -> DefaultApi:
 
 
 @pytest.fixture(params=["open", "locked"])
-def api(request: pytest.FixtureRequest, server: Served, locked_server: Served) -> Iterator[DefaultApi]:
+def api(request: pytest.FixtureRequest, server: Served, locked_server: Served) -> DefaultApi:
     """The same questions to a server without and with a secret."""
-    yield api_of(server, None) if request.param == "open" else api_of(locked_server, SECRET)
+    return api_of(server, None) if request.param == "open" else api_of(locked_server, SECRET)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +172,7 @@ def test_steer_completion_chat(api: DefaultApi) -> None:
     question = [NPSteerChatMessage(role="user", content="What is the capital of France?")]
     vector = NPSteerVector(steering_vector=[1.0] * WIDTH, strength=0, hook="blocks.15.hook_resid_post")
     request = SteerCompletionChatPostRequest(
-        prompt=question, vectors=[vector], steer_special_tokens=False, **STEERING | {"n_completion_tokens": 7}
+        prompt=question, vectors=[vector], steer_special_tokens=False, **{**STEERING, "n_completion_tokens": 7}
     )
     answer = api.steer_completion_chat_post(request)
     steered, default = answer.outputs
@@ -212,7 +214,7 @@ def test_util_sae_topk_by_decoder_cossim(api: DefaultApi) -> None:
     assert nearest[1].cosine_similarity < 0.999
 
 
-@pytest.mark.parametrize("secret", [None, "", "wrong", SECRET + "x"])
+@pytest.mark.parametrize("secret", [None, "wrong", SECRET + "x"])
 def test_a_wrong_secret_is_unauthorized(locked_server: Served, secret: str | None) -> None:
     with pytest.raises(UnauthorizedException) as caught:
         api_of(locked_server, secret).tokenize_post(TokenizePostRequest(model=MODEL, text="x"))

@@ -14,6 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from neuronpedia_inference_client import models
+from pydantic.alias_generators import to_pascal
+
 import neuronpedia_inference
 from neuronpedia_inference.domain import (
     ActiveFeature,
@@ -260,7 +263,16 @@ def _said(plan: SteerPlan | None, sampling: Sampling) -> Completion:
 
 def ask(name: str, body: dict[str, Any], runtime: Any = None) -> dict[str, Any]:
     """The answer of an operation by name."""
-    return asyncio.run(answer(by_name[name], body, runtime or FakeRuntime()))
+    fake: Any = FakeRuntime()
+    return asyncio.run(answer(by_name[name], body, runtime or fake))
+
+
+def client_reads(name: str, body: dict[str, Any]) -> Any:
+    """The answer of a wire operation as the published client's own model; it raises if it cannot read it."""
+    model = getattr(models, to_pascal(name) + "Post200Response")
+    answered = model.from_dict(body)
+    assert answered is not None
+    return answered
 
 
 def test_the_stand_in_has_every_method_of_the_real_runtime():

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_operations_fake import ATT, RES, FakeRuntime, ask
 
 from neuronpedia_inference.domain import Ranking, Sampling
 from neuronpedia_inference.errors import InvalidRequest, UnknownSource
 from neuronpedia_inference.steering.plan import SteerFeature, SteerMethod, SteerPlan, SteerVector
+
+from .test_operations_fake import ATT, RES, FakeRuntime, ask
 
 ONE_SET = RES
 ONE_SOURCE = (ATT,)

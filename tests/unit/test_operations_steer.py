@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from neuronpedia_inference_client import models
-from test_operations_fake import FakeRuntime, ask
 
 from neuronpedia_inference.domain import ChatMessage, Completion, Sampling
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
@@ -18,6 +16,8 @@ from neuronpedia_inference.operations.chat import open_reasoning, read_answer, w
 from neuronpedia_inference.operations.operation import Events
 from neuronpedia_inference.schemas.steer import NPSteerMethod
 from neuronpedia_inference.steering.plan import SteerFeature, SteerMethod, SteerPlan, SteerVector
+
+from .test_operations_fake import FakeRuntime, ask, client_reads
 
 FEATURE = {"model": "m", "source": "1-res", "index": 3, "strength": 5}
 VECTOR = {"hook": "blocks.1.hook_resid_post", "steering_vector": [1, 0, 0, 0], "strength": -2.5}
@@ -67,7 +67,7 @@ def test_a_completion_is_one_generation_with_a_row_per_type():
         ("STEERED", " steered"),
         ("DEFAULT", " plain"),
     ]
-    assert models.SteerCompletionPost200Response.from_dict(answer) is not None
+    client_reads("steer_completion", answer)
 
 
 @pytest.mark.parametrize("types", [["DEFAULT", "STEERED"], ["DEFAULT"], ["STEERED"]])
@@ -124,8 +124,8 @@ def test_an_empty_prompt_starts_at_bos_and_is_refused_without_one():
 
 
 def test_a_long_prompt_is_refused():
-    with pytest.raises(LimitExceeded, match="^Text too long: 31 tokens, max is 20"):
-        ask("steer_completion", completion(prompt="a " * 15), FakeRuntime(token_limit=20))
+    with pytest.raises(LimitExceeded, match="^Text too long: 32 tokens, max is 20"):
+        ask("steer_completion", completion(prompt="a " * 30), FakeRuntime(token_limit=20))
 
 
 # Log-probabilities and nulls
@@ -160,8 +160,7 @@ def test_a_chat_is_answered_as_text_and_as_messages():
     assert steered["raw"] == raw + " yes \n<|im_end|>junk"
     assert steered["chat_template"] == [HELLO, {"role": "assistant", "content": "yes"}]
     assert (default["raw"], default["chat_template"]) == (raw, [HELLO])
-    parsed = models.SteerCompletionChatPost200Response.from_dict(answer)
-    assert parsed is not None
+    parsed = client_reads("steer_completion_chat", answer)
     assert [one.type for one in parsed.outputs] == ["STEERED", "DEFAULT"]
 
 
@@ -240,14 +239,13 @@ def test_unclosed_and_empty_messages_stay():
 @given(st.lists(st.sampled_from(["<think>", "</think>", "a", " "]), max_size=30).map("".join))
 def test_stripped_messages_hold_no_closed_block(content: str):
     for message in without_reasoning([ChatMessage("assistant", content)]):
-        after_opener = message.content.partition("<think>")[2]
-        assert "</think>" not in after_opener or "<think>" not in content
+        assert "</think>" not in message.content.partition("<think>")[2]
 
 
 def test_stripping_is_linear():
     content = "<think>" * 200_000
     assert without_reasoning([ChatMessage("assistant", content)])[0].content == content
-    closed = "<think></think>" * 20_000 + "end"
+    closed = "<think></think>\n" * 200_000 + "end"
     assert without_reasoning([ChatMessage("assistant", closed)])[0].content == "end"
 
 
@@ -276,8 +274,10 @@ def test_events_are_cumulative_and_end_with_the_buffered_answer(name: str):
         ]
 
 
-@pytest.mark.parametrize("body", [completion(features=None), completion(types=[]), completion(n_completion_tokens=9999)])
-def test_a_stream_is_refused_before_it_starts(body: dict[str, Any]):
+@pytest.mark.parametrize("change", [{"features": None}, {"types": []}, {"n_completion_tokens": 9999}])
+def test_a_stream_is_refused_before_it_starts(change: dict[str, Any]):
+    body = completion(**change)
+
     async def start() -> None:
         with pytest.raises(InvalidRequest):
             await answer_events(by_name["steer_completion"], body, FakeRuntime())  # pyright: ignore[reportArgumentType]

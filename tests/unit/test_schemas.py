@@ -20,10 +20,11 @@ from neuronpedia_inference.schemas.util import UtilSaeTopkByDecoderCossimRequest
 
 MODULES = ("activation", "common", "service", "steer", "tokenize", "util")
 MODELS = {
-    model.__name__: model
-    for name in MODULES
-    for model in vars(importlib.import_module(f"neuronpedia_inference.schemas.{name}")).values()
-    if isinstance(model, type) and issubclass(model, BaseModel) and model.__module__.startswith("neuronpedia")
+    name: model
+    for module in MODULES
+    for name, model in vars(importlib.import_module(f"neuronpedia_inference.schemas.{module}")).items()
+    if isinstance(model, type) and issubclass(model, BaseModel)
+    if "[" not in name and model.__module__.startswith("neuronpedia_inference")
 }
 STEER: dict[str, Any] = {
     "prompt": "one",
@@ -186,7 +187,7 @@ def test_service_bodies_are_snake_case():
         "request_id": "1",
     }
     assert Health().model_dump() == {"status": "healthy"}
-    assert Ready(status="loading", progress="weights").model is None
+    assert Ready(model="m").model_dump() == {"status": "ready", "model": "m"}
     assert Capabilities.model_validate({"model": "m", "anything": [1]}).model_dump()["anything"] == [1]
 
 

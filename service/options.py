@@ -1,0 +1,167 @@
+"""Everything that is chosen at deploy time, read from the deploying shell's environment and checked before use.
+
+    GPU=L4 MODEL_ID=gemma-2-2b SAE_SETS=gemmascope-res-16k modal deploy service/inference_cls.py
+
+To choose in a file instead, edit `DEFAULTS`. The container reads the same choices from its image's environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from neuronpedia_inference.errors import StartupError, unknown_name
+from neuronpedia_inference.settings import Settings, variable
+
+MINUTES = 60
+HOURS = 60 * MINUTES
+
+DEFAULTS = {
+    "APP_NAME": "neuronpedia-inference",
+    "GPU": "A10",
+    "CPU": "4",
+    "MODEL_ID": "gpt2-small",
+    "MIN_CONTAINERS": "0",
+    "MAX_CONTAINERS": "4",
+    "SCALEDOWN_WINDOW": str(5 * MINUTES),
+    "MAX_INPUTS": "32",
+    "TIMEOUT": str(20 * MINUTES),
+    "STARTUP_TIMEOUT": str(30 * MINUTES),
+    "CUSTOM_DOMAIN": "",
+    "GPU_SNAPSHOT": "0",
+    "SECRET_NAME": "neuronpedia-inference",
+    "VOLUME_NAME": "hf-cache-neuronpedia",
+}
+
+GPUS = ("T4", "L4", "A10", "A100", "A100-40GB", "A100-80GB", "L40S", "H100", "H200", "B200")
+NO_GPU = ("none", "cpu")
+MOST_GPUS = 8
+SECRETS = ("SECRET", "SENTRY_DSN")
+"""Settings that travel in the Modal secret only."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """One deployment."""
+
+    app_name: str
+    gpu: str | list[str] | None
+    """As Modal takes it: None is a CPU container, a list is tried in order."""
+    cpu: float
+    """Cores asked for; tensors on the CPU use as many threads."""
+    min_containers: int
+    max_containers: int
+    scaledown_window_s: int
+    max_inputs: int
+    """Requests that one container takes at a time."""
+    timeout_s: int
+    startup_timeout_s: int
+    custom_domains: tuple[str, ...]
+    gpu_snapshot: bool
+    secret_name: str
+    """Empty: no secret."""
+    volume_name: str
+    env: Mapping[str, str]
+    """What the container's environment must hold for all this: these choices, and the library settings made."""
+
+    @classmethod
+    def read(cls) -> Options:
+        """Raises StartupError, one line that names the variable."""
+        chosen = {name: os.environ.get(name, default).strip() for name, default in DEFAULTS.items()}
+        settings = _library_settings()
+        options = cls(
+            app_name=_app_name(chosen["APP_NAME"]),
+            gpu=_gpu(chosen["GPU"]),
+            cpu=_number("CPU", chosen["CPU"], 1, 64),
+            min_containers=_number("MIN_CONTAINERS", chosen["MIN_CONTAINERS"], 0, 100),
+            max_containers=_number("MAX_CONTAINERS", chosen["MAX_CONTAINERS"], 1, 1000),
+            scaledown_window_s=_number("SCALEDOWN_WINDOW", chosen["SCALEDOWN_WINDOW"], 2, 3600),
+            max_inputs=_number("MAX_INPUTS", chosen["MAX_INPUTS"], 2, 1000),
+            timeout_s=_number("TIMEOUT", chosen["TIMEOUT"], 1, 24 * HOURS),
+            startup_timeout_s=_number("STARTUP_TIMEOUT", chosen["STARTUP_TIMEOUT"], 1, 24 * HOURS),
+            custom_domains=tuple(chosen["CUSTOM_DOMAIN"].replace(",", " ").split()),
+            gpu_snapshot=_switch("GPU_SNAPSHOT", chosen["GPU_SNAPSHOT"]),
+            secret_name=chosen["SECRET_NAME"],
+            volume_name=chosen["VOLUME_NAME"],
+            env={**chosen, **settings},
+        )
+        _check_together(options, settings)
+        # One request more than are admitted would be refused, although Modal has room for it.
+        return options._with_env(MAX_CONCURRENT_REQUESTS=str(max(32, options.max_inputs)), NUM_THREADS=chosen["CPU"])
+
+    @classmethod
+    def read_or_exit(cls) -> Options:
+        """As `read`, but a mistake ends the process with its line: `modal deploy` would draw a page of traceback."""
+        try:
+            return cls.read()
+        except StartupError as exc:
+            raise SystemExit(f"Nothing was deployed. {exc}") from None
+
+    def _with_env(self, **defaults: str) -> Options:
+        return Options(**{**vars(self), "env": {**defaults, **self.env}})
+
+
+def _library_settings() -> dict[str, str]:
+    """The settings made in this shell, secrets left out, once the library has accepted them."""
+    Settings.read(_env_file=None)
+    names = {variable(field) for field in Settings.model_fields} - {*SECRETS}
+    return {name: os.environ[name] for name in sorted(names) if os.environ.get(name)}
+
+
+def _app_name(name: str) -> str:
+    # The name becomes part of the web address: "<name>-serve".
+    if re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,54}[a-z0-9])?", name) is None:
+        raise StartupError(f"APP_NAME {name!r}: use up to 56 lower-case letters, digits and hyphens")
+    return name
+
+
+def _gpu(text: str) -> str | list[str] | None:
+    if text.lower() in NO_GPU:
+        return None
+    wanted = [_one_gpu(part.strip()) for part in text.split(",")]
+    return wanted if len(wanted) > 1 else wanted[0]
+
+
+def _one_gpu(text: str) -> str:
+    """`H100` or `H100:2`."""
+    name, colon, count = text.upper().partition(":")
+    if name == "A10G":
+        raise StartupError(f"GPU {text!r}: use A10")
+    if name not in GPUS:
+        raise StartupError(f"GPU: {unknown_name('type', text, GPUS)} `none` gives a container without a GPU.")
+    if colon and not (count.isdecimal() and 1 <= int(count) <= MOST_GPUS):
+        raise StartupError(f"GPU {text!r}: the count after the colon must be a number from 1 to {MOST_GPUS}")
+    return f"{name}:{int(count)}" if colon else name
+
+
+def _number(name: str, text: str, least: int, most: int) -> int:
+    if not (text.isdecimal() and least <= int(text) <= most):
+        why = ": with fewer, web app and methods do not share one event loop" if name == "MAX_INPUTS" else ""
+        raise StartupError(f"{name} {text!r}: must be a whole number from {least} to {most}{why}")
+    return int(text)
+
+
+def _switch(name: str, text: str) -> bool:
+    known: dict[str, Any] = {"1": True, "true": True, "yes": True, "": False, "0": False, "false": False, "no": False}
+    if text.lower() not in known:
+        raise StartupError(f"{name} {text!r}: must be 1 or 0")
+    return known[text.lower()]
+
+
+def _check_together(options: Options, settings: Mapping[str, str]) -> None:
+    if options.min_containers > options.max_containers:
+        raise StartupError(
+            f"MIN_CONTAINERS ({options.min_containers}) is greater than MAX_CONTAINERS ({options.max_containers})"
+        )
+    admitted = settings.get("MAX_CONCURRENT_REQUESTS")
+    if admitted is not None and int(admitted) < options.max_inputs:
+        raise StartupError(
+            f"MAX_INPUTS ({options.max_inputs}) is greater than MAX_CONCURRENT_REQUESTS ({admitted}): "
+            "the rest would be refused"
+        )
+    gpus = [options.gpu] if isinstance(options.gpu, str) else options.gpu or []
+    if options.gpu_snapshot and (not gpus or any(":" in gpu for gpu in gpus)):
+        raise StartupError("GPU_SNAPSHOT: works with exactly one GPU in a container")

@@ -1,0 +1,171 @@
+"""What is said twice is said alike: operations, routes, command line, OpenAPI, documents."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from fastapi.routing import APIRoute
+from typer.testing import CliRunner
+
+from neuronpedia_inference.cli import app as cli
+from neuronpedia_inference.errors import NotReady
+from neuronpedia_inference.operations import OPERATIONS, Operation, by_name, validate
+from neuronpedia_inference.settings import Settings, variable
+from neuronpedia_inference.web.app import create_app
+from neuronpedia_inference.web.fields import example_of, fields_of
+from neuronpedia_inference.web.openapi import document
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+CLIENT_METHODS = {
+    "activation_single",
+    "activation_single_batch",
+    "activation_all",
+    "activation_all_batch",
+    "activation_topk_by_token",
+    "activation_topk_by_token_batch",
+    "activation_source",
+    "steer_completion",
+    "steer_completion_chat",
+    "tokenize",
+    "util_sae_vector",
+    "util_sae_topk_by_decoder_cossim",
+}
+
+
+@pytest.fixture
+def render_docs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("render_docs")
+
+
+def test_derived_documents_are_up_to_date(render_docs: ModuleType) -> None:
+    assert render_docs.outdated() == [], "run python scripts/render_docs.py"
+
+
+def test_every_error_code_is_explained(render_docs: ModuleType) -> None:
+    by_class = set(render_docs.classes_by_code())
+    by_http = {code for code, explained in render_docs.EXPLAINED.items() if explained.status is not None}
+    assert set(render_docs.EXPLAINED) == by_class | by_http
+    assert by_http == {"not_found", "method_not_allowed"}
+
+
+def test_operations_are_the_client_s_methods_and_the_friendly_ones() -> None:
+    assert {operation.name for operation in OPERATIONS} == CLIENT_METHODS | {"activations", "top_k", "steer"}
+    assert len({operation.path for operation in OPERATIONS}) == len(OPERATIONS) == len(by_name)
+
+
+def never() -> Any:
+    raise NotReady("not loaded")
+
+
+def test_routes_and_openapi_are_made_from_the_operations() -> None:
+    routes = [route for route in create_app(Settings.read(), never).routes if isinstance(route, APIRoute)]
+    served = {(method.lower(), route.path) for route in routes for method in route.methods or () if method != "HEAD"}
+    documented = {(method, path) for path, item in document()["paths"].items() for method in item}
+    assert served == documented
+    assert {("post", operation.path) for operation in OPERATIONS} <= served
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_an_operation_can_be_understood(operation: Operation[Any]) -> None:
+    assert operation.summary
+    assert not operation.summary.endswith(".")
+    assert all(field.meaning for field in fields_of(operation.request))
+    validate(operation, example_of(operation.request))
+    for example in operation.request.model_json_schema()["examples"]:
+        validate(operation, example)
+
+
+def test_the_document_resolves() -> None:
+    text = json.dumps(document())
+    known = set(document()["components"]["schemas"])
+    assert set(re.findall(r'"#/components/schemas/([^"]+)"', text)) <= known
+
+
+def test_the_command_line_knows_every_operation() -> None:
+    runner = CliRunner()
+    listed = runner.invoke(cli, ["operations"])
+    assert listed.exit_code == 0
+    for operation in OPERATIONS:
+        assert operation.name in listed.stdout
+        described = runner.invoke(cli, ["operations", operation.name])
+        assert described.exit_code == 0
+        assert operation.path in described.stdout
+
+
+@pytest.mark.parametrize("command", ["serve", "demo", "call", "models", "operations"])
+def test_help_says_what_a_command_does(command: str) -> None:
+    shown = CliRunner().invoke(cli, [command, "--help"])
+    assert shown.exit_code == 0
+    assert len(shown.stdout.split()) > 20
+
+
+def test_every_setting_is_in_the_reference() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    for field in Settings.model_fields:
+        assert f"| `{variable(field)}` |" in text
+
+
+# README and the other prose
+
+
+def prose() -> list[Path]:
+    return [path for path in [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))] if path.exists()]
+
+
+def commands_in(text: str) -> list[str]:
+    blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", text, re.DOTALL)
+    joined = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line.removeprefix("$ ").strip() for line in joined]
+
+
+@pytest.mark.parametrize("path", prose(), ids=lambda path: path.name)
+def test_commands_in_prose_exist(path: Path) -> None:
+    names = {command.name or command.callback.__name__ for command in cli.registered_commands if command.callback}
+    for command in commands_in(path.read_text(encoding="utf-8")):
+        words = shlex.split(command, comments=True)
+        if "neuronpedia-inference" in words:
+            following = words[words.index("neuronpedia-inference") + 1 :]
+            assert following[:1] == ["--help"] or following[0] in names, command
+            if following[:1] == ["call"] and following[1] in by_name and following[2].startswith("{"):
+                validate(by_name[following[1]], json.loads(following[2]))
+        for served in re.findall(r"(/v1/[a-z0-9/-]+)", command):
+            assert served in document()["paths"], command
+
+
+@pytest.mark.parametrize("path", prose(), ids=lambda path: path.name)
+def test_python_in_prose_compiles(path: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+        compile(block, str(path), "exec")
+
+
+@pytest.mark.parametrize("path", prose(), ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (path.parent / target).exists(), target
+
+
+def project_texts() -> list[Path]:
+    suffixes = {".py", ".md", ".toml", ".json", ".txt", ".ipynb", ".cfg"}
+    skipped = {".git", ".venv", "node_modules", "__pycache__", "saes", ".pytest_cache", ".ruff_cache", ".hypothesis"}
+    found = [path for path in ROOT.rglob("*") if path.suffix in suffixes and path.is_file()]
+    return [path for path in found if not skipped & set(path.relative_to(ROOT).parts)]
+
+
+def test_no_file_holds_a_path_of_a_machine_or_a_token() -> None:
+    private = re.compile(
+        r"/(?:home|Users)/\w+/|/root/|hf_[A-Za-z0-9]{30,}|https://[0-9a-f]{32}@|-----BEGIN [A-Z ]*PRIVATE KEY"
+    )
+    for path in project_texts():
+        if path != Path(__file__).resolve():
+            found = private.search(path.read_text(encoding="utf-8", errors="replace"))
+            assert found is None, f"{path.relative_to(ROOT)}: {found}"

@@ -1,0 +1,158 @@
+"""Who may import whom. Arrows point down; a deploy, a `--help` and a schema check never wait for torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "neuronpedia_inference"
+
+# Longest name first wins: `steering.plan` is a fact, the rest of `steering` works on tensors.
+LAYERS = {
+    "": 0,
+    "errors": 0,
+    "domain": 0,
+    "schemas": 0,
+    "steering.plan": 0,
+    "scheduler.jobs": 0,
+    "settings": 1,
+    "observability": 1,
+    "embedded": 1,
+    "operations": 2,
+    "engine": 3,
+    "saes": 3,
+    "steering": 3,
+    "features": 3,
+    "reading": 3,
+    "embedded.weights": 3,
+    "scheduler": 4,
+    "loading": 5,
+    "runtime": 5,
+    "web": 6,
+    "demo": 6,
+    "cli": 7,
+    "__main__": 7,
+}
+TENSORS = ("engine", "saes", "steering", "features", "reading")
+# Third-party packages that only some parts may know.
+KEPT_TO = {
+    "torch": (
+        "engine",
+        "saes",
+        "steering",
+        "features",
+        "reading",
+        "scheduler.worker",
+        "loading",
+        "runtime",
+        "embedded.weights",
+    ),
+    "transformers": ("engine", "embedded.weights", "loading"),
+    "transformer_lens": ("engine.bridge",),
+    "sae_lens": ("saes.load", "saes.catalogue"),
+    "fastapi": ("web",),
+    "starlette": ("web",),
+    "uvicorn": ("web",),
+    "sentry_sdk": ("observability",),
+    "typer": ("cli",),
+    "rich": ("cli", "demo"),
+    "modal": (),
+}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        yield ".".join(part for part in parts if part != "__init__"), path
+
+
+def layer_of(module: str) -> int:
+    name = module
+    while name not in LAYERS:
+        assert "." in name, f"{module} is in no layer: add it to LAYERS"
+        name = name.rpartition(".")[0]
+    return LAYERS[name]
+
+
+def imports(path: Path, *, everywhere: bool) -> Iterator[str]:
+    """Names that the file imports; only at module level (type checking aside) unless `everywhere`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if everywhere else _at_module_level(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _at_module_level(tree: ast.Module) -> Iterator[ast.stmt]:
+    for node in tree.body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        yield node
+
+
+def own_modules(path: Path) -> set[str]:
+    known = {name for name, _ in modules()}
+    found = set()
+    for name in imports(path, everywhere=False):
+        if name.split(".")[0] == PACKAGE.name:
+            inner = name.partition(".")[2]
+            found.add(inner if inner in known else inner.rpartition(".")[0])
+    return found - {""}
+
+
+@pytest.mark.parametrize(("module", "path"), [pytest.param(*each, id=each[0] or "package") for each in modules()])
+def test_arrows_point_down(module: str, path: Path) -> None:
+    mine = layer_of(module)
+    higher = {name for name in own_modules(path) if layer_of(name) > mine}
+    assert not higher, f"{module} (layer {mine}) imports {sorted(higher)}"
+
+
+@pytest.mark.parametrize(("package", "homes"), KEPT_TO.items())
+def test_a_package_is_known_only_where_it_belongs(package: str, homes: tuple[str, ...]) -> None:
+    for module, path in modules():
+        if any(name.split(".")[0] == package for name in imports(path, everywhere=True)):
+            assert any(module == home or module.startswith(f"{home}.") for home in homes), f"{module} imports {package}"
+
+
+def test_nothing_but_the_settings_reads_the_environment() -> None:
+    readers = {"settings", "observability", "embedded.weights"}  # tokens to hide; the user's cache folder
+    for module, path in modules():
+        text = path.read_text(encoding="utf-8")
+        if "os.environ" in text or "os.getenv" in text or "getenv(" in text:
+            assert module in readers, module
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["operations", "schemas.steer", "settings", "web.app", "web.openapi", "cli", "embedded", "observability"],
+)
+def test_importing_brings_neither_torch_nor_transformers(module: str) -> None:
+    code = (
+        f"import sys, neuronpedia_inference.{module}\n"
+        "heavy = {'torch', 'transformers', 'transformer_lens', 'sae_lens', 'modal', 'sentry_sdk'}\n"
+        "print(*heavy & set(sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == []
+
+
+def test_two_broad_handlers_and_no_more() -> None:
+    """The worker loop and the web boundary; anywhere else they would hide what went wrong."""
+    found = []
+    for module, path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ExceptHandler) and _is_broad(node.type):
+                found.append(module)
+    assert sorted(found) == ["scheduler.worker", "web.boundary"]
+
+
+def _is_broad(kind: ast.expr | None) -> bool:
+    return kind is None or (isinstance(kind, ast.Name) and kind.id in ("Exception", "BaseException"))

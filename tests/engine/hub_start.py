@@ -1,0 +1,46 @@
+"""Run by test_hub.py in a process of its own: start a Runtime from the environment, answer, print JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from neuronpedia_inference.domain import Ranking, Sampling
+from neuronpedia_inference.errors import StartupError
+from neuronpedia_inference.runtime import Runtime
+from neuronpedia_inference.settings import Settings
+from neuronpedia_inference.steering.plan import SteerFeature, SteerPlan
+
+PROMPT = "Hello, hub!"
+
+
+async def answers(runtime: Runtime) -> dict[str, Any]:
+    prompt = runtime.tokenize(PROMPT, "once")
+    source = runtime.sources[-1]
+    plan = SteerPlan((SteerFeature(source.name, 3, 40.0),))
+    texts = runtime.generate(prompt, [plan, None], Sampling(8), stream=False)
+    return {
+        "ids": prompt.ids,
+        "sources": [asdict(s) for s in runtime.sources],
+        "values": (await runtime.feature_activations([prompt], source, 3))[0].values,
+        "ranked": [asdict(r) for r in (await runtime.ranked_features([prompt], runtime.sources, Ranking(4)))[0]],
+        "generated": [row.token_ids for row in await anext(texts)],
+        "known_names": runtime.model.known_names,
+    }
+
+
+def main() -> None:
+    try:
+        runtime = Runtime.load(Settings.read())
+    except StartupError as exc:
+        print(json.dumps({"stopped": str(exc)}))
+        sys.exit(1)
+    print(json.dumps(asyncio.run(answers(runtime))))
+    runtime.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Tokenising by contract 2.4: tokenizers that add BOS by themselves, that do not, and that have none."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+from neuronpedia_inference.domain import ChatMessage
+from neuronpedia_inference.engine.tokens import TextCodec, TextStream
+from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
+from tests import models
+
+Kind = Literal["plain", "auto-bos", "no-bos"]
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
+)
+
+
+@cache
+def codec(kind: Kind, template: str | None = None) -> TextCodec:
+    tokenizer: PreTrainedTokenizerFast = models.tokenizer()
+    if kind == "auto-bos":
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{models.BOS} $A", special_tokens=[(models.BOS, 0)]
+        )
+    if kind == "no-bos":
+        tokenizer.bos_token = None
+    tokenizer.chat_template = template
+    return TextCodec(tokenizer)
+
+
+def ids(kind: Kind, text: str, rule: str) -> list[str]:
+    tokens = codec(kind).tokenize(text, rule, limit=50)  # pyright: ignore[reportArgumentType]  (the table's words)
+    return ["BOS" if i == 0 else s for i, s in zip(tokens.ids, tokens.strings, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule", "plain", "with_bos"),
+    [
+        ("plain", "once", ["BOS", "h", "i"], ["BOS", "h", "i"]),
+        ("plain", "natural", ["h", "i"], ["BOS", "h", "i"]),
+        ("plain", "prepend", ["BOS", "h", "i"], ["BOS", "BOS", "h", "i"]),
+        ("plain", "never", ["h", "i"], ["BOS", "h", "i"]),
+        ("auto-bos", "once", ["BOS", "h", "i"], ["BOS", "h", "i"]),
+        ("auto-bos", "natural", ["BOS", "h", "i"], ["BOS", "BOS", "h", "i"]),
+        ("auto-bos", "prepend", ["BOS", "h", "i"], ["BOS", "BOS", "h", "i"]),
+        ("auto-bos", "never", ["h", "i"], ["BOS", "h", "i"]),
+        ("no-bos", "once", ["h", "i"], None),
+        ("no-bos", "natural", ["h", "i"], None),
+        ("no-bos", "prepend", ["h", "i"], None),
+    ],
+)
+def test_bos_rules(kind: Kind, rule: str, plain: list[str], with_bos: list[str] | None) -> None:
+    assert ids(kind, "hi", rule) == plain
+    if with_bos is not None:
+        assert ids(kind, models.BOS + "hi", rule) == with_bos
+
+
+def test_position_zero_is_bos_only_where_it_is() -> None:
+    assert codec("plain").tokenize("hi", "once", limit=9).has_bos
+    assert not codec("plain").tokenize("hi", "natural", limit=9).has_bos
+    assert not codec("plain").tokenize("h" + models.BOS, "natural", limit=9).has_bos
+    assert not codec("no-bos").tokenize("hi", "once", limit=9).has_bos
+    tokens = codec("plain").tokenize("h" + models.BOS, "once", limit=9)
+    assert tokens.is_special == (True, False, True)
+
+
+def test_limits_count_bos_and_say_what_to_do() -> None:
+    assert len(codec("plain").tokenize("abcd", "once", limit=5)) == 5
+    with pytest.raises(LimitExceeded, match=r"Text too long: 6 tokens, max is 5 for batch requests\."):
+        codec("plain").tokenize("abcde", "once", limit=5, suffix=" for batch requests")
+    with pytest.raises(LimitExceeded, match="1000000 characters"):
+        codec("plain").tokenize("a" * 1_000_000, "once", limit=5)
+
+
+@pytest.mark.parametrize(("text", "says"), [("a\x00b", "NUL .* position 1"), ("ab\ud800", "surrogate at position 2")])
+def test_text_that_no_tokenizer_should_see(text: str, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        codec("plain").tokenize(text, "once", limit=50)
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=30))
+def test_a_stream_gives_the_whole_text_and_never_takes_a_character_back(text: str) -> None:
+    """Byte tokens split every other character; what is shown only ever grows."""
+    source = codec("plain")
+    tokens = source.tokenize(text, "never", limit=200)
+    stream = TextStream(source)
+    shown = [stream.push(i) for i in tokens.ids]
+    assert all(later.startswith(earlier) for earlier, later in zip(shown, shown[1:], strict=False))
+    assert stream.text == text
+    assert source.decode(tokens.ids) == text
+
+
+def test_fragments_are_replacement_characters_on_their_own() -> None:
+    tokens = codec("plain").tokenize("é", "never", limit=9)
+    assert tokens.strings == ("\ufffd", "\ufffd")
+
+
+def test_chat_is_rendered_by_the_template_and_needs_one() -> None:
+    messages = [ChatMessage("user", "hi")]
+    text, tokens = codec("plain", TEMPLATE).render_chat(messages, limit=50)
+    assert text == "[user]hi[bot]" == "".join(tokens.strings)
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        codec("plain").render_chat(messages, limit=50)
+    with pytest.raises(LimitExceeded, match="13 tokens, max is 12"):
+        codec("plain", TEMPLATE).render_chat(messages, limit=12)
+
+
+def test_a_template_that_refuses_is_the_callers_mistake() -> None:
+    picky = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InvalidRequest, match="roles must alternate"):
+        codec("plain", picky).render_chat([ChatMessage("user", "hi")], limit=50)
+
+
+def test_chatml_only_behind_the_option() -> None:
+    fallback = TextCodec(models.tokenizer(), chatml_fallback=True)
+    text, _ = fallback.render_chat([ChatMessage("user", "hi")], limit=99)
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"

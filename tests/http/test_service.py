@@ -1,0 +1,227 @@
+"""What every answer has whatever is asked: auth, CORS, ids, compression, bounds, and faults of our own."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import socket
+from functools import partial
+from typing import Any
+
+import httpx
+import pytest
+from served import MODEL, SECRET, SOURCE, TEXT, Serve, Served, Wrapped, raising, small_settings
+
+from neuronpedia_inference import __version__
+from neuronpedia_inference.domain import FeatureActivations
+from neuronpedia_inference.errors import EngineFailed, NotReady, OutOfMemory, Overloaded
+from neuronpedia_inference.observability import is_reported
+from neuronpedia_inference.operations import OPERATIONS
+from neuronpedia_inference.runtime import Runtime
+
+TOKENIZE = {"model": MODEL, "text": TEXT}
+SINGLE = {"prompt": TEXT, "model": MODEL, "source": SOURCE, "index": "5"}
+ORIGIN = {"Origin": "https://example.org"}
+
+
+def loading() -> Any:
+    raise NotReady("The model is still loading")
+
+
+def test_before_the_model_is_loaded(serve: Serve) -> None:
+    with serve(small_settings(), loading).client() as client:
+        assert client.get("/health").json() == {"status": "healthy"}
+        answers = [client.get("/ready"), client.get("/v1/capabilities"), client.post("/v1/tokenize", json=TOKENIZE)]
+        for answer in answers:
+            assert answer.status_code == 503
+            assert answer.json()["code"] == "not_ready"
+            assert int(answer.headers["retry-after"]) >= 1
+        assert client.post("/v1/tokenize", json={}).status_code == 422, "what is wrong anyway is said at once"
+
+
+def test_when_it_is_loaded(http: httpx.Client) -> None:
+    assert http.get("/health").json() == {"status": "healthy"}
+    assert http.head("/health").status_code == 200
+    assert http.get("/ready").json() == {"status": "ready", "model": MODEL}
+    capabilities = http.get("/v1/capabilities").json()
+    assert capabilities["sae_sets"] == ["res-4k"]
+    assert capabilities["token_limit"] == small_settings().token_limit
+
+
+def test_a_failed_device_is_not_ready(runtime: Runtime, serve: Serve) -> None:
+    with serve(small_settings(), lambda: Wrapped(runtime, healthy=False)).client() as client:
+        assert client.get("/health").status_code == 200
+        assert client.get("/ready").status_code == 503
+
+
+# Secret
+
+
+@pytest.mark.parametrize("path", ["/v1/capabilities", "/docs", "/redoc", "/openapi.json", "/nothing", "/health/x"])
+def test_everything_but_health_asks_for_the_secret(locked_server: Served, path: str) -> None:
+    with locked_server.client() as client:
+        answer = client.get(path)
+        assert answer.status_code == 401
+        assert "X-SECRET-KEY" in answer.json()["error"]
+        assert answer.json()["code"] == "unauthorized"
+    with locked_server.client(SECRET) as client:
+        assert client.get(path).status_code in (200, 404)
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_health_is_open(locked_server: Served, path: str) -> None:
+    with locked_server.client() as client:
+        assert client.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_secret_that_is_not_ascii(locked_server: Served, encoding: str) -> None:
+    with locked_server.client() as client:
+        headers = {b"X-SECRET-KEY": SECRET.encode(encoding)}
+        assert client.get("/v1/capabilities", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("wrong", [b"", b"\xff\xfe", b"a" * 5000, SECRET[:-1].encode(), SECRET.upper().encode()])
+def test_a_wrong_secret(locked_server: Served, wrong: bytes) -> None:
+    with locked_server.client() as client:
+        assert client.get("/v1/capabilities", headers={b"X-SECRET-KEY": wrong}).status_code == 401
+
+
+def test_the_secret_comes_before_the_body(locked_server: Served) -> None:
+    with locked_server.client() as client:
+        assert client.post("/v1/tokenize", content=b"{").status_code == 401
+
+
+# CORS and ids
+
+
+def test_preflight_passes_without_the_secret(locked_server: Served) -> None:
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type,x-secret-key"}
+    with locked_server.client() as client:
+        answer = client.options("/v1/tokenize", headers={**ORIGIN, **asked})
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert "x-secret-key" in answer.headers["access-control-allow-headers"].lower()
+    assert "access-control-allow-credentials" not in answer.headers
+
+
+def test_every_answer_can_be_read_by_a_browser(locked_server: Served, http: httpx.Client) -> None:
+    with locked_server.client() as client:
+        answers = [client.get("/v1/capabilities", headers=ORIGIN)]
+    answers.append(http.get("/nothing", headers=ORIGIN))
+    answers.append(http.post("/v1/tokenize", content=b"{", headers=ORIGIN))
+    answers.append(http.post("/v1/tokenize", json=TOKENIZE, headers=ORIGIN))
+    assert [answer.status_code for answer in answers] == [401, 404, 422, 200]
+    assert all(answer.headers["access-control-allow-origin"] == "*" for answer in answers)
+    assert all("x-request-id" in answer.headers["access-control-expose-headers"].lower() for answer in answers)
+
+
+def test_request_ids(http: httpx.Client) -> None:
+    ids = [http.get("/health").headers["x-request-id"] for _ in range(2)]
+    assert ids[0] != ids[1]
+    kept = http.get("/nothing", headers={"X-Request-Id": "trace:1.2_3-4"})
+    assert kept.headers["x-request-id"] == kept.json()["request_id"] == "trace:1.2_3-4"
+    for insane in ("a b", "x" * 129, "é", "<script>"):
+        answer = http.get("/health", headers={b"X-Request-Id": insane.encode()})
+        assert answer.headers["x-request-id"] not in (insane, "")
+
+
+# Bodies
+
+
+def test_answers_are_compressed_when_large(http: httpx.Client) -> None:
+    vector = {"model": MODEL, "source": SOURCE, "index": 5}
+    with http.stream("POST", "/v1/util/sae-vector", json=vector, headers={"Accept-Encoding": "gzip"}) as answer:
+        packed = b"".join(answer.iter_raw())
+        assert answer.headers["content-encoding"] == "gzip"
+        assert len(json.loads(gzip.decompress(packed))["vector"]) == 576
+    small = http.post("/v1/tokenize", json={"model": MODEL, "text": "Hi"})
+    assert "content-encoding" not in small.headers
+    plain = http.post("/v1/util/sae-vector", json=vector, headers={"Accept-Encoding": "identity"})
+    assert "content-encoding" not in plain.headers
+
+
+def test_a_body_over_the_bound_is_refused_unread(runtime: Runtime, serve: Serve) -> None:
+    served = serve(small_settings(max_body_bytes=2000), lambda: runtime)
+    with served.client() as client:
+        fits = client.post("/v1/tokenize", json={"model": MODEL, "text": TEXT, "padding": "x" * 1000})
+        assert fits.status_code == 200
+    host, port = served.url.removeprefix("http://").split(":")
+    head = b"POST /v1/tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    announced = head + b"Content-Length: 99999999999\r\n\r\n{"
+    chunked = head + b"Transfer-Encoding: chunked\r\n\r\n" + (b"400\r\n" + b" " * 1024 + b"\r\n") * 3
+    for request in (announced, chunked):
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(request)
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 413")
+        body = json.loads(answer.partition(b"\r\n\r\n")[2])
+        assert body["code"] == "body_too_large"
+        assert "2000" in body["error"]
+
+
+# Faults of our own
+
+
+@pytest.mark.parametrize(
+    ("exc", "status", "code"),
+    [
+        (Overloaded("Full"), 503, "overloaded"),
+        (OutOfMemory("The device is out of memory"), 503, "out_of_memory"),
+        (EngineFailed("The engine failed"), 500, "engine_failed"),
+        (RuntimeError("secret detail at /srv/app/model.py"), 500, "internal"),
+        (ValueError("1 validation error"), 500, "internal"),
+    ],
+)
+def test_a_fault_is_answered_and_the_next_request_served(
+    runtime: Runtime, serve: Serve, caplog: pytest.LogCaptureFixture, exc: Exception, status: int, code: str
+) -> None:
+    faulty = Wrapped(runtime, feature_activations=partial(raising, exc))
+    with serve(small_settings(), lambda: faulty).client() as client, caplog.at_level(logging.ERROR):
+        answer = client.post("/v1/activation/single", json=SINGLE)
+        assert (answer.status_code, answer.json()["code"]) == (status, code)
+        assert ("retry-after" in answer.headers) == (status == 503)
+        assert "detail at" not in answer.text
+        assert "validation" not in answer.text
+        assert client.post("/v1/tokenize", json=TOKENIZE).status_code == 200
+    logged = [record for record in caplog.records if record.exc_info and record.exc_info[1] is exc]
+    assert len(logged) == is_reported(exc)
+
+
+def test_numbers_that_json_cannot_say(runtime: Runtime, serve: Serve) -> None:
+    async def not_a_number(prompts: Any, *_: Any, **__: Any) -> list[FeatureActivations]:
+        return [FeatureActivations((float("nan"),) * len(prompt)) for prompt in prompts]
+
+    broken = Wrapped(runtime, feature_activations=not_a_number)
+    with serve(small_settings(), lambda: broken).client() as client:
+        answer = client.post("/v1/activation/single", json=SINGLE)
+    assert answer.status_code == 500
+    assert "not finite" in answer.json()["error"]
+
+
+def test_log_lines_hold_no_prompt(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "neuronpedia_inference"):
+        http.post("/v1/activation/single", json={**SINGLE, "prompt": "xylophone"}, headers={"X-Request-Id": "log-1"})
+        http.post("/v1/activation/single", json={**SINGLE, "prompt": "xylophone", "index": "xylophone"})
+    lines = [vars(record) for record in caplog.records if record.getMessage() == "request"]
+    assert [line["status"] for line in lines] == [200, 400]
+    assert lines[0]["path"] == "/v1/activation/single"
+    assert lines[0]["ms"] > 0
+    assert lines[0]["out_bytes"] > 100
+    assert "xylophone" not in str(lines)
+
+
+# Documents
+
+
+def test_documents(http: httpx.Client) -> None:
+    document = http.get("/openapi.json").json()
+    assert document["info"]["version"] == __version__
+    assert {path["post"]["operationId"] for path in document["paths"].values() if "post" in path} == {
+        *(operation.name for operation in OPERATIONS),
+        "initialize",
+    }
+    assert document["components"]["securitySchemes"]["SimpleSecretAuth"]["name"] == "X-SECRET-KEY"
+    for page in ("/docs", "/redoc"):
+        assert "/openapi.json" in http.get(page).text

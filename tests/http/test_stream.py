@@ -1,0 +1,244 @@
+"""Server-sent events over a real socket: early, cumulative, honest about failures, and over when the caller leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from served import MODEL, SECRET, SOURCE, WIDTH, Serve, Served, Wrapped, small_settings
+
+from neuronpedia_inference.domain import Completion
+from neuronpedia_inference.errors import EngineFailed, Overloaded
+from neuronpedia_inference.runtime import Runtime
+
+STEER = {
+    "prompt": "Once upon a time",
+    "model": MODEL,
+    "steer_method": "SIMPLE_ADDITIVE",
+    "normalize_steering": False,
+    "types": ["STEERED", "DEFAULT"],
+    "features": [{"model": MODEL, "source": SOURCE, "index": 5, "strength": 1}],
+    "n_completion_tokens": 4,
+    "temperature": 0,
+    "strength_multiplier": 1,
+    "freq_penalty": 0,
+    "seed": 16,
+    "stream": True,
+}
+CHAT = {**STEER, "prompt": [{"role": "user", "content": "Tell me a story."}], "steer_special_tokens": False}
+FRIENDLY = {"prompt": "Once upon a time", "features": [], "max_new_tokens": 4, "stream": True}
+SHORT = {
+    "/v1/steer/completion": "Once",
+    "/v1/steer/completion-chat": [{"role": "user", "content": "Hi"}],
+    "/v1/steer": "Once",
+}
+ROUTES = [("/v1/steer/completion", STEER), ("/v1/steer/completion-chat", CHAT), ("/v1/steer", FRIENDLY)]
+
+
+def events_of(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(event name, data) as a plain parser reads them."""
+    name = ""
+    for line in lines:
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield name, json.loads(line.removeprefix("data: "))
+            name = ""
+        else:
+            assert line == ""
+
+
+@pytest.mark.parametrize(("path", "body"), ROUTES)
+def test_events_are_cumulative_and_end_as_the_plain_answer(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    with http.stream("POST", path, json=body) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert "content-encoding" not in answer.headers
+        events = [data for name, data in events_of(answer.iter_lines()) if name == ""]
+    plain = http.post(path, json={**body, "stream": False}).json()
+    assert len(events) >= 4
+    assert events[-1] == plain
+    texts = [_texts(event) for event in events]
+    for earlier, later in zip(texts, texts[1:], strict=False):
+        assert all(after.startswith(before) for before, after in zip(earlier, later, strict=True))
+
+
+def _texts(event: dict[str, Any]) -> list[str]:
+    if "steered" in event:
+        return [event["steered"]["text"], event["default"]["text"]]
+    return [output.get("output", output.get("raw")) for output in event["outputs"]]
+
+
+def test_the_bytes_of_a_stream(http: httpx.Client) -> None:
+    with http.stream("POST", "/v1/steer/completion", json={**STEER, "n_completion_tokens": 2}) as answer:
+        raw = b"".join(answer.iter_raw())
+    *frames, rest = raw.split(b"\n\n")
+    assert rest == b""
+    assert all(frame.startswith(b"data: {") and b"\n" not in frame for frame in frames)
+
+
+def test_the_first_event_comes_before_the_last_token(http: httpx.Client) -> None:
+    arrivals: list[float] = []
+    with http.stream("POST", "/v1/steer/completion", json={**STEER, "n_completion_tokens": 10}) as answer:
+        arrivals.extend(time.monotonic() for _ in events_of(answer.iter_lines()))
+    assert len(arrivals) >= 10
+    whole = arrivals[-1] - arrivals[0]
+    assert whole > 0.2, "ten tokens take a while, so the events were not held back to the end"
+    gaps = [after - before for before, after in zip(arrivals, arrivals[1:], strict=False)]
+    assert max(gaps) < 0.7 * whole
+
+
+def vectors(hook: str, value: float = 1.0) -> dict[str, Any]:
+    return {"features": None, "vectors": [{"steering_vector": [value] * WIDTH, "strength": 1, "hook": hook}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        (vectors("blocks.99.hook_resid_post"), 400),
+        (vectors("nonsense"), 400),
+        ({**vectors("blocks.3.hook_resid_post", 0.0), "normalize_steering": True}, 400),
+        ({"features": [{"model": MODEL, "source": "99-res-4k", "index": 1, "strength": 1}]}, 400),
+        ({"features": [{"model": MODEL, "source": SOURCE, "index": 99999, "strength": 1}]}, 400),
+        ({"features": None}, 400),
+        ({"n_completion_tokens": 1000}, 400),
+        ({"n_completion_tokens": 0}, 422),
+        ({"prompt": "word " * 100}, 400),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_stream(http: httpx.Client, changes: dict[str, Any], status: int) -> None:
+    answer = http.post("/v1/steer/completion", json={**STEER, **changes})
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/json"
+    assert isinstance(answer.json()["error"], str)
+
+
+def test_a_stream_asks_for_the_secret(locked_server: Served) -> None:
+    with locked_server.client() as client:
+        assert client.post("/v1/steer/completion", json=STEER).status_code == 401
+    with locked_server.client(SECRET) as client:
+        assert client.post("/v1/steer/completion", json=STEER).status_code == 200
+
+
+class FailingAfter:
+    """`Runtime.generate` that raises after some events."""
+
+    def __init__(self, runtime: Runtime, n_events: int, exc: Exception) -> None:
+        self._runtime = runtime
+        self._n_events = n_events
+        self._exc = exc
+
+    def __call__(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        return self._fail(self._runtime.generate(*args, **kwargs))
+
+    async def _fail(self, events: Any) -> AsyncIterator[Any]:
+        try:
+            for _ in range(self._n_events):
+                yield await anext(events)
+            raise self._exc
+        finally:
+            await events.aclose()
+
+
+@pytest.mark.parametrize(
+    ("exc", "code"),
+    [(EngineFailed("The engine failed"), "engine_failed"), (RuntimeError("inside /srv/model.py"), "internal")],
+)
+def test_a_failure_after_the_first_event_is_an_error_event(
+    runtime: Runtime, serve: Serve, exc: Exception, code: str
+) -> None:
+    broken = Wrapped(runtime, generate=FailingAfter(runtime, 2, exc))
+    with (
+        serve(small_settings(), lambda: broken).client() as client,
+        client.stream("POST", "/v1/steer/completion", json=STEER) as answer,
+    ):
+        assert answer.status_code == 200
+        events = list(events_of(answer.iter_lines()))
+    assert [name for name, _ in events] == ["", "", "error"]
+    last = events[-1][1]
+    assert last["code"] == code
+    assert last["request_id"] == answer.headers["x-request-id"]
+    assert isinstance(last["error"], str)
+    assert "model.py" not in last["error"]
+
+
+def test_a_failure_before_the_first_event_has_its_own_status(runtime: Runtime, serve: Serve) -> None:
+    full = Wrapped(runtime, generate=FailingAfter(runtime, 0, Overloaded("Full")))
+    with serve(small_settings(), lambda: full).client() as client:
+        answer = client.post("/v1/steer/completion", json=STEER)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"]
+
+
+class Endless:
+    """`Runtime.generate` that gives some events and then nothing more; tells when it was closed."""
+
+    def __init__(self, n_events: int) -> None:
+        self.closed = threading.Event()
+        self._n_events = n_events
+
+    def __call__(self, _prompt: Any, plans: Any, *_: Any, **__: Any) -> AsyncIterator[tuple[Completion, ...]]:
+        return self._events(len(plans))
+
+    async def _events(self, n_rows: int) -> AsyncIterator[tuple[Completion, ...]]:
+        try:
+            for n in range(self._n_events):
+                yield tuple(Completion(text="x" * (n + 1), token_ids=(1,) * (n + 1)) for _ in range(n_rows))
+            await asyncio.sleep(3600)
+        finally:
+            self.closed.set()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_hanging_up_before_the_first_event_closes_the_generation(runtime: Runtime, serve: Serve, stream: bool) -> None:
+    endless = Endless(0)
+    served = serve(small_settings(), lambda: Wrapped(runtime, generate=endless))
+    with served.client() as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/steer/completion", json={**STEER, "stream": stream}, timeout=0.5)
+    assert endless.closed.wait(2)
+
+
+def test_hanging_up_while_nothing_comes_closes_the_generation(runtime: Runtime, serve: Serve) -> None:
+    endless = Endless(2)
+    served = serve(small_settings(), lambda: Wrapped(runtime, generate=endless))
+    with served.client() as client, client.stream("POST", "/v1/steer/completion", json=STEER) as answer:
+        assert len(list(itertools.islice(events_of(answer.iter_lines()), 2))) == 2
+        assert not endless.closed.is_set()
+    assert endless.closed.wait(2)
+
+
+def running(http: httpx.Client) -> int:
+    return http.get("/v1/capabilities").json()["running"]
+
+
+def wait_until_idle(http: httpx.Client, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while running(http):
+        assert time.monotonic() < deadline, "the worker still runs what nobody waits for"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("path", "body"), ROUTES)
+def test_hanging_up_on_a_stream_frees_the_worker(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    asked = "max_new_tokens" if path == "/v1/steer" else "n_completion_tokens"
+    with http.stream("POST", path, json={**body, "prompt": SHORT[path], asked: 28}) as answer:
+        events = events_of(answer.iter_lines())
+        arrivals = [time.monotonic() for _ in itertools.islice(events, 4)]
+        assert running(http) > 0
+    per_token = (arrivals[-1] - arrivals[0]) / 3
+    # One token for the row to leave, and a margin for a busy machine; all the tokens asked for would take 24.
+    wait_until_idle(http, within_s=0.3 + 4 * per_token)
+
+
+def test_hanging_up_on_a_plain_request_frees_the_worker(http: httpx.Client) -> None:
+    body = {**STEER, "stream": False, "n_completion_tokens": 56}
+    with pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/steer/completion", json=body, timeout=0.4)
+    wait_until_idle(http, within_s=1.2)
