@@ -13,9 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 from neuronpedia_inference import embedded
 from neuronpedia_inference.embedded.weights import default_cache_dir, model_folder
 from neuronpedia_inference.settings import Settings, variable
@@ -62,9 +59,9 @@ class Deployed:
         kept = {name: value for name, value in os.environ.items() if name not in known}
         return {**kept, "COLUMNS": "200", **self.plane.env, **chosen}
 
-    def modal(self, *command: str, timeout_s: float = START_S, **chosen: str) -> Ran:
+    def modal(self, *command: str, **chosen: str) -> Ran:
         """The `modal` command, in the project's root."""
-        return _run([str(MODAL), *command], self.env(**chosen), ROOT, timeout_s)
+        return _run([str(MODAL), *command], self.env(**chosen), ROOT)
 
     def deploy(self, **chosen: str) -> Ran:
         ran = self.modal("deploy", "service/inference_cls.py", **chosen)
@@ -74,7 +71,7 @@ class Deployed:
     def python(self, code: str, *arguments: str) -> Any:
         """What `code` assigns to `result`, run by a Python that has modal and does not see this project."""
         program = f"{CALLER}\n{textwrap.dedent(code)}\nprint('result:' + json.dumps(result))"
-        ran = _run([sys.executable, "-I", "-c", program, *arguments], self.env(), self.folder, START_S)
+        ran = _run([sys.executable, "-I", "-c", program, *arguments], self.env(), self.folder)
         assert ran.code == 0, ran.text
         return json.loads(ran.out.rpartition("result:")[2])
 
@@ -110,8 +107,8 @@ def error_of(call, *args, **fields):
 """
 
 
-def _run(command: Sequence[str], env: dict[str, str], cwd: Path, timeout_s: float) -> Ran:
-    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
+def _run(command: Sequence[str], env: dict[str, str], cwd: Path) -> Ran:
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=START_S, check=False)
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
@@ -121,7 +118,6 @@ def fill_volume(plane: Plane) -> None:
     model_folder()
     (folder / "neuronpedia-inference").symlink_to(default_cache_dir(), target_is_directory=True)
     models.save("llama", folder / "tiny")
-    _save_stand_ins(folder / "saes")
     shutil.copytree(folder / "tiny", folder / "broken")
     _flatten_output(folder / "broken")
 
@@ -132,6 +128,6 @@ async def _volume_folder(plane: Plane) -> Path:
 
 def _flatten_output(folder: Path) -> None:
     """Weights that load without complaint and give every next token the same probability."""
-    net = models.AutoModelForCausalLM.from_pretrained(folder)
+    net: Any = models.AutoModelForCausalLM.from_pretrained(folder)
     net.lm_head.weight.data.zero_()
     net.save_pretrained(folder)

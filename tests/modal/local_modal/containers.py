@@ -60,6 +60,7 @@ class Container:
             await self._run_process(f"unix://{address}")
         finally:
             server.close()
+            await server.wait_closed()
             shutil.rmtree(self._folder, ignore_errors=True)
             self._give_up_inputs()
 

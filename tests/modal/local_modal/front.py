@@ -23,7 +23,7 @@ class Front:
         self._function = function
         self._method = method
 
-    async def __call__(self, request: web.Request) -> web.StreamResponse:
+    async def answer(self, request: web.Request) -> web.StreamResponse:
         call = self._start(request)
         self._send(call, {"type": "http.request", "body": await request.read(), "more_body": False})
         response: web.StreamResponse | None = None

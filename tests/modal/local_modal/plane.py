@@ -93,15 +93,15 @@ class Plane:
         port = listener.getsockname()[1]
         await self._server.start(sock=listener)
         self.url = f"http://{HOST}:{port}"
-        self._spawn(self._start_containers())
+        self._starting = self._spawn(self._start_containers())
 
     async def _stop(self) -> None:
+        self._starting.cancel()
         for container in self.containers:
             container.kill()
-        for task in self._tasks:
-            task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._server.close()
+        await self._server.wait_closed()
         for site in self._sites:
             await site.cleanup()
 
@@ -121,14 +121,15 @@ class Plane:
         for method, config in {"": made.webhook_config, **configs}.items():
             if config.type and method not in function.urls:
                 front = Front(self.calls, function, method)
-                function.urls[method] = await self._listen([web.route("*", "/{path:.*}", front)])
+                function.urls[method] = await self._listen([web.route("*", "/{path:.*}", front.answer)])
 
     # Containers
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._note_end)
+        return task
 
     def _note_end(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

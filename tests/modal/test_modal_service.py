@@ -1,0 +1,243 @@
+"""The deployed class and its web app, used by processes that have modal and nothing of this project."""
+
+# The client re-exports its names without saying so.
+# pyright: reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import httpx
+import neuronpedia_inference_client as np_client
+import pytest
+
+from neuronpedia_inference import embedded
+from neuronpedia_inference.operations import OPERATIONS
+from neuronpedia_inference.web.answers import json_bytes
+from neuronpedia_inference.web.fields import example_of
+from tests.modal.service_under_test import Deployed
+
+FRIENDLY = ("activations", "top_k", "steer")
+SHORT: dict[str, dict[str, Any]] = {
+    "steer": {"max_new_tokens": 4},
+    "steer_completion": {"n_completion_tokens": 4},
+    "steer_completion_chat": {"n_completion_tokens": 4},
+}
+BODIES = {op.name: {**example_of(op.request), **SHORT.get(op.name, {})} for op in OPERATIONS}
+STEERING = {"features": [{"source": "15-res-4k", "index": 42, "strength": 60}], "max_new_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def answers(deployed: Deployed) -> dict[str, Any]:
+    """The answer of every method, each called as it is meant to be called."""
+    return deployed.python(
+        """
+        service, bodies, friendly = Inference(), *map(json.loads, sys.argv[1:])
+        result = {}
+        for name, body in bodies.items():
+            method = getattr(service, name)
+            if name in friendly:
+                prompt = body.pop("prompt")
+                result[name] = method.remote(prompt, **body)
+            else:
+                result[name] = method.remote(body)
+        """,
+        json.dumps(BODIES),
+        json.dumps(FRIENDLY),
+    )
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda op: op.name)
+def test_methods_and_routes_give_the_same_bytes(deployed: Deployed, answers: dict[str, Any], operation: Any) -> None:
+    response = httpx.post(deployed.url + operation.path, json=BODIES[operation.name], timeout=60)
+
+    assert response.status_code == 200, response.text
+    assert json_bytes(answers[operation.name]) == response.content
+
+
+def test_other_ways_to_call(deployed: Deployed) -> None:
+    result = deployed.python(
+        """
+        service = Inference()
+        texts = ["The cat sat.", "A court heard it.", "Sugar and salt."]
+        kwargs = {"num_results": 1}
+        hi = {"model": "x", "text": "hi"}
+        one_by_one = [service.activations.remote(text, **kwargs) for text in texts]
+        result = {
+            "mapped": list(service.activations.map(texts, kwargs=kwargs)) == one_by_one,
+            "as bodies": list(service.activations.map([{"prompt": text, **kwargs} for text in texts])) == one_by_one,
+            "as keywords": service.tokenize.remote(**hi) == service.tokenize.remote(hi),
+            "both": service.tokenize.remote(hi, prepend_bos=False)["tokens"],
+            "model": service.capabilities.remote()["model"],
+            "sources": service.capabilities.remote()["sources"],
+        }
+        """
+    )
+    assert result.pop("both") == [6004]
+    assert result.pop("model") == embedded.MODEL_ID
+    assert tuple(result.pop("sources")) == embedded.SOURCES
+    assert all(result.values()), result
+
+
+def test_a_stream_arrives_as_it_is_written_and_ends_as_the_whole(deployed: Deployed) -> None:
+    result = deployed.python(
+        """
+        service, fields = Inference(), json.loads(sys.argv[1])
+        events, times = [], []
+        for event in service.steer_stream.remote_gen("I think that", **fields):
+            events.append(event)
+            times.append(time.monotonic())
+        result = [events, times[-1] - times[0], service.steer.remote("I think that", **fields)]
+        """,
+        json.dumps(STEERING),
+    )
+    events, spread_s, whole = result
+    assert len(events) == STEERING["max_new_tokens"]
+    assert events[-1] == whole
+    assert spread_s > 0.05
+    assert whole["steered"]["text"] != whole["default"]["text"]
+
+
+def test_bad_input_arrives_as_built_in_errors(deployed: Deployed) -> None:
+    result = deployed.python(
+        """
+        service = Inference()
+        result = [
+            error_of(service.top_k.remote, "The cat sat.", source="15-res-4k", top_k="three"),
+            error_of(service.activations.remote, "a", source="15-res-4k", index=10**6),
+            error_of(service.activations.remote, "word " * 500),
+            error_of(service.top_k.remote, "The cat sat.", source="16-res-4k"),
+            error_of(service.activation_single.remote, model="x", prompt="a", vector=[1.0], hook="blocks.1.nope"),
+            error_of(service.tokenize.remote, "not a body"),
+            error_of(service.tokenize.remote, "not a body", prepend_bos=True),
+            error_of(lambda: list(service.steer_stream.remote_gen("a", features=[], max_new_tokens=10**6))),
+        ]
+        """
+    )
+    assert [(kind, text.partition(":")[0]) for kind, text in result] == [
+        ("ValueError", "invalid_body"),
+        ("ValueError", "invalid_request"),
+        ("ValueError", "limit_exceeded"),
+        ("LookupError", "unknown_source"),
+        ("LookupError", "unknown_hook"),
+        ("ValueError", "invalid_body"),
+        ("ValueError", "invalid_request"),
+        ("ValueError", result[-1][1].partition(":")[0]),
+    ]
+    assert "'15-res-4k'" in result[3][1]
+    assert "max is 200" in result[2][1]
+
+
+def test_web_errors_are_those_of_the_library(deployed: Deployed) -> None:
+    response = httpx.post(deployed.url + "/v1/top-k", json={"prompt": "a", "source": "16-res-4k"})
+    assert response.status_code == 400
+    assert response.json()["code"] == "unknown_source"
+    assert httpx.get(deployed.url + "/health").json() == {"status": "healthy"}
+    assert httpx.get(deployed.url + "/ready").json()["model"] == embedded.MODEL_ID
+
+
+def test_server_sent_events_arrive_one_by_one(deployed: Deployed) -> None:
+    body = {"prompt": "I think that", **STEERING, "stream": True}
+    with httpx.stream("POST", deployed.url + "/v1/steer", json=body, timeout=60) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        arrived = [(time.monotonic(), line) for line in response.iter_lines() if line]
+    assert len(arrived) == STEERING["max_new_tokens"]
+    assert arrived[-1][0] - arrived[0][0] > 0.05
+    assert json.loads(arrived[-1][1].removeprefix("data: "))["default"]["text"]
+
+
+def test_a_caller_that_hangs_up_frees_its_row(deployed: Deployed) -> None:
+    body = {"prompt": "I think that", **STEERING, "max_new_tokens": 500, "stream": True}
+    before = _cancelled(deployed)
+    with httpx.stream("POST", deployed.url + "/v1/steer", json=body, timeout=60) as response:
+        next(response.iter_lines())
+    deadline = time.monotonic() + 10
+    while _cancelled(deployed) == before and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert _cancelled(deployed) == before + 1
+
+
+def _cancelled(deployed: Deployed) -> int:
+    return httpx.get(deployed.url + "/v1/capabilities").json()["requests"].get("cancelled", 0)
+
+
+def test_the_published_client_works(deployed: Deployed) -> None:
+    api = np_client.DefaultApi(np_client.ApiClient(np_client.Configuration(host=f"{deployed.url}/v1")))
+    request = np_client.TokenizePostRequest(model=embedded.MODEL_ID, text="The cat", prepend_bos=True)
+    assert api.tokenize_post(request).token_strings == ["<|im_start|>", "The", " cat"]
+
+
+def test_one_container_has_32_inputs_in_flight(deployed: Deployed) -> None:
+    deployed.python(
+        """
+        texts = [f"Number {i} of many." for i in range(64)]
+        result = len(list(Inference().activations.map(texts, kwargs={"num_results": 1})))
+        """
+    )
+    (container,) = deployed.containers()
+    assert container.most_running == 32
+
+
+def test_large_bodies_go_both_ways(deployed: Deployed) -> None:
+    """Over 2 MiB they travel as blobs."""
+    asked, steered_by_nothing, answered = deployed.python(
+        """
+        numbers = [k / 7 for k in range(576)]
+        nothing = [{"hook": "blocks.1.hook_resid_post", "vector": numbers, "strength": 0.0}] * 300
+        # Equal objects are sent once.
+        nothing = json.loads(json.dumps(nothing))
+        steered = Inference().steer.remote("I think that", vectors=nothing, max_new_tokens=2)
+        features = Inference().activations.remote("many words " * 90, source_set="neurons", num_results=1000)
+        result = [len(str(nothing)), steered["steered"] == steered["default"], len(str(features))]
+        """
+    )
+    assert asked > 2 * 2**20
+    assert steered_by_nothing
+    assert answered > 2 * 2**20
+
+
+def test_web_parameters_choose_their_own_container(deployed: Deployed) -> None:
+    """The same set of parameters is the same pool, through either door."""
+    tiny = {"model_id": "/cache/tiny", "sae_sets": "[]"}
+    result = deployed.python(
+        """
+        service = Inference(**json.loads(sys.argv[1]))
+        result = [service.capabilities.remote()["num_layers"], error_of(service.top_k.remote, "a", source="15-res-4k")]
+        """,
+        json.dumps(tiny),
+    )
+    assert result[0] == 3
+    assert result[1][0] == "LookupError"
+    assert httpx.get(deployed.url + "/ready", params=tiny).json()["model"] == "/cache/tiny"
+    first, second = deployed.containers()
+    assert first.pool.params != second.pool.params
+
+
+def test_run_inference_with_config(deployed: Deployed) -> None:
+    """Loads exactly this, answers everything, and says of itself what it is."""
+    result = deployed.python(
+        """
+        run = modal.Function.from_name("neuronpedia-inference", "run_inference_with_config")
+        body = {"model": "x", "text": "abc"}
+        asked = [["tokenize", body], {"operation": "top_k", "body": {"prompt": "a", "source": "9"}}]
+        result = run.remote(model_id="/cache/tiny", sae_sets=[], model_dtype="float32", token_limit=77, requests=asked)
+        """
+    )
+    assert result["status"] == "healthy"
+    assert (result["capabilities"]["token_limit"], result["capabilities"]["model"]) == (77, "/cache/tiny")
+    tokens, refused = result["answers"]
+    assert tokens["tokens"][0] == 0
+    assert refused["error"].startswith("unknown_source: ")
+
+
+def test_exit_says_what_was_answered(deployed: Deployed) -> None:
+    """Last, because it ends the containers."""
+    for container in list(deployed.containers()):
+        text = deployed.stop(container)
+        assert text.count("Ready: ") == 1
+        assert "Stopped after" in text
+        assert "answered" in text
+        assert container.exit_code == 0
+    assert deployed.plane.objects.volume("hf-cache-neuronpedia").commits
