@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SENTENCE = "The judge told the court that the army had burned the old church."
 SOURCE = "15-res-4k"
 FEATURES_PER_TOKEN = 2
+STRONGEST = 60
 LEVELS = " ▁▂▃▄▅▆▇█"
 BAR = 6
 # From the colour of the page to a strong orange: how strongly a feature fires.
@@ -31,8 +32,8 @@ async def show(console: Console, runtime: Runtime, *, n_tokens: int) -> None:
     """Print the three views."""
     top = await _ask(runtime, "top_k", prompt=SENTENCE, source=SOURCE, top_k=FEATURES_PER_TOKEN)
     console.print(top_features(top["results"][0]))
-    strongest = await _ask(runtime, "activations", prompt=SENTENCE, source=SOURCE, num_results=1)
-    index = strongest["results"][0]["features"][0]["index"]
+    strongest = await _ask(runtime, "activations", prompt=SENTENCE, source=SOURCE, num_results=STRONGEST)
+    index = _worth_looking_at(strongest["results"][0])
     one = await _ask(runtime, "activations", prompt=SENTENCE, source=SOURCE, index=index)
     console.print(heat_strip(one["results"][0], console.width))
     console.print(
@@ -40,6 +41,16 @@ async def show(console: Console, runtime: Runtime, *, n_tokens: int) -> None:
     )
     for example in steering_examples()[:3]:
         console.print(side_by_side(example, await _steered(runtime, example, n_tokens)))
+
+
+def _worth_looking_at(result: dict[str, Any]) -> int:
+    """A feature that fires strongly, on few tokens, and most on a word; features of position or full stops do not."""
+
+    def selectivity(feature: dict[str, Any]) -> float:
+        is_word = result["tokens"][feature["max_value_index"]].strip().isalpha()
+        return is_word * feature["max_value"] ** 2 / sum(feature["values"])
+
+    return max(result["features"], key=selectivity)["index"]
 
 
 async def _ask(runtime: Runtime, name: str, **body: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from neuronpedia_inference.errors import (
     UnknownPoint,
     UnknownSource,
 )
-from neuronpedia_inference.observability import report
+from neuronpedia_inference.observability import report, request_id
 
 
 def builtin_error(exc: InferenceError) -> Exception:
@@ -34,7 +34,9 @@ def builtin_error(exc: InferenceError) -> Exception:
         return TimeoutError(text)
     if isinstance(exc, OutOfMemory):
         return MemoryError(text)
-    return ValueError(text) if exc.status < 500 else RuntimeError(text)
+    if exc.status < 500:
+        return ValueError(text)
+    return RuntimeError(f"{text} (request {request_id()})")
 
 
 @contextmanager

@@ -154,9 +154,10 @@ class Inference:
         await leave.aio()
 
     async def _answer(self, operation: str, body: Any, fields: Body) -> Answer:
+        from neuronpedia_inference.observability import bound_request_id, new_request_id
         from neuronpedia_inference.operations import answer, by_name
 
-        with builtin_errors():
+        with bound_request_id(new_request_id(modal.current_input_id() or "")), builtin_errors():
             return await answer(by_name[operation], jobs.merged(body, fields), self._serving())
 
     def _serving(self) -> "Runtime":
@@ -315,9 +316,24 @@ async def run_inference_with_config(
 
 
 @app.local_entrypoint()
-def main(model_id: str = "", sae_sets: str = "", prompt: str = "The cat sat on the mat.") -> None:
-    """Start one container, ask for the strongest feature of a prompt, and print it as proof."""
+def main(
+    model_id: str = "",
+    sae_sets: str = "",
+    prompt: str = "The cat sat on the mat.",
+    input: str = "",
+    output: str = "",
+    operation: str = "activations",
+    fields: str = "",
+) -> None:
+    """Start a container and print the strongest feature of `prompt` as proof, or answer the lines of a file.
+
+    With `--input` and `--output` it is the batch job of `batch.py`; `--fields` is a JSON object that each line's body
+    starts from. `modal run service/inference_cls.py` accepts one entry point without a name, so these two are one.
+    """
     inference = _inference(model_id=model_id, sae_sets=sae_sets)
+    if input or output:
+        _run_batch(inference, input, output, operation, fields)
+        return
     capabilities = inference.capabilities.remote()
     sources = ", ".join(capabilities["sources"]) or "none"
     print(f"{capabilities['model']} on {capabilities['device']}, sources: {sources}")
@@ -325,19 +341,15 @@ def main(model_id: str = "", sae_sets: str = "", prompt: str = "The cat sat on t
     print(jobs.first_activation(inference.activations.remote(prompt, source_set=source_set, num_results=1)))
 
 
-@app.local_entrypoint()
-def batch(
-    input: str,
-    output: str,
-    operation: str = "activations",
-    fields: str = "",
-    model_id: str = "",
-    sae_sets: str = "",
-) -> None:
-    """Answer every line of a JSONL file; see `batch.py`. `fields`: JSON object that each line starts from."""
+batch = main
+"""`modal run service/inference_cls.py::batch --input prompts.jsonl --operation activations --output out.jsonl`"""
+
+
+def _run_batch(inference: Any, input: str, output: str, operation: str, fields: str) -> None:
     from service.batch import BatchFailed, run
 
-    inference = _inference(model_id=model_id, sae_sets=sae_sets)
+    if not (input and output):
+        raise SystemExit("batch: needs both --input and --output")
     try:
         run(input, output, operation, fields, lambda name: getattr(inference, name).map)
     except BatchFailed as exc:

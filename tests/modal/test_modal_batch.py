@@ -112,7 +112,8 @@ def test_output_of_another_job_is_refused(tmp_path: Path) -> None:
 
 def test_a_service_that_answers_nothing_stops_the_job(tmp_path: Path) -> None:
     write_lines(tmp_path / "in.jsonl", 3, {})
-    mapper = Mapper(**{f"n{i}": [RuntimeError("startup_failed: no such model")] * 9 for i in range(1, 4)})
+    fault: Exception = RuntimeError("startup_failed: no such model")
+    mapper = Mapper(n1=[fault] * 9, n2=[fault] * 9, n3=[fault] * 9)
     with pytest.raises(batch.BatchFailed, match="nothing is answered: startup_failed"):
         run(tmp_path, mapper)
 

@@ -21,6 +21,20 @@ from tests.modal.service_under_test import BROKEN, TINY, Deployed, fill_volume
 SECRET = "sésame"
 NEURON: dict[str, Any] = {"model": TINY, "prompt": "The cat sat.", "source": "1", "index": "3"}
 
+FAILING_DEVICE = """
+import gc, pathlib, threading, time
+
+def fail():
+    while not pathlib.Path({poison!r}).exists():
+        time.sleep(0.1)
+    for one in gc.get_objects():
+        if type(one).__name__ == "Worker" and hasattr(one, "healthy"):
+            one.healthy = False
+
+threading.Thread(target=fail, daemon=True).start()
+"""
+"""Does to a container what an error that poisons CUDA does: its worker takes nothing more."""
+
 
 @pytest.fixture(scope="module")
 def snapshots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
@@ -65,6 +79,7 @@ def test_the_published_client_needs_the_secret(locked: str) -> None:
 
 
 def test_a_container_that_is_scaled_down_finishes_what_it_runs(snapshots: Deployed, locked: str) -> None:
+    assert httpx.get(f"{locked}/health", timeout=60).status_code == 200
     (container,) = _containers(snapshots, "locked")
     with ThreadPoolExecutor() as pool:
         key = {b"X-SECRET-KEY": SECRET.encode()}
@@ -121,6 +136,21 @@ def test_a_container_that_cannot_serve_says_why_in_one_line(
     assert "Ready: " not in container.text
 
 
+def test_a_container_whose_device_fails_is_replaced(snapshots: Deployed, locked: str) -> None:
+    poison = snapshots.folder / "poison"
+    for started_before in _containers(snapshots, "locked"):
+        snapshots.stop(started_before)
+    snapshots.plane.fault = FAILING_DEVICE.format(poison=str(poison))
+    assert httpx.get(f"{locked}/health", timeout=60).status_code == 200
+    (container,) = _containers(snapshots, "locked")
+    poison.touch()
+    assert snapshots.plane.wait(lambda: container.exit_code is not None), container.text
+    snapshots.plane.fault = ""
+    assert "The device has failed" in container.text
+    assert httpx.get(f"{locked}/health", timeout=60).status_code == 200
+    assert _containers(snapshots, "locked") != [container]
+
+
 def test_run_prints_a_first_activation_as_proof(snapshots: Deployed) -> None:
     said = snapshots.modal("run", "service/inference_cls.py", "--model-id", TINY, "--sae-sets", "[]")
     assert said.code == 0, said.text
@@ -142,7 +172,7 @@ def _steering(n_tokens: int) -> dict[str, object]:
 
 
 def _containers(deployed: Deployed, app: str) -> list[Container]:
-    """Of one app, those that run or have run last."""
+    """Of one app, those that run, else the last that did."""
     function = deployed.function(app=app)
     mine = [one for one in deployed.plane.containers if one.pool.function is function]
-    return [one for one in mine if one.exit_code is None] or mine
+    return [one for one in mine if one.exit_code is None] or mine[-1:]

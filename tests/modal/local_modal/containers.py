@@ -80,13 +80,14 @@ class Container:
     async def _run_process(self, address: str) -> None:
         arguments = self._folder / "arguments"
         arguments.write_bytes(self._arguments().SerializeToString())
+        (self._folder / "sitecustomize.py").write_text(self._plane.fault)
         root = self._plane.store.root_of(self.pool.function.definition.mount_ids)
         command, env = self._mounted(
             [sys.executable, "-m", "modal._container_entrypoint"],
             {
                 **{name: os.environ[name] for name in KEPT if name in os.environ},
                 "HOME": str(self._folder),
-                "PYTHONPATH": str(root),
+                "PYTHONPATH": f"{root}:{self._folder}",
                 **self._image_env(),
                 **self._secret_env(),
                 "MODAL_SERVER_URL": address,
@@ -226,6 +227,11 @@ class Container:
         self._plane.calls.calls[request.function_call_id].data_out.extend(request.data_chunks)
         self._plane.bell.ring()
         return Empty()
+
+    async def ContainerStop(self, _: api_pb2.ContainerStopRequest) -> api_pb2.ContainerStopResponse:
+        """A container that asks for its own end."""
+        self.stop()
+        return api_pb2.ContainerStopResponse()
 
     async def TaskResult(self, request: api_pb2.TaskResultRequest) -> Empty:
         if request.result.status == FAILURE:

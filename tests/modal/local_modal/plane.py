@@ -36,6 +36,8 @@ class Plane:
         """folder: empty, for files and volumes. snapshots: take classes that allow it through a snapshot's steps."""
         self.folder = folder
         self.snapshots = snapshots
+        self.fault = ""
+        """Code that containers run first when they start: how a test breaks one."""
         self.can_mount = _can_mount()
         self.containers: list[Container] = []
         self._loop = asyncio.new_event_loop()
