@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neuronpedia_inference.errors import StartupError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -31,11 +33,11 @@ _BLOCK_BYTES = 64 * 1024
 _SAMPLED_BLOCKS = 32
 
 
-class EmbeddedWeightsMissing(RuntimeError):
+class EmbeddedWeightsMissing(StartupError):
     """The package that carries the embedded model's weights is not installed."""
 
 
-class EmbeddedWeightsCorrupt(RuntimeError):
+class EmbeddedWeightsCorrupt(StartupError):
     """The installed GGUF file is not the one that its package lists."""
 
 

@@ -50,7 +50,7 @@ def _schemas() -> tuple[Refs, dict[str, Any]]:
     given: list[Any] = [(op.response, "serialization") for op in OPERATIONS]
     service: list[Any] = [(model, "serialization") for model in (Capabilities, ErrorBody, Health, Ready)]
     wanted = list(dict.fromkeys(asked + given + service))
-    refs, definitions = models_json_schema(wanted, ref_template="#/components/schemas/{model}")
+    refs, definitions = models_json_schema(wanted, by_alias=False, ref_template="#/components/schemas/{model}")
     return cast("Refs", refs), definitions
 
 
