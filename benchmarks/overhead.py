@@ -76,9 +76,8 @@ class Plain:
             seen.append(output[0])
             raise StopError
 
-        with torch.inference_mode(), hook(self.model.model.layers[LAYER], stop):
-            with suppress(StopError):
-                self.model(torch.tensor([ids]), use_cache=False)
+        with torch.inference_mode(), hook(self.model.model.layers[LAYER], stop), suppress(StopError):
+            self.model(torch.tensor([ids]), use_cache=False)
         return seen[0]
 
     def one_feature(self, ids: list[int]) -> list[float]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SENTENCE = "The judge told the court that the army had burned the old church."
 SOURCE = "15-res-4k"
 FEATURES_PER_TOKEN = 2
-STRONGEST = 60
+STRONGEST = 40
 LEVELS = " ▁▂▃▄▅▆▇█"
 BAR = 6
 # From the colour of the page to a strong orange: how strongly a feature fires.
@@ -32,7 +32,8 @@ async def show(console: Console, runtime: Runtime, *, n_tokens: int) -> None:
     """Print the three views."""
     top = await _ask(runtime, "top_k", prompt=SENTENCE, source=SOURCE, top_k=FEATURES_PER_TOKEN)
     console.print(top_features(top["results"][0]))
-    strongest = await _ask(runtime, "activations", prompt=SENTENCE, source=SOURCE, num_results=STRONGEST)
+    n_strongest = min(STRONGEST, runtime.settings.max_results)
+    strongest = await _ask(runtime, "activations", prompt=SENTENCE, source=SOURCE, num_results=n_strongest)
     index = _worth_looking_at(strongest["results"][0])
     one = await _ask(runtime, "activations", prompt=SENTENCE, source=SOURCE, index=index)
     console.print(heat_strip(one["results"][0], console.width))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neuronpedia_inference import embedded
 from neuronpedia_inference.embedded.weights import model_folder
@@ -38,18 +39,42 @@ class Loaded:
     """Of sources whose features have been named: one label per feature, empty where there is none."""
 
 
-def load(settings: Settings, progress: Progress) -> Loaded:
-    """Raises StartupError. `progress` gets a sentence before each long step."""
+@dataclass(frozen=True)
+class HostWeights:
+    """A model in host memory, with its tokenizer."""
+
+    settings: Settings
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+
+    def are_those_of(self, settings: Settings) -> bool:
+        """Whether these are the weights that `settings` ask for."""
+        wanted = ("weights_id", "model_dtype", "model_from_pretrained_kwargs")
+        return all(getattr(self.settings, name) == getattr(settings, name) for name in wanted)
+
+
+def load_on_host(settings: Settings, progress: Progress) -> HostWeights:
+    """What can be loaded without asking for a GPU, so that a memory snapshot may hold it. Raises StartupError."""
+    progress(f"Finding the weights of {settings.weights_id}")
+    where = str(model_folder()) if settings.is_embedded else _hugging_face_name(settings.weights_id)
+    progress(f"Loading {settings.weights_id}")
+    options = settings.model_from_pretrained_kwargs
+    tokenizer = weights.load_tokenizer(where)
+    model = weights.load_weights(where, dtype=settings.model_dtype, device="cpu", options=options)
+    return HostWeights(settings, tokenizer, model)
+
+
+def load(settings: Settings, progress: Progress, host: HostWeights | None = None) -> Loaded:
+    """`progress` gets a sentence before each long step; a `host` of other weights is not used. Raises StartupError."""
     torch.set_num_threads(n_threads(settings))
     catalogue = resolve(settings)
     device = weights.pick_device(settings.device)
-    progress(f"Finding the weights of {settings.weights_id}")
-    where = str(model_folder()) if settings.is_embedded else _hugging_face_name(settings.weights_id)
-    progress(f"Loading {settings.weights_id} on {device}")
-    tokenizer = weights.load_tokenizer(where)
-    model = weights.load_weights(
-        where, dtype=settings.model_dtype, device=device, options=settings.model_from_pretrained_kwargs
-    )
+    if host is None or not host.are_those_of(settings):
+        host = load_on_host(settings, progress)
+    tokenizer, model = host.tokenizer, host.model
+    if device != "cpu":
+        progress(f"Moving {settings.weights_id} to {device}")
+        torch.nn.Module.to(model, device)
     stop_ids = _stop_ids(tokenizer.eos_token_id, model.generation_config)
     engine = BridgeEngine(model, model_id=settings.model_id, name=settings.weights_id, stop_ids=stop_ids)
     if not engine.direct:

@@ -28,7 +28,7 @@ from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
 from neuronpedia_inference.engine.tokens import BosRule
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, NotReady, UnknownSource
 from neuronpedia_inference.features import FeatureQuestions
-from neuronpedia_inference.loading import Loaded, Progress, load, n_threads
+from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n_threads
 from neuronpedia_inference.scheduler.admission import Admission
 from neuronpedia_inference.scheduler.events import TicketEvents
 from neuronpedia_inference.scheduler.jobs import CallWork, GenerateWork, Ticket, Work
@@ -67,10 +67,12 @@ class Runtime:
         )
 
     @classmethod
-    def load(cls, settings: Settings, progress: Progress = lambda _: None) -> Runtime:
-        """Load everything and start the worker; blocks. Raises StartupError."""
+    def load(
+        cls, settings: Settings, progress: Progress = lambda _: None, *, host: HostWeights | None = None
+    ) -> Runtime:
+        """Load everything that `host` does not hold and start the worker; blocks. Raises StartupError."""
         started = time.monotonic()
-        runtime = cls(settings, load(settings, progress))
+        runtime = cls(settings, load(settings, progress, host))
         log.info("ready", extra={"model": runtime.model.name, "seconds": round(time.monotonic() - started, 2)})
         return runtime
 

@@ -17,8 +17,8 @@ What can be chosen: `options.py`. Errors that arrive at the caller: `errors.buil
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import modal
@@ -33,6 +33,7 @@ from service.volumes import MOUNT_PATH, optional_secret, weights_volume
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from neuronpedia_inference.loading import HostWeights
     from neuronpedia_inference.runtime import Runtime
 
 OPTIONS = Options.read_or_exit()
@@ -83,14 +84,18 @@ class Inference:
 
     @modal.enter(snap=True)
     async def prepare(self) -> None:
-        """Up to the memory snapshot: what takes long and needs no GPU, which is the imports.
+        """Up to the memory snapshot: what takes long and needs no GPU, which are imports and the model's weights.
 
         Nothing here may ask for CUDA, or the answer "none" would outlive the restore: so `sae_lens`, which asks when
         imported, comes later. With GPU_SNAPSHOT there is a GPU, and everything is loaded.
         """
-        import neuronpedia_inference.runtime  # noqa: F401
+        from neuronpedia_inference.loading import load_on_host
 
         self._runtime: Runtime | None = None
+        self._host: HostWeights | None = None
+        with _saying_why():
+            settings = jobs.settings_of(jobs.parameters_of(self))
+            self._host = await asyncio.to_thread(load_on_host, settings, _say)
         if OPTIONS.gpu_snapshot:
             await self._load()
 
@@ -107,12 +112,8 @@ class Inference:
         if self._runtime is None:
             await self._load()
         assert self._runtime
-        try:
-            with builtin_errors():
-                await self_test(self._runtime)
-        except RuntimeError as exc:
-            _say(f"This container does not serve. {exc}")
-            raise
+        with _saying_why():
+            await self_test(self._runtime)
         await VOLUME.commit.aio()
         self._started = time.monotonic()
         self._watching = asyncio.create_task(self._leave_when_unhealthy())
@@ -130,19 +131,15 @@ class Inference:
         _say(f"Stopped after {time.monotonic() - self._started:.0f} s: {told}")
 
     async def _load(self) -> None:
-        from neuronpedia_inference.errors import StartupError
         from neuronpedia_inference.observability import start_logging, start_sentry
         from neuronpedia_inference.runtime import Runtime
 
-        try:
-            with builtin_errors():
-                self._settings = jobs.settings_of(jobs.parameters_of(self))
-                start_logging(self._settings)
-                start_sentry(self._settings)
-                self._runtime = await asyncio.to_thread(Runtime.load, self._settings, _say)
-        except (RuntimeError, StartupError) as exc:
-            _say(f"This container does not serve. {exc}")
-            raise
+        with _saying_why():
+            self._settings = jobs.settings_of(jobs.parameters_of(self))
+            start_logging(self._settings)
+            start_sentry(self._settings)
+            self._runtime = await asyncio.to_thread(Runtime.load, self._settings, _say, host=self._host)
+        self._host = None
 
     async def _leave_when_unhealthy(self) -> None:
         """A device that has failed stays failed: take no more inputs, so that Modal replaces the container."""
@@ -354,6 +351,17 @@ def _run_batch(inference: Any, input: str, output: str, operation: str, fields: 
         run(input, output, operation, fields, lambda name: getattr(inference, name).map)
     except BatchFailed as exc:
         raise SystemExit(f"batch: {exc}") from None
+
+
+@contextmanager
+def _saying_why() -> Iterator[None]:
+    """What keeps a container from serving is one line in its log, and the error that its callers get."""
+    try:
+        with builtin_errors():
+            yield
+    except RuntimeError as exc:
+        _say(f"This container does not serve. {exc}")
+        raise
 
 
 def _say(line: str) -> None:

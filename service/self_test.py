@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING
 
 from neuronpedia_inference.domain import Sampling, Tokens
 from neuronpedia_inference.errors import InferenceError, StartupError
+from neuronpedia_inference.settings import EMBEDDED_MODEL_ID
 from neuronpedia_inference.steering.plan import SteerPlan, SteerVector
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
 PROMPT = "The capital of France is"
+KNOWN = {EMBEDDED_MODEL_ID: ((-7.79, -13.19, -12.31, -12.77, -3.16), " the")}
+"""Models whose answers are on record: h·v from the second token on, and the steered token."""
+KNOWN_TOLERANCE = 0.25
+"""Absolute; in bfloat16 the answers on record differ by up to 0.12."""
 TOLERANCE = 1e-3
 """Relative; the same sums in another order differ by less, in every precision that is served."""
 
@@ -37,6 +42,9 @@ async def _check_capture(runtime: Runtime, prompt: Tokens) -> float:
         raise StartupError(f"Self-test failed: {hook} holds no usable numbers: {_few(once)}")
     if not all(math.isclose(a, -b, rel_tol=TOLERANCE, abs_tol=TOLERANCE) for a, b in zip(once, negated, strict=True)):
         raise StartupError(f"Self-test failed: {hook} captured twice differs: {_few(once)} and {_few(negated)}")
+    known = KNOWN.get(runtime.model.name)
+    if known and not all(abs(a - b) <= KNOWN_TOLERANCE for a, b in zip(once[1:], known[0], strict=True)):
+        raise StartupError(f"Self-test failed: {hook} gave {_few(once[1:])}, on record are {_few(known[0])}")
     return max(100.0, abs(once[-1]) * math.sqrt(runtime.model.d_model))
 
 
@@ -54,6 +62,9 @@ async def _check_steering(runtime: Runtime, prompt: Tokens, size: float) -> None
             raise StartupError(f"Self-test failed: steering by nothing changed {plain:.4f} to {nothing:.4f}")
         if rows[0].token_ids == rows[2].token_ids and math.isclose(plain, much, rel_tol=TOLERANCE):
             raise StartupError(f"Self-test failed: steering has no effect on the next token ({plain:.4f})")
+        known = KNOWN.get(runtime.model.name)
+        if known and rows[2].text != known[1]:
+            raise StartupError(f"Self-test failed: the steered token is {rows[2].text!r}, on record is {known[1]!r}")
 
 
 def _direction(width: int) -> list[float]:

@@ -35,7 +35,8 @@ from neuronpedia_inference.engine.protocol import Captured, ModelInfo, RowSpec
 from neuronpedia_inference.errors import StartupError, UnknownPoint
 
 _PROBE = (1, 2, 3, 5, 8, 13, 21)
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_PROBE_LAYER = 5
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 class BridgeEngine:
@@ -175,13 +176,14 @@ class BridgeEngine:
 
     def _direct_path_agrees(self) -> bool:
         """Whether the plain model and the bridge compute the same residual stream; else the bridge serves all."""
-        last = Point(self.cfg.n_layers - 1, RESID_POST)
+        # Not deeper: rounding in 16 bits grows from layer to layer until it hides what is looked for.
+        point = Point(min(_PROBE_LAYER, self.cfg.n_layers - 1), RESID_POST)
         ids = self._probe()
         self.direct = True
-        direct = self._run_capture(ids, frozenset({last}))[last]
+        direct = self._run_capture(ids, frozenset({point}))[point]
         self.direct = False
-        bridged = self._run_capture(ids, frozenset({last}))[last]
-        return _relative_error(direct, bridged) < _TOLERANCE.get(self.dtype, 1e-1)
+        bridged = self._run_capture(ids, frozenset({point}))[point]
+        return _relative_error(direct, bridged) < _TOLERANCE.get(self.dtype, 5e-2)
 
     def _resid_mid_is_sum(self) -> bool:
         """Whether resid_mid = resid_pre + attn_out, which is how resid_mid is steered."""
@@ -189,7 +191,7 @@ class BridgeEngine:
         if not all(p in self._bridge_site for p in (pre, out, mid)):
             return False
         seen = self._run_capture(self._probe(), frozenset({pre, out, mid}))
-        return _relative_error(seen[pre] + seen[out], seen[mid]) < _TOLERANCE.get(self.dtype, 1e-1)
+        return _relative_error(seen[pre] + seen[out], seen[mid]) < _TOLERANCE.get(self.dtype, 5e-2)
 
     def _probe(self) -> Tensor:
         return torch.tensor([_PROBE], device=self.device) % self.cfg.d_vocab

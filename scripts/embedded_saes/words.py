@@ -41,6 +41,8 @@ def readable(word: str) -> str:
     if not bare.strip():
         return "blank line" if bare.count("\n") > 1 else "line break"
     bare = bare.strip()
+    if any(unicodedata.category(letter) == "Cc" for letter in bare):
+        return "control character"
     if any(letter == "\ufffd" or (letter.isalpha() and not _latin(letter)) for letter in bare):
         return "foreign letters"
     if bare in MARKS:

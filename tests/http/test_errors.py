@@ -343,9 +343,7 @@ def test_default_may_come_first(http: httpx.Client, types: list[str]) -> None:
 
 
 @pytest.mark.parametrize("count", [49, 10**9])
-def test_too_many_results_are_cut_to_what_exists(http: httpx.Client, count: int) -> None:
-    ranked = http.post("/v1/activation/all", json={**ALL, "num_results": count})
-    assert len(ranked.json()["activations"]) == min(count, small_settings().max_results)
+def test_too_many_neighbours_are_cut_to_what_exists(http: httpx.Client, count: int) -> None:
     nearest = http.post("/v1/util/sae-topk-by-decoder-cossim", json={**COSSIM, "num_results": count})
     assert len(nearest.json()["topk_decoder_cossim_features"]) == min(count, 128)
 
@@ -382,3 +380,12 @@ def test_a_wrong_method(http: httpx.Client) -> None:
 
 def test_initialize_is_refused(http: httpx.Client) -> None:
     assert "restart it" in check(http.post("/initialize?custom_hf_model_id=x/y"), 409, "conflict")
+
+
+def test_more_results_than_the_server_gives_are_refused_with_the_bound(http: httpx.Client) -> None:
+    most = small_settings().max_results
+    assert len(http.post("/v1/activation/all", json={**ALL, "num_results": most}).json()["activations"]) == most
+    refused = http.post("/v1/activation/all", json={**ALL, "num_results": most + 1})
+    assert refused.status_code == 400
+    assert refused.json()["code"] == "limit_exceeded"
+    assert f"{most + 1}, the most is {most}" in refused.json()["error"]

@@ -101,7 +101,8 @@ def test_an_interrupted_container_still_runs_its_exit_hook(snapshots: Deployed, 
 
 
 def test_a_gpu_snapshot_holds_the_loaded_model(snapshots: Deployed) -> None:
-    snapshots.deploy(APP_NAME="whole", GPU_SNAPSHOT="1", MODEL_ID=TINY, SAE_SETS="[]")
+    chosen = {"APP_NAME": "whole", "GPU_SNAPSHOT": "1", "MODEL_ID": TINY, "SAE_SETS": "[]"}
+    assert snapshots.modal("deploy", "-m", "service.inference_cls", **chosen).code == 0
     assert httpx.get(snapshots.function(app="whole").urls["serve"] + "/ready", timeout=60).status_code == 200
     (container,) = _containers(snapshots, "whole")
     snapshots.stop(container)
