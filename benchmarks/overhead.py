@@ -109,7 +109,8 @@ def compare(
     name: str, floor_name: str, ours: Callable[[], Any], floor: Callable[[], Any], n: int, bound: float
 ) -> Case:
     """Medians of n alternating rounds, after one of each to warm up."""
-    ours(), floor()
+    ours()
+    floor()
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(n):
         # The order changes too: the second of a pair finds warmer caches.

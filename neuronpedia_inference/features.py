@@ -22,7 +22,7 @@ from neuronpedia_inference.domain import (
 )
 from neuronpedia_inference.engine.points import HOOK_V, PATTERN, Point
 from neuronpedia_inference.engine.protocol import Captured, ModelInfo
-from neuronpedia_inference.errors import EngineFailed
+from neuronpedia_inference.errors import EngineFailed, InvalidRequest
 from neuronpedia_inference.saes import reduce
 from neuronpedia_inference.saes.encode import FeatureReader, NeuronReader
 from neuronpedia_inference.saes.store import SaeStore
@@ -55,7 +55,10 @@ class FeatureQuestions:
         def one(seen: Captured) -> tuple[float, ...]:
             hidden = seen[point]
             direction = torch.tensor(vector, dtype=hidden.dtype, device=hidden.device)
-            return _finite((hidden @ direction).float(), point.name)
+            values = (hidden @ direction).float()
+            if not bool(values.isfinite().all()) and bool(hidden.isfinite().all()):
+                raise InvalidRequest(f"The vector is too large: its product with {point.name} is not finite.")
+            return _finite(values, point.name)
 
         return _work(prompts, {point}, one)
 

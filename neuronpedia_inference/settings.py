@@ -93,7 +93,7 @@ class Settings(BaseSettings):
     sentry_environment: str = Field("development", description="Sentry environment.")
     sentry_release: str | None = Field(None, description="Sentry release.")
     sentry_traces_sample_rate: float = Field(0.25, ge=0, le=1, description="Share of requests traced by Sentry.")
-    sentry_profiles_sample_rate: float = Field(0.25, ge=0, le=1, description="Share of traces profiled by Sentry.")
+    sentry_profiles_sample_rate: float = Field(0.25, ge=0, le=1, description="Share of processes profiled by Sentry.")
 
     @field_validator("sae_sets", "include_sae", "exclude_sae", mode="before")
     @classmethod
@@ -113,6 +113,13 @@ class Settings(BaseSettings):
                 re.compile(pattern)
             except re.error as exc:
                 raise ValueError(f"{pattern!r} is not a regular expression: {exc}") from exc
+        return value
+
+    @field_validator("secret", mode="after")
+    @classmethod
+    def _can_be_sent(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and value.get_secret_value() and not value.get_secret_value().strip():
+            raise ValueError("is nothing but blanks, which no header can carry")
         return value
 
     @field_validator("secret", "sentry_dsn", mode="after")

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
+from neuronpedia_inference.embedded import steering_examples
 from neuronpedia_inference.errors import InferenceError
 from neuronpedia_inference.operations import OPERATIONS, Operation
 from neuronpedia_inference.settings import Settings, variable
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference.md"
 ERRORS = ROOT / "docs" / "errors.md"
 README = ROOT / "README.md"
+N_STEERING = 3
 NOTE = "<!-- Written by scripts/render_docs.py; change the code and run it again. -->\n"
 MORE_OPENAPI = "the running server's `/docs` and `/openapi.json` have the answers' fields too"
 
@@ -279,9 +281,19 @@ def _error_section(code: str) -> str:
     )
 
 
+def steering_table() -> str:
+    """The first documented features that steer, as the search of the training script found them."""
+    rows = [
+        f"| {e.label} | `{e.source}` #{e.index} | {e.strength:g} | {e.prompt} **{' '.join(e.steered.split())}** |"
+        for e in steering_examples()[:N_STEERING]
+    ]
+    return "\n".join(["| feature | where | strength | what the model then says |", "| --- | --- | --- | --- |", *rows])
+
+
 def readme(text: str) -> str:
     """The README with its marked tables renewed."""
-    for name, content in (("operations", operations_table()), ("settings", settings_table())):
+    tables = {"operations": operations_table(), "settings": settings_table(), "steering": steering_table()}
+    for name, content in tables.items():
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
         text = pattern.sub(lambda _, block=f"{start}\n{content}\n{end}": block, text)

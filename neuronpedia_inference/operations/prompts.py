@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from neuronpedia_inference.domain import Tokens
-from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
@@ -27,7 +27,7 @@ def tokenize_prompts(
     if not prompts:
         raise InvalidRequest("At least one prompt is required")
     if len(prompts) > MAX_BATCH:
-        raise InvalidRequest(f"Batch size {len(prompts)} exceeds maximum of {MAX_BATCH}")
+        raise LimitExceeded(f"Batch size {len(prompts)} exceeds maximum of {MAX_BATCH}")
     if not allow_empty and not all(prompts):
         raise InvalidRequest("Prompt is empty")
     return [_tokenize(rt, prompt, bos, batch=len(prompts) > 1) for prompt in prompts]

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from neuronpedia_inference.schemas.common import (
+    Many,
     ModelName,
     Name,
     NumResults,
@@ -112,8 +113,8 @@ class RankingFields(Wire):
 
     model: ModelName
     source_set: SourceSetName
-    selected_sources: list[Name] = Field(description="Sources of the set to look at; `[]` means all of them.")
-    sort_by_token_indexes: list[int] = Field(
+    selected_sources: Many[Name] = Field(description="Sources of the set to look at; `[]` means all of them.")
+    sort_by_token_indexes: Many[int] = Field(
         description="Rank by the sum of activations at these positions (BOS counts); `[]`: by the maximum."
     )
     ignore_bos: bool = Field(description="Count activations on a leading BOS token as zero.")
@@ -274,7 +275,7 @@ class ActivationsRequest(Wire):
     Without `index` this is `activation/all`, with it `activation/single`.
     """
 
-    prompt: str | list[str] = Field(description="A text, or 1 to 4 texts.")
+    prompt: str | Many[str] = Field(description="A text, or 1 to 4 texts.")
     source: SourceName | None = Field(
         default=None, description="Source to look at; may be left out where the choice is clear."
     )
@@ -317,7 +318,7 @@ class ActivationsResponse(Reply):
 class TopKRequest(Wire):
     """The strongest features at each token of one prompt or several."""
 
-    prompt: str | list[str] = Field(description="A text, or 1 to 4 texts.")
+    prompt: str | Many[str] = Field(description="A text, or 1 to 4 texts.")
     source: SourceName | None = Field(
         default=None, description="Source to look at; may be left out when only one is loaded."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -74,7 +74,12 @@ EchoedText = Annotated[str, AfterValidator(_encodable)]
 Name = Annotated[str, AfterValidator(_encodable), Field(max_length=512)]
 """A model, source, hook or role."""
 
-Vector = Annotated[list[float], Field(fail_fast=True)]
+Item = TypeVar("Item")
+
+Many = Annotated[list[Item], Field(fail_fast=True)]
+"""A caller's list. Only its first bad item is reported: millions of them would block the server for seconds."""
+
+Vector = Many[float]
 
 ModelName = Annotated[
     Name,
@@ -118,7 +123,7 @@ class OnePrompt(Wire):
 class SeveralPrompts(Wire):
     """The prompts of a batch request."""
 
-    prompts: list[str] = Field(
+    prompts: Many[str] = Field(
         description="1 to 4 texts to run through the model. With more than one, each may be a quarter as long as a "
         "single text."
     )

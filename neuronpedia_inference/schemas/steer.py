@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 
 from neuronpedia_inference.schemas.common import (
     EchoedText,
+    Many,
     ModelName,
     Name,
     OnePrompt,
@@ -99,12 +100,12 @@ class SteerFields(Wire):
     model: ModelName
     steer_method: Method
     normalize_steering: bool = Field(description="Scale every direction to unit length first.")
-    types: list[NPSteerType] = Field(
+    types: Many[NPSteerType] = Field(
         min_length=1,
         description="Outputs wanted, each at most once: STEERED, or DEFAULT for the same without steering.",
     )
-    features: list[NPSteerFeature] | None = Field(default=None, description="Features to steer with, in order.")
-    vectors: list[NPSteerVector] | None = Field(default=None, description="Vectors to steer with, in order.")
+    features: Many[NPSteerFeature] | None = Field(default=None, description="Features to steer with, in order.")
+    vectors: Many[NPSteerVector] | None = Field(default=None, description="Vectors to steer with, in order.")
     n_completion_tokens: NewTokens
     temperature: Temperature
     strength_multiplier: StrengthMultiplier
@@ -123,7 +124,7 @@ class SteerCompletionRequest(SteerFields, OnePrompt):
 class SteerCompletionChatRequest(SteerFields):
     """Answer a chat, steered."""
 
-    prompt: list[NPSteerChatMessage] = Field(description="The chat so far, oldest message first.")
+    prompt: Many[NPSteerChatMessage] = Field(description="The chat so far, oldest message first.")
     steer_special_tokens: SteerSpecialTokens
     is_assistant_axis: bool | None = Field(
         default=False, description="Accepted; no persona asset is served, so the answer has no `assistant_axis`."
@@ -217,9 +218,9 @@ class SteerRequest(Wire):
     Give `features` or `vectors`; an empty list steers nothing.
     """
 
-    prompt: str | list[NPSteerChatMessage] = Field(description="A text, or the messages of a chat.")
-    features: list[SteerByFeature] | None = Field(default=None, description="Features to steer with, in order.")
-    vectors: list[SteerByVector] | None = Field(default=None, description="Vectors to steer with, in order.")
+    prompt: str | Many[NPSteerChatMessage] = Field(description="A text, or the messages of a chat.")
+    features: Many[SteerByFeature] | None = Field(default=None, description="Features to steer with, in order.")
+    vectors: Many[SteerByVector] | None = Field(default=None, description="Vectors to steer with, in order.")
     method: Method = "SIMPLE_ADDITIVE"
     strength_multiplier: StrengthMultiplier = 1.0
     max_new_tokens: NewTokens = 32

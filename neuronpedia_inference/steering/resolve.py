@@ -11,10 +11,13 @@ from neuronpedia_inference.domain import Source
 from neuronpedia_inference.engine.bridge import BridgeEngine
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import Steering
-from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from neuronpedia_inference.saes.store import SaeStore
 from neuronpedia_inference.steering.apply import unit
 from neuronpedia_inference.steering.plan import Steer, SteerFeature, SteerMethod, SteerPlan, SteerVector
+
+MAX_STEERS = 128
+"""Steers of one request: each costs a little at every step of decoding."""
 
 
 class SteerResolver:
@@ -26,7 +29,9 @@ class SteerResolver:
         self._find_source = find_source
 
     def check(self, plan: SteerPlan) -> None:
-        """Raises InvalidRequest, UnknownSource or UnknownPoint; touches no tensor."""
+        """Raises LimitExceeded, InvalidRequest, UnknownSource or UnknownPoint; touches no tensor."""
+        if len(plan.steers) > MAX_STEERS:
+            raise LimitExceeded(f"{len(plan.steers)} steers are too many, the most is {MAX_STEERS}. Send fewer.")
         for steer in plan.steers:
             if not math.isfinite(steer.coefficient):
                 raise InvalidRequest("strength times strength_multiplier is not a finite number. Use smaller values.")

@@ -221,7 +221,7 @@ LIMIT_ROWS = [
         for route in ("single-batch", "all-batch", "topk-batch", "source")
     ),
     *(
-        Row(route, 400, "invalid_request", {"prompts": ["x"] * 5}, ("Batch size 5", "4"))
+        Row(route, 400, "limit_exceeded", {"prompts": ["x"] * 5}, ("Batch size 5", "4"))
         for route in ("single-batch", "all-batch", "topk-batch", "source")
     ),
     Row("all", 400, "invalid_request", {"sort_by_token_indexes": [99]}, ("99",)),
@@ -389,3 +389,25 @@ def test_more_results_than_the_server_gives_are_refused_with_the_bound(http: htt
     assert refused.status_code == 400
     assert refused.json()["code"] == "limit_exceeded"
     assert f"{most + 1}, the most is {most}" in refused.json()["error"]
+
+
+def test_a_vector_whose_products_overflow_is_the_caller_s_mistake(http: httpx.Client) -> None:
+    body = {"prompt": TEXT, "model": MODEL, "hook": HOOK, "vector": [1e38] * WIDTH}
+    refused = http.post("/v1/activation/single", json=body)
+    assert refused.status_code == 400
+    assert "too large" in refused.json()["error"]
+
+
+def test_steers_are_bounded_in_number(http: httpx.Client) -> None:
+    refused = http.post("/v1/steer/completion", json={**STEER, "features": [FEATURE] * 129})
+    assert refused.status_code == 400
+    assert "129 steers are too many, the most is 128" in refused.json()["error"]
+
+
+@pytest.mark.parametrize(("route", "field"), [("all", "selected_sources"), ("steer", "features"), ("steer", "types")])
+def test_a_list_is_judged_by_its_first_bad_item(http: httpx.Client, route: str, field: str) -> None:
+    """Judging millions of them would keep every other caller waiting."""
+    path, body = PATHS[route]
+    refused = http.post(path, json={**body, field: [{}] * 500})
+    assert refused.status_code == 422
+    assert {problem["loc"][2] for problem in refused.json()["detail"]} == {0}

@@ -143,3 +143,9 @@ def test_every_setting_has_a_sentence() -> None:
         assert field.description, name
         assert field.description.endswith((".", "d")), name
         assert variable(name) == variable(name).upper()
+
+
+def test_a_blank_secret_stops_the_start_and_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "  \t ")
+    with pytest.raises(StartupError, match="SECRET: is nothing but blanks"):
+        Settings.read()
