@@ -8,7 +8,8 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,25 +105,49 @@ class Worker:
         for job in tick.expired:
             job.ticket.fail(Overloaded(f"Waited {self._max_wait_s:g} s for a turn, the most allowed. Try again soon."))
             self.counts["expired"] += 1
-        self._in_hand = [job for job in (tick.run, tick.prefill) if job is not None]
+        self._in_hand = [*tick.run, *([tick.prefill] if tick.prefill else [])]
         gone = {job.id for job in (*tick.cancelled, *tick.expired, *self._in_hand)}
         self._waiting = [job for job in self._waiting if job.id not in gone]
-        for job in (*self._in_hand, *tick.decode):
-            self._attempt(job)
+        if len(tick.run) > 1:
+            self._capture_together(tick.run)
+        else:
+            self._attempt_all(tick.run)
+        self._attempt_all((*([tick.prefill] if tick.prefill else []), *tick.decode))
         self._in_hand = []
 
-    def _attempt(self, job: Job) -> None:
-        """The job's next piece of work; whatever goes wrong ends this job and no other."""
-        try:
-            self._advance(job)
-        except Exception as exc:  # one of the two broad handlers: a request must never take the worker with it
-            error = as_inference_error(exc)
-            if error is not exc:
-                job.context.run(log.error, "job failed", exc_info=exc)
-            self._running.pop(job.id, None)
-            self.counts["failed"] += 1
-            job.ticket.fail(error)
-            self._after_fault(exc, error)
+    def _capture_together(self, jobs: Sequence[Job]) -> None:
+        """One forward pass for all, the same prompt once; then each job's own reduction."""
+        works = [job.work for job in jobs if isinstance(job.work, CaptureWork)]
+        prompts = list(dict.fromkeys(tuple(prompt) for work in works for prompt in work.prompts))
+        points = {point for work in works for point in work.points}
+        shared: dict[tuple[int, ...], Any] = {}
+        failure = _failure_of(lambda: shared.update(zip(prompts, self._engine.capture(prompts, points), strict=True)))
+        if failure is not None:
+            # It says nothing about whose fault it is: each job runs alone and answers for itself.
+            log.warning("a merged forward pass failed, its requests run one by one", exc_info=failure)
+            free_caches()
+            self._attempt_all(jobs)
+            return
+        self.counts["merged"] += len(jobs)
+        for job, work in zip(jobs, works, strict=True):
+            self._attempt(job, partial(_reduce, work, shared))
+
+    def _attempt_all(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._attempt(job)
+
+    def _attempt(self, job: Job, answer: Callable[[], Any] | None = None) -> None:
+        """`answer` if there is one, else the job's next piece of work; what goes wrong ends this job and no other."""
+        exc = _failure_of(partial(self._advance, job, answer))
+        if exc is None:
+            return
+        error = as_inference_error(exc)
+        if error is not exc:
+            job.context.run(log.error, "job failed", exc_info=exc)
+        self._running.pop(job.id, None)
+        self.counts["failed"] += 1
+        job.ticket.fail(error)
+        self._after_fault(exc, error)
 
     def _after_fault(self, exc: Exception, error: Exception) -> None:
         if isinstance(error, OutOfMemory):
@@ -130,7 +155,10 @@ class Worker:
         if poisons_device(exc):
             self.healthy = False
 
-    def _advance(self, job: Job) -> None:
+    def _advance(self, job: Job, answer: Callable[[], Any] | None) -> None:
+        if answer is not None:
+            self._finish(job, answer())
+            return
         match job.work:
             case CaptureWork(prompts, points, reduce):
                 self._finish(job, reduce(self._engine.capture(prompts, points)))
@@ -165,3 +193,17 @@ class Worker:
             job.ticket.fail(NotReady("The server stopped before it could answer. Try again soon."))
         self._waiting.clear()
         self._running.clear()
+
+
+def _reduce(work: CaptureWork, shared: Mapping[tuple[int, ...], Any]) -> Any:
+    """One job's answer from what was captured for all."""
+    return work.reduce([shared[tuple(prompt)] for prompt in work.prompts])
+
+
+def _failure_of(work: Callable[[], Any]) -> Exception | None:
+    """What `work` raised, if anything. One of the two broad handlers: no request may take the worker with it."""
+    try:
+        work()
+    except Exception as exc:
+        return exc
+    return None

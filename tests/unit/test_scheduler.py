@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def queues(draw: Any) -> tuple[list[Job], list[Job]]:
 def test_no_job_is_lost_or_taken_twice_and_bounds_hold(jobs: tuple[list[Job], list[Job]]) -> None:
     waiting, running = jobs
     tick = plan_tick(waiting, running, LIMITS, now_s=5.0)
-    taken = [*tick.cancelled, *tick.expired, *(j for j in (tick.run, tick.prefill) if j), *tick.decode]
+    taken = [*tick.cancelled, *tick.expired, *tick.run, *([tick.prefill] if tick.prefill else []), *tick.decode]
     assert len({j.id for j in taken}) == len(taken)
     assert {j.id for j in taken} <= {j.id for j in (*waiting, *running)}
     assert all(j.ticket.cancelled for j in tick.cancelled)
@@ -68,7 +69,7 @@ def test_everything_ends(jobs: tuple[list[Job], list[Job]]) -> None:
     steps = {j.id: 0 for j in running}
     for _ in range(3 * (len(waiting) + len(running)) + 3):
         tick = plan_tick(waiting, running, LIMITS, now_s=5.0)
-        gone = {j.id for j in (*tick.cancelled, *tick.expired, tick.run, tick.prefill) if j is not None}
+        gone = {j.id for j in (*tick.cancelled, *tick.expired, *tick.run, tick.prefill) if j is not None}
         waiting = [j for j in waiting if j.id not in gone]
         running = [j for j in running if j.id not in gone] + ([tick.prefill] if tick.prefill else [])
         for j in running:
@@ -84,8 +85,45 @@ def test_the_oldest_goes_first_and_a_large_one_is_not_overtaken() -> None:
     first, second = job(3, generates=False), job(4, generates=False)
     tick = plan_tick([large, small, first, second], running, LIMITS, 0.0)
     assert tick.prefill is None
-    assert tick.run is first
+    assert tick.run == (first,)
     assert plan_tick([large, small], [], LIMITS, 0.0).prefill is large
+
+
+@dataclass(frozen=True)
+class Place:
+    is_residual: bool
+
+
+def capture(number: int, *lengths: int, is_residual: bool = True) -> Job:
+    work = CaptureWork([[1] * n for n in lengths], [Place(is_residual)], lambda seen: seen)
+    return Job(number, work, 1, None)
+
+
+def test_captures_of_like_length_share_a_pass() -> None:
+    limits = Limits(max_rows=4, max_capture_tokens=100, max_padding=0.25)
+    short, long, same, other, call = (
+        capture(0, 16),
+        capture(1, 60),
+        capture(2, 18, 20),
+        capture(3, 16, is_residual=False),
+        job(4, generates=False),
+    )
+    assert plan_tick([short, long, same, other, call], [], limits, 0.0).run == (short, same)
+    assert plan_tick([long, short, same, other, call], [], limits, 0.0).run == (long,)  # padding would waste half
+    assert plan_tick([call, short, same], [], limits, 0.0).run == (call,)
+    many = [capture(n, 20) for n in range(9)]
+    assert len(plan_tick(many, [], limits, 0.0).run) == 5  # 100 tokens
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=30))
+def test_a_shared_pass_keeps_its_bounds(lengths: list[int]) -> None:
+    limits = Limits(max_rows=4, max_capture_tokens=1000, max_padding=0.25)
+    group = plan_tick([capture(n, length) for n, length in enumerate(lengths)], [], limits, 0.0).run
+    taken = [lengths[j.id] for j in group]
+    assert group[0].id == 0
+    if len(taken) > 1:
+        assert len(taken) * max(taken) <= 1000
+        assert sum(taken) >= 0.75 * len(taken) * max(taken)
 
 
 class CountingEngine:
@@ -93,11 +131,13 @@ class CountingEngine:
 
     def __init__(self) -> None:
         self.steps = 0
+        self.passes: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
 
     def capture(self, prompts: Sequence[Sequence[int]], points: object) -> list[Any]:
-        if prompts == [[-1]]:
+        self.passes.append(len(prompts))
+        if [-1] in map(list, prompts):
             raise ZeroDivisionError("bug")
         return [{"sum": sum(prompt)} for prompt in prompts]
 
@@ -161,6 +201,34 @@ def test_captures_run_between_the_steps_of_a_generation(worker: Worker, engine: 
     assert worker.submit(CaptureWork([[4]], [], lambda seen: seen[0]["sum"])).future.result(10) == 4
     assert not long.future.done()
     long.cancel()
+
+
+def ask_together(worker: Worker, engine: CountingEngine, prompts: list[list[int]]) -> list[Ticket]:
+    """Captures that wait at the same time, because a generation is in the middle of a step."""
+    engine.gate.clear()
+    busy = generate(worker, 1)
+    _until(lambda: worker.n_running == 1)
+    tickets = [worker.submit(CaptureWork([p], [Place(True)], lambda seen: seen[0]["sum"])) for p in prompts]
+    engine.gate.set()
+    busy.future.result(10)
+    return tickets
+
+
+def test_captures_that_wait_together_run_in_one_pass_and_equal_prompts_once(
+    worker: Worker, engine: CountingEngine
+) -> None:
+    tickets = ask_together(worker, engine, [[1, 2], [3, 4], [1, 2], [5, 6]])
+    assert [ticket.future.result(10) for ticket in tickets] == [3, 7, 3, 11]
+    assert engine.passes == [3]
+    assert worker.counts["merged"] == 4
+
+
+def test_a_failing_member_of_a_merged_pass_fails_alone(worker: Worker, engine: CountingEngine) -> None:
+    good, bad, other = ask_together(worker, engine, [[1], [-1], [2]])
+    assert (good.future.result(10), other.future.result(10)) == (1, 2)
+    with pytest.raises(EngineFailed):
+        bad.future.result(10)
+    assert engine.passes == [3, 1, 1, 1]
 
 
 def test_a_cancelled_generation_leaves_at_the_next_step(worker: Worker, engine: CountingEngine) -> None:
