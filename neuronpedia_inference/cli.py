@@ -1,4 +1,4 @@
-"""The command line: serve, demo, call, models, operations. What a command needs is imported when it runs."""
+"""The command line: serve, demo, call, models, operations, plan. What a command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -175,6 +175,31 @@ def operations(
     fields = fields_of(wanted.request)
     _table(("field", "type", "default", "meaning"), [(f.name, f.type, f.default, f.meaning) for f in fields])
     _line(f"Example: {json.dumps(example_of(wanted.request), ensure_ascii=False)}")
+
+
+@app.command()
+def plan(
+    model_id: ModelOption = None,
+    sae_sets: SetsOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Count the memory that a model and its SAEs need, and name the cheapest GPU of Modal that has it.
+
+    Nothing is loaded. Local folders and the embedded model are counted from their files, others from the hub's
+    metadata. The headroom is a rule of thumb.
+    """
+    from neuronpedia_inference.memory import GIB, sizes
+
+    settings = _settings(set_, model_id=model_id, sae_sets=sae_sets)
+    counted = sizes(settings)
+    rows = []
+    for dtypes in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")):
+        needs = counted.needs(*dtypes)
+        parts = (needs.weights, needs.saes, needs.cache, needs.headroom, needs.total)
+        sizes_in_gib = [f"{part / GIB:.2f}" for part in parts]
+        rows.append((*dtypes, *sizes_in_gib, needs.gpu or "more than one"))
+    _line(f"{settings.weights_id}: {counted.parameters:,} parameters, {counted.n_sources} SAEs; memory in GiB")
+    _table(("MODEL_DTYPE", "SAE_DTYPE", "weights", "SAEs", "cache", "headroom", "total", "GPU"), rows)
 
 
 # Settings and operations

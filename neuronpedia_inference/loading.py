@@ -19,6 +19,7 @@ from neuronpedia_inference.engine.protocol import ModelInfo
 from neuronpedia_inference.engine.tokens import TextCodec
 from neuronpedia_inference.errors import StartupError, UnknownPoint
 from neuronpedia_inference.saes.catalogue import SaeCatalogue, aliases, resolve
+from neuronpedia_inference.saes.names import hugging_face_name
 from neuronpedia_inference.saes.store import SaeStore
 from neuronpedia_inference.settings import Settings
 
@@ -56,7 +57,7 @@ class HostWeights:
 def load_on_host(settings: Settings, progress: Progress) -> HostWeights:
     """What can be loaded without asking for a GPU, so that a memory snapshot may hold it. Raises StartupError."""
     progress(f"Finding the weights of {settings.weights_id}")
-    where = str(model_folder()) if settings.is_embedded else _hugging_face_name(settings.weights_id)
+    where = str(model_folder()) if settings.is_embedded else hugging_face_name(settings.weights_id)
     progress(f"Loading {settings.weights_id}")
     options = settings.model_from_pretrained_kwargs
     tokenizer = weights.load_tokenizer(where)
@@ -127,11 +128,6 @@ def _stop_ids(eos_id: object, generation_config: object) -> set[int]:
     configured = getattr(generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return {i for i in (eos_id, *ids) if isinstance(i, int)}
-
-
-def _hugging_face_name(model_id: str) -> str:
-    """gpt2-small → openai-community/gpt2; folders and full names as they are."""
-    return next((name for name in aliases(model_id) if "/" in name), model_id)
 
 
 def _known_names(settings: Settings, sae_model: str | None) -> tuple[str, ...]:

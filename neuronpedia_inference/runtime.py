@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 NEURONS = "neurons"
 BATCH_SHARE = 4
 """Each prompt of a batch may have this fraction of TOKEN_LIMIT."""
-MAX_GENERATING_ROWS = 16
 
 
 class Runtime:
@@ -61,7 +60,7 @@ class Runtime:
         self._admission = Admission(settings.max_concurrent_requests)
         self._worker = Worker(
             loaded.engine,
-            Limits(max_rows=MAX_GENERATING_ROWS),
+            Limits(),
             n_threads=n_threads(settings),
             max_wait_s=settings.request_timeout_s or None,
         )

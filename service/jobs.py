@@ -135,7 +135,7 @@ def _fetch_weights(settings: Settings) -> Path:
     from pathlib import Path
 
     from neuronpedia_inference.embedded.weights import model_folder
-    from neuronpedia_inference.saes.catalogue import aliases
+    from neuronpedia_inference.saes.names import hugging_face_name
 
     if settings.is_embedded:
         return model_folder()
@@ -144,5 +144,4 @@ def _fetch_weights(settings: Settings) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    name = next((name for name in aliases(settings.weights_id) if "/" in name), settings.weights_id)
-    return Path(snapshot_download(name, allow_patterns=WEIGHT_FILES))
+    return Path(snapshot_download(hugging_face_name(settings.weights_id), allow_patterns=WEIGHT_FILES))

@@ -12,7 +12,7 @@ from neuronpedia_inference.errors import StartupError, unknown_name
 from neuronpedia_inference.saes.names import aliases, all_names, lookup_order
 from neuronpedia_inference.settings import EMBEDDED_MODEL_ID, Settings
 
-__all__ = ["OfferedSet", "SaeCatalogue", "SourceSpec", "aliases", "known_models", "offered", "resolve"]
+__all__ = ["OfferedSet", "SaeCatalogue", "SourceSpec", "aliases", "hub_location", "known_models", "offered", "resolve"]
 
 DEFAULT_SET = "res-jb"
 CONFIG_NAME = "cfg.json"
@@ -117,6 +117,16 @@ def _sets_of_model(settings: Settings) -> tuple[str, SetTable]:
         )
     key = _directory_key(model_id)
     return key, _directory()[key]
+
+
+def hub_location(spec: SourceSpec) -> tuple[str, str]:
+    """Repository and path, on the hub, of an SAE of SAELens's directory."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    assert spec.release is not None, spec
+    assert spec.sae_id is not None, spec
+    release = get_pretrained_saes_directory()[spec.release]
+    return release.repo_id, release.saes_map[spec.sae_id]
 
 
 def _default_sets(model_key: str | None) -> tuple[str, ...]:

@@ -50,6 +50,11 @@ def aliases(model_id: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((model_id, *_GROUP_OF.get(model_id, ()))))
 
 
+def hugging_face_name(model_id: str) -> str:
+    """gpt2-small → openai-community/gpt2; folders and full names as they are."""
+    return next((name for name in aliases(model_id) if "/" in name), model_id)
+
+
 def lookup_order(model_id: str) -> tuple[str, ...]:
     """Names to try in SAELens's directory: those of the model, then of an `-it` model's base."""
     own = aliases(model_id)

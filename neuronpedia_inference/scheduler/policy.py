@@ -10,7 +10,7 @@ from neuronpedia_inference.scheduler.jobs import CaptureWork, Job
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    max_rows: int
+    max_rows: int = 16
     """Rows that may generate at the same time."""
     max_capture_tokens: int = 1024
     """Tokens, padding included, of captures that share a forward pass."""

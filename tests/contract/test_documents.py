@@ -132,8 +132,9 @@ def test_commands_in_prose_exist(path: Path) -> None:
     names = {command.name or command.callback.__name__ for command in cli.registered_commands if command.callback}
     for command in commands_in(path.read_text(encoding="utf-8")):
         words = shlex.split(command, comments=True)
-        if "neuronpedia-inference" in words:
-            following = words[words.index("neuronpedia-inference") + 1 :]
+        program = next((place for place, word in enumerate(words) if "=" not in word), len(words))
+        if words[program : program + 1] and words[program].rpartition("/")[2] == "neuronpedia-inference":
+            following = words[program + 1 :]
             assert following[:1] == ["--help"] or following[0] in names, command
             if following[:1] == ["call"] and following[1] in by_name and following[2].startswith("{"):
                 validate(by_name[following[1]], json.loads(following[2]))

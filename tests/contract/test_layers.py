@@ -29,17 +29,17 @@ LAYERS = {
     "saes": 3,
     "steering": 3,
     "features": 3,
-    "reading": 3,
     "embedded.weights": 3,
     "scheduler": 4,
     "loading": 5,
+    "memory": 5,
     "runtime": 5,
     "web": 6,
     "demo": 6,
     "cli": 7,
     "__main__": 7,
 }
-TENSORS = ("engine", "saes", "steering", "features", "reading")
+TENSORS = ("engine", "saes", "steering", "features")
 # Third-party packages that only some parts may know.
 KEPT_TO = {
     "torch": (
@@ -47,7 +47,6 @@ KEPT_TO = {
         "saes",
         "steering",
         "features",
-        "reading",
         "scheduler.worker",
         "loading",
         "runtime",
