@@ -111,8 +111,8 @@ def n_threads(settings: Settings) -> int:
 def _check_sources(store: SaeStore, engine: BridgeEngine) -> None:
     """Every SAE must fit the model, or its numbers would be of another model."""
     for source in store.sources:
-        point = Point.parse(source.hook)
         try:
+            point = Point.parse(source.hook)
             engine.check(point)
         except UnknownPoint as exc:
             raise StartupError(f"Source {source.name!r} does not fit this model: {exc}") from None

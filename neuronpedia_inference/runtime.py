@@ -122,14 +122,14 @@ class Runtime:
 
     def tokenize(self, text: str, bos: BosRule, *, limit: int | None = None, batch: bool = False) -> Tokens:
         """`limit` None is TOKEN_LIMIT, a quarter of it with `batch`. Raises InvalidRequest or LimitExceeded."""
-        limit = limit or self.settings.token_limit
+        limit = limit or self._token_limit
         if batch:
             return self._codec.tokenize(text, bos, limit=max(1, limit // BATCH_SHARE), suffix=" for batch requests")
         return self._codec.tokenize(text, bos, limit=limit)
 
     def render_chat(self, messages: Sequence[ChatMessage]) -> tuple[str, Tokens]:
         """The chat as the model reads it, with generation prompt. Raises InvalidRequest or LimitExceeded."""
-        return self._codec.render_chat(messages, limit=self.settings.token_limit)
+        return self._codec.render_chat(messages, limit=self._token_limit)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, special tokens kept."""
@@ -231,8 +231,8 @@ class Runtime:
             "context_length": model.context_length,
             "sae_sets": list(self.source_sets),
             "sources": [source.name for source in self.sources],
-            "token_limit": settings.token_limit,
-            "activation_token_limit": settings.token_limit,
+            "token_limit": self._token_limit,
+            "activation_token_limit": self._token_limit,
             "max_tokens": self._max_tokens,
             "max_num_results": settings.max_results,
             "max_concurrent_requests": settings.max_concurrent_requests,
@@ -240,7 +240,7 @@ class Runtime:
             "writes_available": list(self._engine.writable_places()),
             "direct_path": self._engine.direct,
             "chat": model.has_chat_template,
-            "neurons": True,
+            "neurons": MLP_POST in self._engine.readable_places(),
             "dfa": any(source.has_dfa for source in self.sources),
             "sae_cache": self._store.stats(),
             "requests": {"inside": self._admission.inside, **self._worker.counts},
@@ -257,8 +257,10 @@ class Runtime:
                 f"Unknown source {name[:80]!r}: a bare integer names a layer's neurons, "
                 f"and the model has layers 0 to {self.model.n_layers - 1}."
             )
+        point = Point(layer, MLP_POST)
+        self._engine.check(point)
         width = self.model.d_mlp
-        return Source(name, NEURONS, layer, Point(layer, MLP_POST).name, width, width, NEURONS)
+        return Source(name, NEURONS, layer, point.name, width, width, NEURONS)
 
     def _read(self, source: Source, question: Callable[[Any], Any]) -> Any:
         with self._questions.reader(source) as reader:
@@ -272,6 +274,10 @@ class Runtime:
             return self._read(source, lambda reader: list(reader.nearest_decoder_rows(row, limit)))
 
         return await self._ask(CallWork(run))
+
+    @property
+    def _token_limit(self) -> int:
+        return min(self.settings.token_limit, self.model.context_length)
 
     @property
     def _max_tokens(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from neuronpedia_inference.errors import LimitExceeded
 from neuronpedia_inference.operations import answer, by_name
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings
@@ -112,3 +114,15 @@ def test_neurons_are_what_the_mlp_writes_with(runtime: Runtime) -> None:
     top = ask(runtime, "activation_topk_by_token", prompt=TEXT, source="2", top_k=3, ignore_bos=False)["results"]
     for row, wanted in zip(top, seen[0], strict=True):
         assert [f["feature_index"] for f in row["top_features"]] == wanted.topk(3).indices.tolist()
+
+
+def test_a_prompt_may_not_be_longer_than_the_model_s_context(tmp_path: Path) -> None:
+    models.save("gpt2", tmp_path)
+    runtime = Runtime.load(Settings.read(model_id=str(tmp_path), token_limit=4000, max_tokens=5000, num_threads=1))
+    try:
+        assert len(runtime.tokenize("a" * 511, "once")) == 512 == runtime.describe()["token_limit"]
+        with pytest.raises(LimitExceeded, match="513 tokens, max is 512"):
+            runtime.tokenize("a" * 512, "once")
+        assert runtime.describe()["max_tokens"] == 512
+    finally:
+        runtime.close()
