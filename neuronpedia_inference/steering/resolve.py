@@ -16,7 +16,7 @@ from neuronpedia_inference.saes.store import SaeStore
 from neuronpedia_inference.steering.apply import unit
 from neuronpedia_inference.steering.plan import Steer, SteerFeature, SteerMethod, SteerPlan, SteerVector
 
-MAX_STEERS = 128
+MAX_STEERS = 512
 """Steers of one request: each costs a little at every step of decoding."""
 
 

@@ -399,9 +399,9 @@ def test_a_vector_whose_products_overflow_is_the_caller_s_mistake(http: httpx.Cl
 
 
 def test_steers_are_bounded_in_number(http: httpx.Client) -> None:
-    refused = http.post("/v1/steer/completion", json={**STEER, "features": [FEATURE] * 129})
+    refused = http.post("/v1/steer/completion", json={**STEER, "features": [FEATURE] * 513})
     assert refused.status_code == 400
-    assert "129 steers are too many, the most is 128" in refused.json()["error"]
+    assert "513 steers are too many, the most is 512" in refused.json()["error"]
 
 
 @pytest.mark.parametrize(("route", "field"), [("all", "selected_sources"), ("steer", "features"), ("steer", "types")])
