@@ -11,8 +11,12 @@ The headroom is a rule of thumb; everything else is counted.
 from __future__ import annotations
 
 import json
+import re
 import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,10 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 CONTEXT_BYTES = 3 * GIB // 2
 HEADROOM_SHARE = 0.1
 STORED_BYTES = 4
-"""SAEs on the hub are nearly always stored in float32."""
+"""Of a number in the hub's SAEs that are not safetensors: they are stored in float32."""
+SAE_SUFFIXES = (".safetensors", ".npz", ".pt")
+MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
+"""Tensors of old GPT-2 and GPT-NeoX checkpoints that are no parameters, and are not loaded."""
 
 GPUS = {
     "T4": 16,
@@ -88,20 +95,23 @@ def sizes(settings: Settings) -> Sizes:
     """Counted from files on this machine, or from the hub's metadata. Raises StartupError."""
     specs = resolve(settings).specs
     parameters, config = _model(settings)
-    per_source = [_sae_numbers(spec) for spec in specs]
-    largest = sorted(per_source, reverse=True)[: settings.max_loaded_saes]
+    largest = sorted(_sae_numbers(specs), reverse=True)[: settings.max_loaded_saes]
     return Sizes(parameters, _cache_numbers(config, settings), sum(largest), len(specs))
 
 
 def tensor_numbers(file: Path) -> int:
-    """Numbers in a safetensors file, from its header. Raises StartupError."""
+    """Parameters in a safetensors file, from its header. Raises StartupError."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(min(length, 2**28)))
-        return sum(prod(about["shape"]) for name, about in header.items() if name != "__metadata__")
-    except (OSError, ValueError, KeyError, struct.error) as exc:
+        return _numbers({name: about["shape"] for name, about in header.items() if name != "__metadata__"})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as exc:
         raise StartupError(f"{str(file)!r} cannot be read as safetensors: {exc}") from None
+
+
+def _numbers(shapes: Mapping[str, Sequence[int]]) -> int:
+    return sum(prod(shape) for name, shape in shapes.items() if MASKS.search(name) is None)
 
 
 def _model(settings: Settings) -> tuple[int, dict[str, Any]]:
@@ -115,36 +125,83 @@ def _model(settings: Settings) -> tuple[int, dict[str, Any]]:
     config = folder / "config.json"
     if not files or not config.is_file():
         raise StartupError(f"{str(folder)!r} holds no model: it needs config.json and *.safetensors.")
-    return sum(map(tensor_numbers, files)), json.loads(config.read_text(encoding="utf-8"))
+    return sum(map(tensor_numbers, files)), _config(config)
+
+
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return config.get("text_config", config)
+    except (OSError, ValueError, AttributeError) as exc:
+        raise StartupError(f"{str(file)!r} cannot be read: {exc}") from None
 
 
 def _hub_model(repo: str) -> tuple[int, dict[str, Any]]:
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
 
-    try:
-        parameters = sum(get_safetensors_metadata(repo).parameter_count.values())
-        return parameters, json.loads(Path(hf_hub_download(repo, "config.json")).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise _unreachable(repo, exc) from None
+    with _asking(repo):
+        files = get_safetensors_metadata(repo).files_metadata.values()
+        config = Path(hf_hub_download(repo, "config.json"))
+    shapes = [{name: tensor.shape for name, tensor in file.tensors.items()} for file in files]
+    return sum(map(_numbers, shapes)), _config(config)
 
 
-def _sae_numbers(spec: SourceSpec) -> int:
-    if spec.folder is not None:
-        return tensor_numbers(spec.folder / WEIGHTS_NAME)
-    repo, path = hub_location(spec)
-    stored = sum(size for name, size in _hub_files(repo).items() if name.startswith(path))
-    return stored // STORED_BYTES
+def _sae_numbers(specs: Sequence[SourceSpec]) -> list[int]:
+    """Numbers of each source. On the hub, files of one size in one repository are alike, so one header is read."""
+    hub_files = cache(_hub_files)
+    known: dict[tuple[str, int], int] = {}
+    numbers = []
+    for spec in specs:
+        if spec.folder is not None:
+            numbers.append(tensor_numbers(spec.folder / WEIGHTS_NAME))
+            continue
+        repo, path = hub_location(spec)
+        files = {name: size for name, size in hub_files(repo).items() if _is_weights_of(path, name)}
+        if not files:
+            raise StartupError(f"SAE {spec.name!r}: {repo!r} lists no weights under {path!r}.")
+        for name, size in files.items():
+            if (repo, size) not in known:
+                known[repo, size] = _hub_numbers(repo, name, size)
+        numbers.append(sum(known[repo, size] for size in files.values()))
+    return numbers
+
+
+def _is_weights_of(path: str, name: str) -> bool:
+    """Whether a file is the SAE at `path`, a file or a folder; `width_16k_big` is not of `width_16k`."""
+    within = name == path or name.startswith(path.rstrip("/") + "/")
+    return within and name.endswith(SAE_SUFFIXES) and "sparsity" not in name.rpartition("/")[2]
 
 
 def _hub_files(repo: str) -> dict[str, int]:
     """Size in bytes by name."""
     from huggingface_hub import HfApi
 
-    try:
+    with _asking(repo):
         siblings = HfApi().model_info(repo, files_metadata=True).siblings or []
-    except (OSError, ValueError) as exc:
-        raise _unreachable(repo, exc) from None
     return {one.rfilename: one.size or 0 for one in siblings}
+
+
+def _hub_numbers(repo: str, name: str, size: int) -> int:
+    """Numbers in one SAE file."""
+    from huggingface_hub import parse_safetensors_file_metadata
+
+    if not name.endswith(".safetensors"):
+        return size // STORED_BYTES
+    with _asking(repo):
+        return sum(parse_safetensors_file_metadata(repo, name).parameter_count.values())
+
+
+@contextmanager
+def _asking(repo: str) -> Iterator[None]:
+    """The hub's errors, and those of the way there, as one line."""
+    from httpx2 import HTTPError
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    # httpx2 is the hub client's transport; without a route it raises its own errors.
+    try:
+        yield
+    except (OSError, ValueError, HTTPError, NotASafetensorsRepoError, SafetensorsParsingError) as exc:
+        raise _unreachable(repo, exc) from None
 
 
 def _unreachable(repo: str, exc: Exception) -> StartupError:
@@ -154,10 +211,12 @@ def _unreachable(repo: str, exc: Exception) -> StartupError:
 
 def _cache_numbers(config: dict[str, Any], settings: Settings) -> int:
     """Keys and values of all rows at full length."""
-    text = config.get("text_config", config)
-    n_layers = text.get("num_hidden_layers") or text["n_layer"]
-    n_heads = text.get("num_attention_heads") or text["n_head"]
-    width = text.get("hidden_size") or text["n_embd"]
-    d_head = text.get("head_dim") or width // n_heads
-    n_kv_heads = text.get("num_key_value_heads") or n_heads
+    try:
+        n_layers = config.get("num_hidden_layers") or config["n_layer"]
+        n_heads = config.get("num_attention_heads") or config["n_head"]
+        width = config.get("hidden_size") or config["n_embd"]
+    except KeyError as exc:
+        raise StartupError(f"The configuration of {settings.weights_id!r} has no {exc.args[0]!r}.") from None
+    d_head = config.get("head_dim") or width // n_heads
+    n_kv_heads = config.get("num_key_value_heads") or n_heads
     return 2 * n_layers * n_kv_heads * d_head * settings.max_tokens * Limits().max_rows

@@ -10,6 +10,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from httpx2 import HTTPError
+from huggingface_hub.errors import NotASafetensorsRepoError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -44,31 +46,59 @@ def test_the_cheapest_gpu_that_fits(gigabytes: int, gpu: str | None) -> None:
     assert memory.Needs("float32", "float32", weights, 0, 0).gpu == gpu
 
 
-def test_a_model_on_the_hub_is_counted_from_its_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub itself is out of reach here: its two answers are given in its place."""
-    config = tmp_path / "config.json"
+def a_hub(monkeypatch: pytest.MonkeyPatch, config: Path, files: dict[str, int]) -> list[str]:
+    """The hub itself is out of reach here: its answers are given in its place. Returns what is asked."""
     config.write_text(json.dumps({"n_layer": 12, "n_head": 12, "n_embd": 768}))
-    metadata = SimpleNamespace(parameter_count={"F32": 124_439_808})
-    files = [
-        SimpleNamespace(rfilename=f"blocks.{n}.hook_resid_pre/{name}", size=size)
-        for n in range(12)
-        for name, size in (("cfg.json", 0), ("sae_weights.safetensors", 4000))
-    ]
-    asked: list[Any] = []
-    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda repo: asked.append(repo) or metadata)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: str(config))
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "model_info", lambda self, repo, files_metadata: SimpleNamespace(siblings=files)
-    )
+    tensors = {"wte.weight": (100, 8), "h.0.attn.c_attn.bias": (24,), "h.0.attn.bias": (1, 1, 50, 50)}
+    weights = SimpleNamespace(tensors={name: SimpleNamespace(shape=shape) for name, shape in tensors.items()})
+    metadata = SimpleNamespace(files_metadata={"model.safetensors": weights})
+    listed = [SimpleNamespace(rfilename=name, size=size) for name, size in files.items()]
+    asked: list[str] = []
+    answers: dict[str, Any] = {
+        "get_safetensors_metadata": lambda repo: asked.append(repo) or metadata,
+        "hf_hub_download": lambda repo, name: str(config),
+        "parse_safetensors_file_metadata": lambda repo, name: (
+            asked.append(name) or SimpleNamespace(parameter_count={"BF16": 900, "F32": 50})
+        ),
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(huggingface_hub, name, answer)
+    info = SimpleNamespace(siblings=listed)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, repo, files_metadata: info)
+    return asked
+
+
+def test_a_model_on_the_hub_is_counted_from_its_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks are no parameters; only an SAE's weights count, one header for files of one size."""
+    folders = [f"blocks.{n}.hook_resid_pre" for n in range(12)]
+    names = {"cfg.json": 10, "sparsity.safetensors": 70, "sae_weights.safetensors": 4000}
+    files = {
+        f"{folder}{more}/{name}": size for folder in folders for more in ("", "_big") for name, size in names.items()
+    }
+    asked = a_hub(monkeypatch, tmp_path / "config.json", files)
     counted = memory.sizes(Settings.read(model_id="gpt2-small", sae_sets=("res-jb",), include_sae=("^[0-9]-res-jb$",)))
-    assert asked == ["openai-community/gpt2"]
-    assert (counted.parameters, counted.sae_numbers, counted.n_sources) == (124_439_808, 10_000, 10)
+    assert asked == ["openai-community/gpt2", "blocks.0.hook_resid_pre/sae_weights.safetensors"]
+    assert (counted.parameters, counted.sae_numbers, counted.n_sources) == (824, 9500, 10)
     assert counted.cache_numbers == 2 * 12 * 768 * 4096 * 16
 
 
-def test_without_the_hub_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saes_in_other_formats_are_stored_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {f"blocks.{n}.hook_resid_pre/params.npz": 4000 for n in range(12)}
+    a_hub(monkeypatch, tmp_path / "config.json", files)
+    counted = memory.sizes(Settings.read(model_id="gpt2-small", sae_sets=("res-jb",), include_sae=("^1-res-jb$",)))
+    assert counted.sae_numbers == 1000
+
+
+def test_an_sae_that_the_hub_does_not_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_hub(monkeypatch, tmp_path / "config.json", {"README.md": 1})
+    with pytest.raises(StartupError, match="lists no weights under 'blocks.0.hook_resid_pre'"):
+        memory.sizes(Settings.read(model_id="gpt2-small", sae_sets=("res-jb",)))
+
+
+@pytest.mark.parametrize("kind", [ConnectionError, HTTPError, NotASafetensorsRepoError])
+def test_without_the_hub_there_is_one_clear_line(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(repo: str) -> None:
-        raise ConnectionError("no route\nto host")
+        raise kind("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", offline)
     with pytest.raises(StartupError, match="metadata of 'openai-community/gpt2' cannot be read: no route$"):
@@ -79,6 +109,9 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="holds no model"):
         memory.sizes(Settings.read(model_id=str(tmp_path), sae_sets=()))
     (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.zeros(3, 4)}, tmp_path / "model.safetensors")
+    with pytest.raises(StartupError, match="has no 'n_layer'"):
+        memory.sizes(Settings.read(model_id=str(tmp_path), sae_sets=()))
     (tmp_path / "model.safetensors").write_bytes(b"\x05")
     with pytest.raises(StartupError, match="cannot be read as safetensors"):
         memory.sizes(Settings.read(model_id=str(tmp_path), sae_sets=()))
