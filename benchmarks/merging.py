@@ -61,7 +61,6 @@ async def run(runtime: Runtime) -> dict[str, Any]:
         "speedup": round(alone / together, 2),
         "largest_difference": max(abs(a - b) for a, b in pairs),
         "largest_value": max(max(pair) for pair in pairs),
-        "merged_requests": runtime.describe()["requests"].get("merged", 0),
     }
 
 

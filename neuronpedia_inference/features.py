@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from neuronpedia_inference.errors import EngineFailed, InvalidRequest
 from neuronpedia_inference.saes import reduce
 from neuronpedia_inference.saes.encode import FeatureReader, NeuronReader
 from neuronpedia_inference.saes.store import SaeStore
-from neuronpedia_inference.scheduler.jobs import CaptureWork
+from neuronpedia_inference.scheduler.jobs import CaptureWork, Steps
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,14 @@ class FeatureQuestions:
     def activations(self, prompts: Sequence[Tokens], source: Source, index: int, dfa_from: int) -> CaptureWork:
         """-> list[FeatureActivations]"""
 
-        def one(seen: Captured) -> FeatureActivations:
-            with self.reader(source) as reader:
-                values = reduce.feature_values(reader, seen[_point(source)], index)
-                if not source.has_dfa:
-                    return FeatureActivations(values)
-                target = max(range(dfa_from, len(values)), key=values.__getitem__)
-                return FeatureActivations(values, self._dfa(reader, seen, source, index, target))
+        def one(reader: FeatureReader, seen: Captured) -> FeatureActivations:
+            values = reduce.feature_values(reader, seen[_point(source)], index)
+            if not source.has_dfa:
+                return FeatureActivations(values)
+            target = max(range(dfa_from, len(values)), key=values.__getitem__)
+            return FeatureActivations(values, self._dfa(reader, seen, source, index, target))
 
-        return _work(prompts, _points([source]), one)
+        return self._work(prompts, source, _points([source]), one)
 
     def projections(self, prompts: Sequence[Tokens], point: Point, vector: Sequence[float]) -> CaptureWork:
         """-> list[tuple[float, ...]]: h·v per position, the vector in the activation's dtype."""
@@ -60,50 +59,86 @@ class FeatureQuestions:
                 raise InvalidRequest(f"The vector is too large: its product with {point.name} is not finite.")
             return _finite(values, point.name)
 
-        return _work(prompts, {point}, one)
+        def project_all(captured: list[Captured]) -> Steps:
+            yield from ()
+            return [one(seen) for seen in captured]
+
+        return CaptureWork([prompt.ids for prompt in prompts], {point}, project_all)
 
     def ranked(self, prompts: Sequence[Tokens], sources: Sequence[Source], ranking: Ranking) -> CaptureWork:
         """-> list[tuple[RankedFeature, ...]], best first. One source is leased at a time."""
 
-        def reduce_all(captured: list[Captured]) -> list[tuple[RankedFeature, ...]]:
+        def rank_all(captured: list[Captured]) -> Steps:
             rankers = [reduce.FeatureRanker(ranking) for _ in captured]
             for source in sources:
-                with self.reader(source) as reader:
+                with (yield self.request(source)) as reader:
                     for ranker, seen in zip(rankers, captured, strict=True):
                         ranker.add(reader, seen[_point(source)])
-            results = zip(rankers, captured, strict=True)
-            return [tuple(self._with_dfa(row, seen, sources) for row in r.result()) for r, seen in results]
+            results = [ranker.result() for ranker in rankers]
+            for source in sources:
+                if source.has_dfa and any(row.source == source.name for rows in results for row in rows):
+                    with (yield self.request(source)) as reader:
+                        pairs = zip(results, captured, strict=True)
+                        results = [self._with_dfa(rows, reader, seen, source) for rows, seen in pairs]
+            return results
 
-        return CaptureWork([prompt.ids for prompt in prompts], _points(sources), reduce_all)
+        return CaptureWork(
+            [prompt.ids for prompt in prompts], _points(sources), rank_all, _reduce_bytes(prompts, sources)
+        )
 
     def top(self, prompts: Sequence[Tokens], source: Source, k: int) -> CaptureWork:
         """-> list[tuple[tuple[FeatureValue, ...], ...]]: [prompt][position][k]"""
 
-        def one(seen: Captured) -> tuple[tuple[FeatureValue, ...], ...]:
-            with self.reader(source) as reader:
-                return reduce.top_features(reader, seen[_point(source)], k)
+        def one(reader: FeatureReader, seen: Captured) -> tuple[tuple[FeatureValue, ...], ...]:
+            return reduce.top_features(reader, seen[_point(source)], k)
 
-        return _work(prompts, {_point(source)}, one)
+        return self._work(prompts, source, {_point(source)}, one)
 
     def active(self, prompts: Sequence[Tokens], source: Source) -> CaptureWork:
         """-> list[tuple[ActiveFeature, ...]]: non-zero activations, by position, then feature."""
 
-        def one(seen: Captured) -> tuple[ActiveFeature, ...]:
-            with self.reader(source) as reader:
-                return reduce.active_features(reader, seen[_point(source)])
+        def one(reader: FeatureReader, seen: Captured) -> tuple[ActiveFeature, ...]:
+            return reduce.active_features(reader, seen[_point(source)])
 
-        return _work(prompts, {_point(source)}, one)
+        return self._work(prompts, source, {_point(source)}, one)
 
-    def reader(self, source: Source) -> AbstractContextManager[FeatureReader]:
-        """The right to use a source's weights now."""
-        return nullcontext(NeuronReader(source)) if source.is_neurons else self.store.lease(source.name)
+    def read(self, source: Source, question: Callable[[FeatureReader], Any]) -> Steps:
+        """What `question` makes of a source's weights."""
+        with (yield self.request(source)) as reader:
+            return question(reader)
 
-    def _with_dfa(self, row: RankedFeature, seen: Captured, sources: Sequence[Source]) -> RankedFeature:
-        source = next(source for source in sources if source.name == row.source)
-        if not source.has_dfa:
-            return row
-        with self.reader(source) as reader:
-            return replace(row, dfa=self._dfa(reader, seen, source, row.index, row.max_value_index))
+    def request(self, source: Source) -> Future[Any]:
+        """The right to use a source's weights, as soon as they are there: a lease."""
+        if not source.is_neurons:
+            return self.store.request(source.name)
+        free: Future[Any] = Future()
+        free.set_result(_Free(NeuronReader(source)))
+        return free
+
+    def _work(
+        self,
+        prompts: Sequence[Tokens],
+        source: Source,
+        points: set[Point],
+        one: Callable[[FeatureReader, Captured], Any],
+    ) -> CaptureWork:
+        """`one` asked of every prompt."""
+        return CaptureWork(
+            [prompt.ids for prompt in prompts],
+            points,
+            lambda captured: self.read(source, lambda reader: [one(reader, seen) for seen in captured]),
+            _reduce_bytes(prompts, [source]),
+        )
+
+    def _with_dfa(
+        self, rows: Sequence[RankedFeature], reader: FeatureReader, seen: Captured, source: Source
+    ) -> tuple[RankedFeature, ...]:
+        return tuple(
+            replace(row, dfa=self._dfa(reader, seen, source, row.index, row.max_value_index))
+            if row.source == source.name
+            else row
+            for row in rows
+        )
 
     def _dfa(self, reader: FeatureReader, seen: Captured, source: Source, index: int, target: int) -> Dfa:
         values = seen[Point(source.layer, HOOK_V)]
@@ -111,8 +146,20 @@ class FeatureQuestions:
         return reduce.dfa(seen[Point(source.layer, PATTERN)], heads, reader.encoder_column(index), target)
 
 
-def _work(prompts: Sequence[Tokens], points: set[Point], one: Callable[[Captured], Any]) -> CaptureWork:
-    return CaptureWork([prompt.ids for prompt in prompts], points, lambda captured: [one(seen) for seen in captured])
+@dataclass(frozen=True)
+class _Free:
+    """In place of a lease where there is nothing to keep."""
+
+    reader: FeatureReader
+
+    def __enter__(self) -> FeatureReader:
+        return self.reader
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Nothing was taken."""
 
 
 def _point(source: Source) -> Point:
@@ -126,6 +173,12 @@ def _points(sources: Sequence[Source]) -> set[Point]:
         if source.has_dfa:
             points |= {Point(source.layer, PATTERN), Point(source.layer, HOOK_V)}
     return points
+
+
+def _reduce_bytes(prompts: Sequence[Tokens], sources: Sequence[Source]) -> int:
+    """One prompt and one source are reduced at a time."""
+    longest = max(map(len, prompts), default=0)
+    return max((reduce.peak_bytes(source, longest) for source in sources), default=0)
 
 
 def _finite(values: Tensor, where: str) -> tuple[float, ...]:

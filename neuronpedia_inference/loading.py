@@ -14,6 +14,7 @@ from neuronpedia_inference import embedded
 from neuronpedia_inference.embedded.weights import model_folder
 from neuronpedia_inference.engine import weights
 from neuronpedia_inference.engine.bridge import BridgeEngine
+from neuronpedia_inference.engine.memory import free_bytes
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import ModelInfo
 from neuronpedia_inference.engine.tokens import TextCodec
@@ -24,6 +25,11 @@ from neuronpedia_inference.saes.store import SaeStore
 from neuronpedia_inference.settings import Settings
 
 log = logging.getLogger(__name__)
+
+SAE_SHARE = 0.7
+"""Of the memory that is free once the model is loaded."""
+REQUEST_SHARE = 0.5
+"""Of the memory that is free once the SAEs are loaded too."""
 
 Progress = Callable[[str], None]
 
@@ -38,6 +44,8 @@ class Loaded:
     info: ModelInfo
     labels: Mapping[str, tuple[str, ...]]
     """Of sources whose features have been named: one label per feature, empty where there is none."""
+    request_bytes: int
+    """Memory that all requests together may take."""
 
 
 @dataclass(frozen=True)
@@ -77,30 +85,44 @@ def load(settings: Settings, progress: Progress, host: HostWeights | None = None
         progress(f"Moving {settings.weights_id} to {device}")
         torch.nn.Module.to(model, device)
     stop_ids = _stop_ids(tokenizer.eos_token_id, model.generation_config)
-    engine = BridgeEngine(model, model_id=settings.model_id, name=settings.weights_id, stop_ids=stop_ids)
+    engine = BridgeEngine(
+        model,
+        model_id=settings.model_id,
+        name=settings.weights_id,
+        stop_ids=stop_ids,
+        graphs=settings.cuda_graphs,
+    )
     if not engine.direct:
         log.warning("the direct path disagrees with the bridge on this model: the bridge serves everything")
+    if settings.cuda_graphs and engine.graphs_off_because:
+        log.warning("decode steps are not replayed as CUDA graphs: %s", engine.graphs_off_because)
     codec = TextCodec(tokenizer, chatml_fallback=settings.chatml_fallback)
     store = SaeStore(
         catalogue.specs,
         dtype=settings.sae_dtype,
         device=str(engine.device),
         max_loaded=settings.max_loaded_saes,
+        budget_bytes=_bytes(settings.sae_memory_gib) or int(SAE_SHARE * free_bytes(engine.device)),
     )
     store.load_all(progress)
+    request_bytes = _bytes(settings.request_memory_gib) or int(REQUEST_SHARE * free_bytes(engine.device))
     _check_sources(store, engine)
     info = engine.model_info(
         has_bos=codec.has_bos,
         has_chat_template=codec.has_chat_template,
         known_names=_known_names(settings, catalogue.model_key),
     )
-    return Loaded(engine, codec, store, info, _labels(catalogue))
+    return Loaded(engine, codec, store, info, _labels(catalogue), request_bytes)
 
 
 def _labels(catalogue: SaeCatalogue) -> dict[str, tuple[str, ...]]:
     """The embedded SAEs come with labels; a local SAE of the same name is another SAE and has none."""
     ours = {embedded.sae_dir(name): name for name in embedded.SOURCES}
     return {ours[spec.folder]: embedded.labels(ours[spec.folder]) for spec in catalogue.specs if spec.folder in ours}
+
+
+def _bytes(gib: float | None) -> int:
+    return int((gib or 0) * 2**30)
 
 
 def n_threads(settings: Settings) -> int:

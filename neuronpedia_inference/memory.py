@@ -2,7 +2,7 @@
 
     weights   parameters × bytes of MODEL_DTYPE
     SAEs      numbers × bytes of SAE_DTYPE, all sources, at most MAX_LOADED_SAES of them
-    cache     2 × layers × key-value heads × d_head × MAX_TOKENS × generating rows × bytes of MODEL_DTYPE
+    cache     2 × layers × key-value heads × d_head × MAX_TOKENS × MAX_ROWS × bytes of MODEL_DTYPE
     headroom  1.5 GiB for the CUDA context and libraries, and a tenth of the rest for activations and fragmentation
 
 The headroom is a rule of thumb; everything else is counted.
@@ -24,7 +24,6 @@ from typing import Any
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.saes.catalogue import WEIGHTS_NAME, SourceSpec, hub_location, resolve
 from neuronpedia_inference.saes.names import hugging_face_name
-from neuronpedia_inference.scheduler.policy import Limits
 from neuronpedia_inference.settings import Settings
 
 GIB = 2**30
@@ -219,4 +218,4 @@ def _cache_numbers(config: dict[str, Any], settings: Settings) -> int:
         raise StartupError(f"The configuration of {settings.weights_id!r} has no {exc.args[0]!r}.") from None
     d_head = config.get("head_dim") or width // n_heads
     n_kv_heads = config.get("num_key_value_heads") or n_heads
-    return 2 * n_layers * n_kv_heads * d_head * settings.max_tokens * Limits().max_rows
+    return 2 * n_layers * n_kv_heads * d_head * settings.max_tokens * settings.max_rows

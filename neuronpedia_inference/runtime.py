@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from neuronpedia_inference.demand import Costs
 from neuronpedia_inference.domain import (
     ActiveFeature,
     ChatMessage,
@@ -23,15 +24,17 @@ from neuronpedia_inference.domain import (
     Tokens,
 )
 from neuronpedia_inference.engine.completions import Completions
-from neuronpedia_inference.engine.points import MLP_POST, Point
+from neuronpedia_inference.engine.points import MLP_POST, PATTERN, Point
 from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
 from neuronpedia_inference.engine.tokens import BosRule
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, NotReady, UnknownSource
 from neuronpedia_inference.features import FeatureQuestions
 from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n_threads
-from neuronpedia_inference.scheduler.admission import Admission
+from neuronpedia_inference.metrics import Metrics
+from neuronpedia_inference.saes.encode import FeatureReader
+from neuronpedia_inference.scheduler.admission import Admission, Demand
 from neuronpedia_inference.scheduler.events import TicketEvents
-from neuronpedia_inference.scheduler.jobs import CallWork, GenerateWork, Ticket, Work
+from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, GenerateWork, Steps, Ticket, Work
 from neuronpedia_inference.scheduler.policy import Limits
 from neuronpedia_inference.scheduler.worker import Worker
 from neuronpedia_inference.settings import Settings
@@ -43,6 +46,8 @@ log = logging.getLogger(__name__)
 NEURONS = "neurons"
 BATCH_SHARE = 4
 """Each prompt of a batch may have this fraction of TOKEN_LIMIT."""
+QUEUE_SHARE = 4
+"""Completions may wait or run up to this many times MAX_ROWS."""
 
 
 class Runtime:
@@ -57,12 +62,31 @@ class Runtime:
         self._labels = loaded.labels
         self._questions = FeatureQuestions(loaded.store, loaded.info)
         self._steering = SteerResolver(loaded.engine, loaded.store, self.source)
-        self._admission = Admission(settings.max_concurrent_requests)
+        self._costs = Costs(loaded.info)
+        self.metrics = Metrics()
+        bounds = Demand(
+            requests=settings.max_concurrent_requests,
+            rows=QUEUE_SHARE * settings.max_rows,
+            tokens=settings.max_queued_tokens,
+            bytes=loaded.request_bytes,
+        )
+        self._admission = Admission(bounds, self.metrics.refused)
         self._worker = Worker(
             loaded.engine,
-            Limits(),
+            Limits(
+                max_rows=settings.max_rows,
+                max_cache_positions=loaded.request_bytes // self._costs.slot_position_bytes,
+            ),
             n_threads=n_threads(settings),
             max_wait_s=settings.request_timeout_s or None,
+            metrics=self.metrics,
+        )
+        self.metrics.watch(
+            waiting=lambda: self._worker.n_waiting,
+            running=lambda: self._worker.n_running,
+            rows=lambda: self._worker.n_rows,
+            inside=lambda: self._admission.inside.requests,
+            sae=loaded.store.stats,
         )
 
     @classmethod
@@ -78,6 +102,7 @@ class Runtime:
     def close(self) -> None:
         """Finish what was accepted, then stop."""
         self._worker.close()
+        self._store.close()
 
     @property
     def healthy(self) -> bool:
@@ -178,10 +203,10 @@ class Runtime:
         """W_enc[:, index] after folding: [width]."""
         check_index(source, index)
 
-        def run() -> tuple[float, ...]:
-            return self._read(source, lambda reader: tuple(reader.encoder_column(index).tolist()))
+        def column(reader: FeatureReader) -> tuple[float, ...]:
+            return tuple(reader.encoder_column(index).tolist())
 
-        return await self._ask(CallWork(run))
+        return await self._ask(CallWork(lambda: self._questions.read(source, column)))
 
     async def nearest_decoder_rows(
         self, source: Source, query: Sequence[float] | tuple[Source, int], limit: int
@@ -192,28 +217,39 @@ class Runtime:
         vector = cast(Sequence[float], query)
         check_vector(vector, len(vector), source.name)  # the reader knows the width of its decoder rows
 
-        def run() -> list[FeatureValue]:
-            return self._read(source, lambda reader: list(reader.nearest_decoder_rows(torch.tensor(vector), limit)))
+        def nearest(reader: FeatureReader) -> list[FeatureValue]:
+            return list(reader.nearest_decoder_rows(torch.tensor(vector), limit))
 
-        return await self._ask(CallWork(run))
+        return await self._ask(CallWork(lambda: self._questions.read(source, nearest)))
 
     # Generation
+
+    def check_steering(self, plan: SteerPlan) -> None:
+        """Raises LimitExceeded, InvalidRequest, UnknownSource or UnknownPoint unless the plan can be honoured."""
+        self._steering.check(plan)
 
     def generate(
         self, prompt: Tokens, plans: Sequence[SteerPlan | None], sampling: Sampling, *, stream: bool
     ) -> AsyncIterator[tuple[Completion, ...]]:
-        """One row per plan, all in one batch; None generates unsteered.
+        """One row per plan, all in one batch; None generates unsteered. Plans have passed `check_steering`.
 
         Checks and admits at once: every 4xx and 503 is raised by the call itself. With `stream` one tuple per
         decoded token, cumulative; without, the final one alone. Closing the iterator frees the rows.
         """
         self._check_room(prompt, sampling)
-        for plan in plans:
-            if plan is not None:
-                self._steering.check(plan)
+        steered = [plan for plan in plans if plan is not None]
         completions = Completions(self._codec, len(plans))
-        work = GenerateWork(lambda: [self._row(prompt, plan, sampling) for plan in plans], completions.advance)
-        return TicketEvents(lambda put: self._submit(work, n_rows=len(plans), on_event=put if stream else None))
+        work = GenerateWork(
+            lambda: self._rows(prompt, plans, sampling),
+            completions.advance,
+            n_rows=len(plans),
+            n_prompt_tokens=len(prompt),
+            n_positions=len(prompt) + sampling.max_new_tokens,
+        )
+        points = {point for plan in steered for point in self._steering.points(plan)}
+        pattern = self._engine.makes_pattern(points)
+        demand = self._costs.generation(work.n_rows, work.n_prompt_tokens, work.n_positions, pattern=pattern)
+        return TicketEvents(lambda put: self._submit(work, demand, on_event=put if stream else None))
 
     def describe(self) -> dict[str, Any]:
         """Model, sources, limits and state, for `/v1/capabilities`."""
@@ -222,7 +258,8 @@ class Runtime:
             "model": model.name,
             "model_id": model.id,
             "family": model.family,
-            "backend": "eager",
+            "backend": "eager" if self._engine.graphs_off_because else "cuda_graph",
+            "graphs_off_because": self._engine.graphs_off_because or None,
             "device": model.device,
             "dtype": model.dtype,
             "num_layers": model.n_layers,
@@ -243,7 +280,11 @@ class Runtime:
             "neurons": MLP_POST in self._engine.readable_places(),
             "dfa": any(source.has_dfa for source in self.sources),
             "sae_cache": self._store.stats(),
-            "requests": {"inside": self._admission.inside, **self._worker.counts},
+            "requests": {"inside": self._admission.inside.requests, **self.metrics.counts()},
+            "merges_completions": not self._engine.unmerged_because,
+            "unmerged_because": self._engine.unmerged_because or None,
+            "max_rows": settings.max_rows,
+            "request_memory_bytes": self._admission.bounds.bytes,
             "running": self._worker.n_running,
             "waiting": self._worker.n_waiting,
         }
@@ -262,16 +303,14 @@ class Runtime:
         width = self.model.d_mlp
         return Source(name, NEURONS, layer, point.name, width, width, NEURONS)
 
-    def _read(self, source: Source, question: Callable[[Any], Any]) -> Any:
-        with self._questions.reader(source) as reader:
-            return question(reader)
-
     async def _nearest_to_feature(self, source: Source, other: Source, index: int, limit: int) -> list[FeatureValue]:
         check_index(other, index)
 
-        def run() -> list[FeatureValue]:
-            row = self._read(other, lambda reader: reader.decoder_row(index))
-            return self._read(source, lambda reader: list(reader.nearest_decoder_rows(row, limit)))
+        def run() -> Steps:
+            row = yield from self._questions.read(other, lambda reader: reader.decoder_row(index))
+            return (
+                yield from self._questions.read(source, lambda reader: list(reader.nearest_decoder_rows(row, limit)))
+            )
 
         return await self._ask(CallWork(run))
 
@@ -292,26 +331,42 @@ class Runtime:
                 "Shorten the prompt, ask for fewer tokens, or start a new conversation."
             )
 
-    def _row(self, prompt: Tokens, plan: SteerPlan | None, sampling: Sampling) -> RowSpec:
-        """Runs on the worker."""
-        if plan is None:
-            return RowSpec(prompt.ids, sampling)
-        special = [place for place, is_special in enumerate(prompt.is_special) if is_special]
-        untouched = tuple(special) if plan.skip_special_tokens else ()
-        return RowSpec(prompt.ids, sampling, self._steering.resolve(plan), untouched)
+    def _rows(self, prompt: Tokens, plans: Sequence[SteerPlan | None], sampling: Sampling) -> Steps:
+        """-> list[RowSpec]. Runs on the worker."""
+        special = tuple(place for place, is_special in enumerate(prompt.is_special) if is_special)
+        rows: list[RowSpec] = []
+        for plan in plans:
+            if plan is None:
+                rows.append(RowSpec(prompt.ids, sampling))
+            else:
+                steering = yield from self._steering.resolve(plan)
+                untouched = special if plan.skip_special_tokens else ()
+                rows.append(RowSpec(prompt.ids, sampling, steering, untouched))
+        return rows
 
-    async def _ask(self, work: Work) -> Any:
-        return await asyncio.wrap_future(self._submit(work).future)
+    async def _ask(self, work: CaptureWork | CallWork) -> Any:
+        demand = self._capture_demand(work) if isinstance(work, CaptureWork) else Demand()
+        return await asyncio.wrap_future(self._submit(work, demand).future)
 
-    def _submit(self, work: Work, *, n_rows: int = 1, on_event: Callable[[Any], None] | None = None) -> Ticket:
-        permit = self._admission.permit()
+    def _submit(self, work: Work, demand: Demand, *, on_event: Callable[[Any], None] | None = None) -> Ticket:
+        permit = self._admission.permit(demand)
         try:
-            ticket = self._worker.submit(work, n_rows=n_rows, on_event=on_event)
+            ticket = self._worker.submit(work, on_event=on_event)
         except NotReady:
             permit.release()
             raise
         ticket.future.add_done_callback(lambda _: permit.release())
         return ticket
+
+    def _capture_demand(self, work: CaptureWork) -> Demand:
+        widths = [self._engine.width(point) for point in work.points if point.place != PATTERN]
+        return self._costs.capture(
+            work.lengths,
+            widths,
+            work.reduce_bytes,
+            pattern=self._engine.makes_pattern(work.points),
+            n_patterns=len(work.points) - len(widths),
+        )
 
 
 def _check_prompts(prompts: Sequence[Tokens], *, at_least: int = 1) -> None:

@@ -58,6 +58,12 @@ class Settings(BaseSettings):
     )
     sae_dtype: Dtype = Field("float32", description="Precision of the SAEs' weights.")
     max_loaded_saes: int = Field(300, ge=1, description="SAEs kept in memory; the least recently used leave first.")
+    sae_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="GiB of SAEs kept on the device; the least recently used leave first and come back when asked for. "
+        "Unset: seven tenths of what is free once the model is loaded.",
+    )
     model_from_pretrained_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="JSON object passed to Hugging Face's `from_pretrained`."
     )
@@ -65,12 +71,27 @@ class Settings(BaseSettings):
     num_threads: int = Field(
         0, ge=0, le=1024, description="CPU threads for tensors; 0 leaves one core free for the server."
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="Replay decode steps as CUDA graphs. They are compared with ordinary steps at start; where they "
+        "cannot be used `/v1/capabilities` says why.",
+    )
 
     # Limits
     token_limit: int = Field(200, ge=1, description="Tokens in a prompt, BOS included; a batch gets a quarter each.")
     max_tokens: int = Field(4096, ge=2, description="Tokens of prompt and completion together.")
     max_results: int = Field(1000, ge=1, description="Upper bound of `num_results`.")
     max_concurrent_requests: int = Field(32, ge=1, description="Requests admitted at once; more get a 503.")
+    max_rows: int = Field(16, ge=1, le=256, description="Completions that decode together; more wait their turn.")
+    max_queued_tokens: int = Field(
+        32768, ge=1, description="Prompt tokens of all requests inside, waiting or running; more get a 503."
+    )
+    request_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="GiB that all requests inside may take; more get a 503. Unset: half of what is free once the model "
+        "and its SAEs are loaded.",
+    )
     request_timeout_s: float = Field(
         300.0,
         ge=0,

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic_core import PydanticUndefined
+from render_benchmarks import documents as benchmark_documents
 
 from neuronpedia_inference.embedded import steering_examples
 from neuronpedia_inference.errors import InferenceError
+from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.operations import OPERATIONS, Operation
 from neuronpedia_inference.settings import Settings, variable
 from neuronpedia_inference.web.auth import HEADER
@@ -188,6 +190,14 @@ def errors_table() -> str:
     return table(("status", "code", "meaning"), rows)
 
 
+def metrics_table() -> str:
+    rows = [
+        (f"`{each.name}`", each.kind, ", ".join(f"`{label}`" for label in each.labels), each.meaning)
+        for each in Metrics().describe()
+    ]
+    return table(("metric", "type", "labels", "meaning"), rows)
+
+
 def fields_table(operation: Operation[Any]) -> str:
     rows = []
     for field in fields_of(operation.request):
@@ -220,7 +230,19 @@ CONVENTIONS = f"""\
 - Answers of 1000 bytes and more are compressed for clients that accept gzip, streams never. Any origin may call
   (CORS), without credentials.
 - `GET /health` says that the process lives, `GET /ready` that the model answers (503 until then), `GET
-  /v1/capabilities` what is served and within which limits. `POST /initialize` is refused with 409."""
+  /v1/capabilities` what is served and within which limits, `GET /metrics` how busy it is. `POST /initialize` is
+  refused with 409."""
+
+METRICS = f"""\
+`GET /metrics` gives them in Prometheus' text format, for one process and since its start. Load is nobody's business
+but yours, so the path asks for the secret like any other: Prometheus sends it with `http_headers` in the scrape
+configuration (`{HEADER}`). Until the model is loaded the answer is a 503.
+
+A request counts once, whatever door it came through: `answered`; `refused`, which is a 4xx; `overloaded`, a 503 because
+the server was full; `failed`, any other fault; or `cancelled`, when its caller hung up first. A stream counts when it
+ends. What is turned away before it reaches an operation (an unknown path, a wrong secret, anything while the model
+loads) does not count. `jobs` are the pieces of work that requests put before the model; a hang-up that arrives when the
+work is done leaves a cancelled request and an answered job."""
 
 
 def reference() -> str:
@@ -232,6 +254,7 @@ def reference() -> str:
         *(_request_section(operation) for operation in OPERATIONS),
         f"## Settings\n\nRead from the environment and from `.env`, once, at the start.\n\n{settings_table()}",
         f"## Errors\n\n{errors_table()}",
+        f"## Metrics\n\n{METRICS}\n\n{metrics_table()}",
     ]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
@@ -306,6 +329,7 @@ def documents() -> Iterator[tuple[Path, str]]:
     yield ERRORS, errors()
     if README.exists():
         yield README, readme(README.read_text(encoding="utf-8"))
+    yield from benchmark_documents(table)
 
 
 def outdated() -> list[str]:

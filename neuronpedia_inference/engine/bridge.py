@@ -17,8 +17,10 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 from transformers import PreTrainedModel
 
-from neuronpedia_inference.engine.generation import BatchGeneration
-from neuronpedia_inference.engine.hooks import BlockSite, BridgeSite, Capture, Site
+from neuronpedia_inference.engine.agreement import merging_agrees, nearly_equal, recording_agrees
+from neuronpedia_inference.engine.cache import slides
+from neuronpedia_inference.engine.generation import Decoder, Lane, SoloLane
+from neuronpedia_inference.engine.hooks import BlockSite, BridgeSite, Capture
 from neuronpedia_inference.engine.points import (
     ATTN_OUT,
     HOOK_Z,
@@ -32,18 +34,35 @@ from neuronpedia_inference.engine.points import (
     Point,
 )
 from neuronpedia_inference.engine.protocol import Captured, ModelInfo, RowSpec
+from neuronpedia_inference.engine.static import Record, as_cuda_graph
 from neuronpedia_inference.errors import StartupError, UnknownPoint
+
+MERGING = frozenset(
+    (
+        "GPT2LMHeadModel",
+        "LlamaForCausalLM",
+        "Gemma2ForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "GPTNeoXForCausalLM",
+    )
+)
+"""Architectures whose rows are proven, by the tests, to be the same merged as alone."""
 
 _PROBE = (1, 2, 3, 5, 8, 13, 21)
 _PROBE_LAYER = 5
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 class BridgeEngine:
     """One model on one device. Not thread-safe: the worker owns it."""
 
-    def __init__(self, model: PreTrainedModel, *, model_id: str, name: str, stop_ids: Iterable[int]) -> None:
-        """Raises StartupError for an architecture that the bridge does not know."""
+    def __init__(
+        self, model: PreTrainedModel, *, model_id: str, name: str, stop_ids: Iterable[int], graphs: bool = False
+    ) -> None:
+        """`graphs`: replay decode steps as CUDA graphs if the device can; `graphs_off_because` says why not.
+
+        Raises StartupError for an architecture that the bridge does not know.
+        """
         self.stop_ids = frozenset(stop_ids)
         self._model = model
         self._twin = _twin(model)
@@ -56,13 +75,20 @@ class BridgeEngine:
             ) from exc
         self._bridge_site = BridgeSite(bridge.hook_dict)
         mapping: Any = bridge.adapter.component_mapping
-        self._block_site = BlockSite(_descend(model, mapping["blocks"].name))
+        block_site = BlockSite(_descend(model, mapping["blocks"].name))
         self._rms_eps = _rms_eps(model.config)
         self._base_info = {"model_id": model_id, "name": name, "family": architecture}
         self.cfg: Any = bridge.cfg
+        self._plain = Decoder(model, block_site, self.stop_ids, self.cfg.d_vocab)
+        self._bridged = Decoder(self._twin, self._bridge_site, self.stop_ids, self.cfg.d_vocab)
+        self.direct = False
         with torch.inference_mode():
             self.direct = self._direct_path_agrees()
             self._mid_is_sum = self._resid_mid_is_sum()
+            self.unmerged_because = self._why_not_merge()
+            self.graphs_off_because = self._why_no_graphs() if graphs else "CUDA_GRAPHS is off"
+        record = None if self.graphs_off_because else as_cuda_graph
+        self._plain_lane, self._bridged_lane = self._lane(self._plain, record), self._lane(self._bridged)
 
     def model_info(self, *, has_bos: bool, has_chat_template: bool, known_names: tuple[str, ...]) -> ModelInfo:
         """Sizes of the model, with what only the tokenizer knows."""
@@ -125,6 +151,11 @@ class BridgeEngine:
             return (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head
         return cfg.d_mlp if point.place in ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post") else cfg.d_model
 
+    def makes_pattern(self, points: Collection[Point]) -> bool:
+        """Whether work at these points runs through attention that holds its whole pattern in memory."""
+        config: Any = self._route(points).model.config
+        return config._attn_implementation == "eager" or slides(config.get_text_config())
+
     def capture(self, prompts: Sequence[Sequence[int]], points: Collection[Point]) -> list[Captured]:
         """One forward pass over right-padded prompts, ended at the last point wanted.
 
@@ -139,23 +170,24 @@ class BridgeEngine:
         seen = self._run_capture(ids.to(self.device), sources)
         return [self._row(seen, points, row, length) for row, length in enumerate(lengths)]
 
-    def generate(self, rows: Sequence[RowSpec]) -> BatchGeneration:
-        """Prefill the rows, all of the same prompt length, as one batch."""
-        points = {steering.point for row in rows for steering in row.steering}
-        model, site = self._route(points)
-        return BatchGeneration(model, site, rows, stop_ids=self.stop_ids, vocab_size=self.cfg.d_vocab)
+    @property
+    def lanes(self) -> tuple[Lane | SoloLane, ...]:
+        return self._plain_lane, self._bridged_lane
 
-    def _route(self, points: Collection[Point]) -> tuple[PreTrainedModel, Site]:
+    def lane(self, rows: Sequence[RowSpec]) -> Lane | SoloLane:
+        """The lane of the cheapest module tree that has all the points at which these rows are steered."""
+        tree = self._route({steering.point for row in rows for steering in row.steering})
+        return self._plain_lane if tree is self._plain else self._bridged_lane
+
+    def _route(self, points: Collection[Point]) -> Decoder:
         """The cheapest module tree that has all the points."""
-        if self.direct and all(point.is_residual for point in points):
-            return self._model, self._block_site
-        return self._twin, self._bridge_site
+        return self._plain if self.direct and all(point.is_residual for point in points) else self._bridged
 
     def _run_capture(self, ids: Tensor, points: frozenset[Point]) -> dict[Point, Tensor]:
-        model, site = self._route(points)
+        tree = self._route(points)
         capture = Capture(points)
-        with capture.on(site):
-            model(input_ids=ids, use_cache=False)
+        with capture.on(tree.site):
+            tree.model(input_ids=ids, use_cache=False)
         return capture.seen
 
     def _row(self, seen: dict[Point, Tensor], points: Collection[Point], row: int, length: int) -> Captured:
@@ -174,6 +206,30 @@ class BridgeEngine:
             return self._rms_eps > 0 and self._exists(Point(point.layer, NORMALIZED[point.place]))
         return point in self._bridge_site
 
+    def _why_not_merge(self) -> str:
+        """Why rows of different requests must not decode together; empty if they may."""
+        family, probe = self._base_info["family"], self._probe()[0].tolist()
+        if family not in MERGING:
+            return f"{family} has not been proven to decode in merged batches"
+        if not all(merging_agrees(tree, probe) for tree in (self._plain, self._bridged)):
+            return "merged rows came out different from rows alone on this model"
+        return ""
+
+    def _why_no_graphs(self) -> str:
+        """Why decode steps run operation by operation; empty if they are replayed."""
+        if self.device.type != "cuda":
+            return f"the device is {self.device.type}"
+        if self.unmerged_because or not self.direct:
+            return self.unmerged_because or "the bridge serves this model"
+        try:
+            agrees = recording_agrees(self._plain, as_cuda_graph, self._probe()[0].tolist())
+        except RuntimeError as exc:
+            return f"a step could not be recorded: {' '.join(str(exc).split())[:200]}"
+        return "" if agrees else "recorded steps came out different from others on this model"
+
+    def _lane(self, decoder: Decoder, record: Record | None = None) -> Lane | SoloLane:
+        return SoloLane(decoder) if self.unmerged_because else Lane.merging(decoder, record)
+
     def _direct_path_agrees(self) -> bool:
         """Whether the plain model and the bridge compute the same residual stream; else the bridge serves all."""
         # Not deeper: rounding in 16 bits grows from layer to layer until it hides what is looked for.
@@ -183,7 +239,7 @@ class BridgeEngine:
         direct = self._run_capture(ids, frozenset({point}))[point]
         self.direct = False
         bridged = self._run_capture(ids, frozenset({point}))[point]
-        return _relative_error(direct, bridged) < _TOLERANCE.get(self.dtype, 5e-2)
+        return nearly_equal(direct, bridged, self.dtype)
 
     def _resid_mid_is_sum(self) -> bool:
         """Whether resid_mid = resid_pre + attn_out, which is how resid_mid is steered."""
@@ -191,7 +247,7 @@ class BridgeEngine:
         if not all(p in self._bridge_site for p in (pre, out, mid)):
             return False
         seen = self._run_capture(self._probe(), frozenset({pre, out, mid}))
-        return _relative_error(seen[pre] + seen[out], seen[mid]) < _TOLERANCE.get(self.dtype, 5e-2)
+        return nearly_equal(seen[pre] + seen[out], seen[mid], self.dtype)
 
     def _probe(self) -> Tensor:
         return torch.tensor([_PROBE], device=self.device) % self.cfg.d_vocab
@@ -221,8 +277,3 @@ def _descend(model: Any, path: str) -> Any:
 def _rms_eps(config: Any) -> float:
     """The epsilon of an RMS-norm model, 0 for other norms."""
     return float(getattr(config.get_text_config(), "rms_norm_eps", 0.0) or 0.0)
-
-
-def _relative_error(one: Tensor, other: Tensor) -> float:
-    one, other = one.float(), other.float()
-    return float(((one - other).norm(dim=-1) / other.norm(dim=-1).clamp(min=1e-6)).max())

@@ -27,7 +27,7 @@ class Completions:
     def advance(self, steps: Sequence[RowStep]) -> tuple[Completion, ...]:
         """Take in one decode step; every row's completion so far, in row order."""
         for step in steps:
-            row = self._rows[step.row]
+            row = self._rows[step.row.place]
             text = row.stream.push(step.token_id)
             if step.finish_reason is not None:
                 text = row.stream.text

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.errors import InferenceError
 from neuronpedia_inference.steering.plan import SteerMethod
 
 if TYPE_CHECKING:
@@ -64,27 +65,47 @@ class RowSpec:
     """Prompt positions that steering leaves alone."""
 
 
+class RowId(NamedTuple):
+    """Which row of which job."""
+
+    job: int
+    place: int
+
+
 @dataclass(frozen=True, slots=True)
 class RowStep:
-    """What one decode step gave one row."""
+    """What one step gave one row: a token, or the error that ends it."""
 
-    row: int
-    """Position in the sequence of RowSpecs that began the batch."""
+    row: RowId
     token_id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     """(token id, log-probability) of the likeliest candidates."""
     finish_reason: str | None = None
-
-
-class Generation(Protocol):
-    """A running batch. Rows leave it as they finish."""
+    error: InferenceError | None = None
 
     @property
-    def done(self) -> bool: ...
+    def ends(self) -> bool:
+        """Whether the row has left its lane."""
+        return self.finish_reason is not None or self.error is not None
 
-    def step(self) -> list[RowStep]:
-        """Draw one token for every live row, in row order."""
+
+class Lane(Protocol):
+    """Rows that decode together. They join by prefill, and leave as they end or when they are dropped."""
+
+    @property
+    def rows(self) -> Sequence[RowId]: ...
+
+    def prefill(self, rows: Sequence[tuple[RowId, RowSpec]]) -> list[RowStep]:
+        """Rows join in one forward pass; the first token of each. After an exception none has joined."""
+        ...
+
+    def decode(self) -> list[RowStep]:
+        """One token for every row. After an exception the rows have to be dropped."""
+        ...
+
+    def drop(self, rows: Collection[RowId]) -> None:
+        """Rows leave; ids of rows that are not here are ignored."""
         ...
 
 
@@ -96,6 +117,9 @@ class Engine(Protocol):
         """One forward pass over all prompts; per prompt and point, [pos, width] (pattern and values keep heads)."""
         ...
 
-    def generate(self, rows: Sequence[RowSpec]) -> Generation:
-        """Prefill all rows in one batch."""
+    @property
+    def lanes(self) -> Sequence[Lane]: ...
+
+    def lane(self, rows: Sequence[RowSpec]) -> Lane:
+        """The lane that reaches every point at which the rows, all of one request, are steered."""
         ...

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
@@ -26,6 +27,7 @@ from neuronpedia_inference.operations.vectors import UTIL_SAE_TOPK_BY_DECODER_CO
 from neuronpedia_inference.schemas.common import Wire
 
 if TYPE_CHECKING:
+    from neuronpedia_inference.metrics import RequestCount
     from neuronpedia_inference.runtime import Runtime
 
 __all__ = [
@@ -101,22 +103,45 @@ def validate(operation: Operation[Any], body: object) -> Wire:
 
 
 async def answer(operation: Operation[Any], body: Body, runtime: Runtime) -> dict[str, Any]:
-    """Validates, runs and renders: the JSON-ready body that HTTP would send. Never streams.
+    """Validates, runs, renders and counts: the JSON-ready body that HTTP would send. Never streams.
 
     Raises InvalidBody (422) and every other InferenceError.
     """
-    request = validate(operation, body)
-    return render(operation, _keys(body), await operation.run(request, runtime))
+    with runtime.metrics.request(operation.name):
+        request = validate(operation, body)
+        return render(operation, _keys(body), await operation.run(request, runtime))
 
 
 async def answer_events(operation: Operation[Any], body: Body, runtime: Runtime) -> Events[Any, dict[str, Any]]:
     """As `answer`, in cumulative events. Raises every 4xx before it returns; close the iterator to stop."""
-    if operation.stream is None:
-        raise InvalidRequest(f"{operation.name} does not stream")
-    request = validate(operation, body)
-    keys = _keys(body)
-    events = await operation.stream(request, runtime)
-    return Events(events, lambda event: render(operation, keys, event))
+    with ExitStack() as if_refused:
+        count = if_refused.enter_context(runtime.metrics.request(operation.name))
+        if operation.stream is None:
+            raise InvalidRequest(f"{operation.name} does not stream")
+        request = validate(operation, body)
+        keys = _keys(body)
+        events = await operation.stream(request, runtime)
+        if_refused.pop_all()
+    return _CountedEvents(events, lambda event: render(operation, keys, event), count)
+
+
+class _CountedEvents(Events[Any, dict[str, Any]]):
+    """Events of one request, which is counted when they end, fail or are closed."""
+
+    def __init__(self, source: AsyncIterator[Any], turn: Callable[[Any], dict[str, Any]], count: RequestCount) -> None:
+        super().__init__(source, turn)
+        self._count = count
+
+    async def __anext__(self) -> dict[str, Any]:
+        with ExitStack() as at_the_end:
+            at_the_end.push(self._count)
+            event = await super().__anext__()
+            at_the_end.pop_all()
+            return event
+
+    async def aclose(self) -> None:
+        self._count.abandon()
+        await super().aclose()
 
 
 def render(operation: Operation[Any], request_keys: Iterable[str], response: Wire) -> dict[str, Any]:

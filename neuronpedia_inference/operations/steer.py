@@ -108,12 +108,14 @@ def _checked_plan(request: SteerFields, rt: Runtime, *, skip_special_tokens: boo
         raise InvalidRequest("strength_multiplier × strength is too large to be a number")
     if not steers:
         return None
-    return SteerPlan(
+    plan = SteerPlan(
         steers=steers,
         method=SteerMethod(request.steer_method),
         normalize=request.normalize_steering,
         skip_special_tokens=skip_special_tokens,
     )
+    rt.check_steering(plan)  # also where only DEFAULT is asked for: what is named must exist
+    return plan
 
 
 def _steers(request: SteerFields) -> tuple[Steer, ...]:

@@ -18,6 +18,8 @@ from neuronpedia_inference.saes.order import stable_topk
 
 MAX_NEAREST = 128
 _ROWS_AT_ONCE = 8192
+COPIED_NUMBERS = 2**22
+"""Weights of a gated encoder that are scaled at once."""
 
 
 class FeatureReader(Protocol):
@@ -62,6 +64,15 @@ class FeatureReader(Protocol):
         """
         ...
 
+    @property
+    def n_bytes(self) -> int:
+        """What its weights take, where they are."""
+        ...
+
+    def free(self) -> None:
+        """Give the weights' memory back: nothing can be read afterwards."""
+        ...
+
 
 Columns = slice | Tensor
 _Encoder = Callable[[Any, Tensor, Columns], Tensor]
@@ -93,6 +104,9 @@ class LoadedSae:
 
     @torch.no_grad()
     def blocks(self, x: Tensor, block: int) -> Iterator[tuple[int, Tensor]]:
+        if self.source.architecture == "gated":
+            # Its encoder is scaled column by column, and a copy of all columns may be larger than the block.
+            block = min(block, max(256, COPIED_NUMBERS // self.source.width))
         starts = range(0, self.source.n_features, block)
         if self._by_column is None:
             yield from zip(starts, self.encode(x).split(block, dim=1), strict=True)
@@ -122,6 +136,14 @@ class LoadedSae:
         pairs = zip(indices.tolist(), values.tolist(), strict=True)
         return tuple(FeatureValue(index, value) for index, value in pairs)
 
+    @property
+    def n_bytes(self) -> int:
+        return sum(weights.nbytes for weights in (*self.module.parameters(), *self.module.buffers()))
+
+    def free(self) -> None:
+        # Forgetting the module is not enough: it may hold functions that hold it, until the next garbage collection.
+        self.module.to(device="meta")
+
     def _input(self, x: Tensor) -> Tensor:
         """Cast, normalise and shift as the SAE's configuration says: [pos, width] -> [pos, width]."""
         return self.module.process_sae_in(x.to(self.module.device))
@@ -135,6 +157,7 @@ class NeuronReader:
     """A layer's MLP neurons: the hook's tensor is the activations."""
 
     steerable = False
+    n_bytes = 0
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -161,6 +184,9 @@ class NeuronReader:
     def nearest_decoder_rows(self, query: Tensor, k: int) -> tuple[FeatureValue, ...]:
         raise self._no_weights("decoder")
 
+    def free(self) -> None:
+        """There is nothing to give back."""
+
     def _no_weights(self, which: str) -> InvalidRequest:
         return InvalidRequest(f"Source {self.source.name!r} is a layer's neurons: it has no {which}.")
 
@@ -176,14 +202,14 @@ def _relu_columns(module: Any, inputs: Tensor, columns: Columns) -> Tensor:
 
 def _jumprelu_columns(module: Any, inputs: Tensor, columns: Columns) -> Tensor:
     before = inputs @ module.W_enc[:, columns] + module.b_enc[columns]
-    return module.activation_fn(before) * (before > module.threshold[columns]).to(before.dtype)
+    return module.activation_fn(before) * (before > module.threshold[columns])
 
 
 def _gated_columns(module: Any, inputs: Tensor, columns: Columns) -> Tensor:
     weights = module.W_enc[:, columns]
     gate = (inputs @ weights + module.b_gate[columns]) > 0
     magnitude = inputs @ (weights * module.r_mag[columns].exp()) + module.b_mag[columns]
-    return gate.to(magnitude.dtype) * module.activation_fn(magnitude)
+    return module.activation_fn(magnitude) * gate
 
 
 _BY_COLUMN: dict[str, _Encoder] = {
@@ -195,3 +221,8 @@ _BY_COLUMN: dict[str, _Encoder] = {
     "jumprelu_skip_transcoder": _jumprelu_columns,
     "gated": _gated_columns,
 }
+
+
+def encodes_by_column(source: Source) -> bool:
+    """Whether a feature is computed without all the others, so that memory is a block's and not the source's."""
+    return source.is_neurons or source.architecture in _BY_COLUMN

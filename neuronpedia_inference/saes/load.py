@@ -1,22 +1,27 @@
-"""Loading one SAE with SAELens: checked, decoder norms folded in, on its device."""
+"""Loading one SAE with SAELens: checked, decoder norms folded in, in host memory; and copying it to a device."""
 
 from __future__ import annotations
 
 import json
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from functools import cache
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Protocol
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 
 from neuronpedia_inference.domain import Source
-from neuronpedia_inference.errors import StartupError
+from neuronpedia_inference.errors import OutOfMemory, StartupError
 from neuronpedia_inference.saes.catalogue import CONFIG_NAME, WEIGHTS_NAME, SourceSpec
-from neuronpedia_inference.saes.encode import LoadedSae
+from neuronpedia_inference.saes.encode import FeatureReader, LoadedSae
 
 SERVED = frozenset(
     (
@@ -47,20 +52,138 @@ _UNREADABLE = (
 )
 
 
+class Load(Protocol):
+    def __call__(self, spec: SourceSpec, /, *, dtype: str, device: str) -> FeatureReader: ...
+
+
+class Masters:
+    """SAEs in host memory, read when first fetched. At most `most` are kept (0: none), the last fetched of them."""
+
+    def __init__(self, load: Load, *, dtype: str, pinned: bool, most: int) -> None:
+        self._load = load
+        self._dtype = dtype
+        self._pinned = pinned
+        self._most = most
+        self._kept: OrderedDict[str, FeatureReader] = OrderedDict()
+        self.n_loads = 0
+        """From disk, so far."""
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def fetch(self, spec: SourceSpec) -> FeatureReader:
+        """Raises what `load` raises. Never from two threads at once."""
+        master = self._kept.pop(spec.name, None) or self._read(spec)
+        if self._most:
+            self._kept[spec.name] = master
+        return master
+
+    def _read(self, spec: SourceSpec) -> FeatureReader:
+        while self._kept and len(self._kept) >= self._most:
+            self._kept.popitem(last=False)[1].free()
+        master = self._load(spec, dtype=self._dtype, device="cpu")
+        self.n_loads += 1
+        if self._pinned:
+            pin(master)
+        return master
+
+
 def load_sae(spec: SourceSpec, *, dtype: str, device: str) -> LoadedSae:
     """Load the SAE that `spec` names, in `dtype` ("float32", ...), onto `device`.
+
+    Raises StartupError as `load_on_host` does, OutOfMemory as `place_on_device` does.
+    """
+    master = load_on_host(spec, dtype=dtype)
+    return master if device == "cpu" else _copy(master, device)
+
+
+def load_on_host(spec: SourceSpec, *, dtype: str) -> LoadedSae:
+    """The SAE that `spec` names, in host memory.
 
     Raises StartupError, one line naming the source and the file or the architecture, if the SAE is missing,
     broken or of a kind that is not served.
     """
     module = _from_folder(spec, spec.folder, dtype) if spec.folder else _from_directory(spec, dtype)
     source = _describe(spec, module)
-    module.turn_off_forward_pass_hook_z_reshaping()
     _fold_decoder_norms(module)
+    return LoadedSae(source, _only_read(module))
+
+
+def place_on_device(master: FeatureReader, device: str) -> FeatureReader:
+    """A copy whose weights are on `device`; the two share no memory. Raises OutOfMemory, naming the source."""
+    return _copy(master, device) if isinstance(master, LoadedSae) else master
+
+
+def pin(master: FeatureReader) -> None:
+    """Lock the weights in host memory, from where CUDA copies them fastest. Where that cannot be, they stay as is."""
+    if isinstance(master, LoadedSae):
+        with suppress(RuntimeError):
+            for weights in (*master.module.parameters(), *master.module.buffers()):
+                weights.data = weights.data.pin_memory()
+
+
+def stored_bytes(spec: SourceSpec, dtype: str) -> int:
+    """What the SAE in a folder will take in `dtype`, by the header of its file; 0 where there is none to be read."""
+    if spec.folder is None:
+        return 0
+    try:
+        with safe_open(spec.folder / WEIGHTS_NAME, framework="pt") as file:
+            numbers = sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError):
+        return 0
+    return numbers * getattr(torch, dtype).itemsize
+
+
+def _copy(master: LoadedSae, device: str) -> LoadedSae:
+    # A new module, not a deep copy: functions in the old one may hold it, and would write to it when the copy is used.
+    config = deepcopy(master.module.cfg)
+    config.device = "meta"
+    with _without_model_advice():
+        module = type(master.module)(config)
+    module.load_state_dict(_weights_on(device, master), assign=True)
     module.to(device=device)
-    module.eval()
-    module.requires_grad_(False)
-    return LoadedSae(source, module)
+    return LoadedSae(master.source, _only_read(module))
+
+
+def _weights_on(device: str, master: LoadedSae) -> dict[str, torch.Tensor]:
+    weights = master.module.state_dict()
+    try:
+        with _beside_the_model(device) as non_blocking:
+            return {name: w.to(device, copy=True, non_blocking=non_blocking) for name, w in weights.items()}
+    except torch.OutOfMemoryError as exc:
+        size = master.n_bytes / 2**30
+        raise OutOfMemory(
+            f"The device has no {size:.3g} GiB left for source {master.source.name!r}. Try again soon."
+        ) from exc
+
+
+@contextmanager
+def _beside_the_model(device: str) -> Iterator[bool]:
+    """Copies inside do not hold up the model's own work on a CUDA device; yields whether they may run on by themselves.
+
+    They have ended when the block has.
+    """
+    if torch.device(device).type != "cuda":
+        yield False
+        return
+    stream = _copy_stream(device)
+    # The memory they get may be that of an SAE which has left, and which work queued before still reads.
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        yield True
+    stream.synchronize()
+
+
+@cache
+def _copy_stream(device: str) -> torch.cuda.Stream:
+    """One for all: memory given back by one stream is not used by another."""
+    return torch.cuda.Stream(device)
+
+
+def _only_read(module: Any) -> Any:
+    """The module as it is used here: encoding flat vectors, never trained."""
+    module.turn_off_forward_pass_hook_z_reshaping()
+    return module.eval().requires_grad_(False)
 
 
 def _from_folder(spec: SourceSpec, folder: Path, dtype: str) -> Any:

@@ -1,4 +1,14 @@
-"""From activations of one prompt to plain values. NaN and infinity raise EngineFailed."""
+"""From activations of one prompt to plain values. NaN and infinity raise EngineFailed.
+
+Features are computed in blocks, so wide sources do not need memory for all of them. At the peak, for a prompt of `pos`
+tokens and a source of F features, in float32:
+
+block   4 bytes × min(pos × F, max(2²², 256 × pos))
+peak    6 × block + 16 × pos × width bytes; 8 × pos × F more for architectures that compare features (TopK and others),
+        16 MiB more for gated ones
+
+The results come on top: 8 bytes for every value kept.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +18,22 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from neuronpedia_inference.domain import ActiveFeature, Dfa, FeatureValue, RankedFeature, Ranking
+from neuronpedia_inference.domain import ActiveFeature, Dfa, FeatureValue, RankedFeature, Ranking, Source
 from neuronpedia_inference.errors import EngineFailed
-from neuronpedia_inference.saes.encode import FeatureReader
+from neuronpedia_inference.saes.encode import COPIED_NUMBERS, FeatureReader, encodes_by_column
 from neuronpedia_inference.saes.order import merge_topk, stable_topk
 
 BLOCK_ELEMENTS = 2**22
-"""Activations computed at once (16 MiB in float32), so that wide SAEs do not need memory for all features."""
+"""Activations computed at once: 16 MiB in float32."""
+
+
+def peak_bytes(source: Source, n_positions: int) -> int:
+    """Memory that reducing one prompt takes at the most, its results aside; the formula above."""
+    every = n_positions * source.n_features
+    block = min(every, max(BLOCK_ELEMENTS, 256 * n_positions))
+    compared = 0 if encodes_by_column(source) else 8 * every
+    copied = 4 * COPIED_NUMBERS if source.architecture == "gated" else 0
+    return 24 * block + 16 * n_positions * source.width + compared + copied
 
 
 def feature_values(reader: FeatureReader, x: Tensor, index: int) -> tuple[float, ...]:
@@ -31,6 +50,7 @@ def top_features(reader: FeatureReader, x: Tensor, k: int) -> tuple[tuple[Featur
         values, indices = stable_topk(acts, min(k, acts.shape[1]))
         found = (values, indices + first)
         best = found if best is None else merge_topk(best, found, k)
+        del acts  # or two blocks would be held while the next is made
     assert best is not None, reader.source
     rows = zip(best[1].tolist(), best[0].tolist(), strict=True)
     return tuple(tuple(FeatureValue(i, v) for i, v in zip(*row, strict=True)) for row in rows)
@@ -44,6 +64,7 @@ def active_features(reader: FeatureReader, x: Tensor) -> tuple[ActiveFeature, ..
         values = _plain(acts[where], reader)
         places = zip(where[0].tolist(), where[1].tolist(), values, strict=True)
         found.extend(ActiveFeature(position, first + index, value) for position, index, value in places)
+        del acts
     return tuple(sorted(found, key=lambda active: (active.position, active.index)))
 
 
@@ -77,7 +98,9 @@ class FeatureRanker:
         for first, acts in reader.blocks(x, _block(x)):
             kept = torch.cat((torch.zeros_like(acts[:1]), acts[1:])) if self.ranking.ignore_first else acts
             _require_finite(kept, reader)
+            del acts
             self._add_block(self._n_features + first, kept)
+            del kept
         self._n_features += reader.source.n_features
 
     def result(self) -> tuple[RankedFeature, ...]:

@@ -1,17 +1,49 @@
-"""How many requests are inside at once. Beyond the bound a request is refused now, not queued without end."""
+"""How much may be inside at once. Beyond a bound a request is refused now, not queued without end."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
-from neuronpedia_inference.errors import Overloaded
+from neuronpedia_inference.errors import LimitExceeded, Overloaded
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a request takes while it is inside, or what a server has for all of them."""
+
+    requests: int = 1
+    rows: int = 0
+    """Sequences to generate."""
+    tokens: int = 0
+    """Prompt tokens to run through the model."""
+    bytes: int = 0
+    """Memory at the most."""
+
+    def __add__(self, other: Demand) -> Demand:
+        return self._with(other, 1)
+
+    def __sub__(self, other: Demand) -> Demand:
+        return self._with(other, -1)
+
+    def beyond(self, bounds: Demand) -> str | None:
+        """The first bound that is broken, by name."""
+        return next((f.name for f in fields(self) if getattr(self, f.name) > getattr(bounds, f.name)), None)
+
+    def _with(self, other: Demand, sign: int) -> Demand:
+        return Demand(*(getattr(self, f.name) + sign * getattr(other, f.name) for f in fields(self)))
+
+
+NOTHING = Demand(requests=0)
 
 
 class Permit:
     """The right of one request to be inside; released once, by `release`."""
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, demand: Demand) -> None:
         self._admission = admission
+        self._demand = demand
         self._held = True
         self._lock = threading.Lock()
 
@@ -20,32 +52,53 @@ class Permit:
         with self._lock:
             held, self._held = self._held, False
         if held:
-            self._admission.give_back()
+            self._admission.give_back(self._demand)
 
 
 class Admission:
-    """Counts requests. Safe from any thread."""
+    """Counts what is inside. Safe from any thread."""
 
-    def __init__(self, max_requests: int) -> None:
-        self.max_requests = max_requests
-        self._inside = 0
+    def __init__(self, bounds: Demand, refused: Callable[[str], None] = lambda bound: None) -> None:
+        """`refused` is told the bound at which a request was turned away."""
+        self.bounds = bounds
+        self._refused = refused
+        self._inside = NOTHING
         self._lock = threading.Lock()
 
     @property
-    def inside(self) -> int:
+    def inside(self) -> Demand:
         return self._inside
 
-    def permit(self) -> Permit:
-        """Raises Overloaded when every place is taken."""
+    def permit(self, demand: Demand) -> Permit:
+        """Raises Overloaded when there is no room now, LimitExceeded when there never would be."""
+        alone = demand.beyond(self.bounds)
+        if alone is not None:
+            self._refused(alone)
+            raise LimitExceeded(
+                f"The request takes {_amount(demand, alone)}, the server has {_amount(self.bounds, alone)} for all. "
+                "Send less at once."
+            )
         with self._lock:
-            if self._inside >= self.max_requests:
-                raise Overloaded(
-                    f"{self._inside} requests are being served, which is the most this server takes. Try again soon."
-                )
-            self._inside += 1
-        return Permit(self)
+            full = (self._inside + demand).beyond(self.bounds)
+            inside = self._inside
+            if full is None:
+                self._inside = inside + demand
+        if full is not None:
+            self._refused(full)
+            raise Overloaded(
+                f"The server is busy: {_amount(inside, full)} of at most {_amount(self.bounds, full)} inside, "
+                f"and this request brings {_amount(demand, full)}. Try again soon."
+            )
+        return Permit(self, demand)
 
-    def give_back(self) -> None:
+    def give_back(self, demand: Demand) -> None:
         with self._lock:
-            assert self._inside > 0, self._inside
-            self._inside -= 1
+            self._inside -= demand
+            assert NOTHING.beyond(self._inside) is None, self._inside
+
+
+def _amount(demand: Demand, bound: str) -> str:
+    if bound == "bytes":
+        return f"{demand.bytes / 2**20:.0f} MiB of memory"
+    number = getattr(demand, bound)
+    return f"{number} {bound.removesuffix('s') if number == 1 else bound}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import Future
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
@@ -49,6 +49,13 @@ class Ticket:
         self.future.cancel()
 
 
+Steps = Generator[Future[Any], Any, Any]
+"""Work that may have to wait for weights: yields the future of what it needs, is sent its result, returns its own.
+
+What a future gives has a `release`, which is called for it if the work ends before it could take it.
+"""
+
+
 @dataclass(frozen=True)
 class CaptureWork:
     """Read tensors in one forward pass and reduce them to plain values, beside the model."""
@@ -56,8 +63,10 @@ class CaptureWork:
     prompts: Sequence[Sequence[int]]
     points: Collection[Any]
     """engine.points.Point"""
-    reduce: Callable[[list[Any]], Any]
+    reduce: Callable[[list[Any]], Steps]
     """Gets one mapping of point to tensor per prompt."""
+    reduce_bytes: int = 0
+    """Memory that `reduce` takes at the most, beside what was captured."""
 
     @property
     def lengths(self) -> list[int]:
@@ -71,19 +80,23 @@ class CaptureWork:
 
 @dataclass(frozen=True)
 class GenerateWork:
-    """Generate rows; `prepare` resolves them on the worker, `advance` turns their steps into an event."""
+    """Generate rows that share a prompt."""
 
-    prepare: Callable[[], Sequence[Any]]
+    prepare: Callable[[], Steps]
     """-> engine.protocol.RowSpec per row"""
     advance: Callable[[Sequence[Any]], Any]
-    """engine.protocol.RowStep of every live row -> the event; the last event is the result."""
+    """engine.protocol.RowStep of some of the rows -> the event; the last event is the result."""
+    n_rows: int
+    n_prompt_tokens: int
+    n_positions: int
+    """Prompt and completion together, at most."""
 
 
 @dataclass(frozen=True)
 class CallWork:
     """Anything else that needs the device."""
 
-    run: Callable[[], Any]
+    run: Callable[[], Steps]
 
 
 Work = CaptureWork | GenerateWork | CallWork
@@ -95,13 +108,10 @@ class Job:
 
     id: int
     work: Work
-    n_rows: int
+    submitted_s: float
+    """Monotonic time."""
     deadline_s: float | None
     """Monotonic time after which it is no longer begun; None for never."""
     ticket: Ticket = field(default_factory=Ticket)
     context: Context = field(default_factory=copy_context)
     """Of the caller, so that what is logged about the job carries its request id."""
-
-    @property
-    def generates(self) -> bool:
-        return isinstance(self.work, GenerateWork)

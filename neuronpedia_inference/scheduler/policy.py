@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from neuronpedia_inference.scheduler.jobs import CaptureWork, Job
+from neuronpedia_inference.scheduler.jobs import CaptureWork, GenerateWork, Job
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
+    """Bounds of one turn. A single job always fits, or it would never run: admission has refused what is too large."""
+
     max_rows: int = 16
     """Rows that may generate at the same time."""
+    max_cache_positions: int = 2**20
+    """Rows that generate × positions of the longest of them."""
+    max_prefill_tokens: int = 512
+    """Tokens, padding included, of prompts that are prefilled together: running rows wait for them."""
     max_capture_tokens: int = 1024
     """Tokens, padding included, of captures that share a forward pass."""
     max_padding: float = 0.25
-    """Share of padding in such a pass."""
+    """Share of padding in either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +33,9 @@ class Tick:
     expired: tuple[Job, ...] = ()
     """They waited past their deadline."""
     run: tuple[Job, ...] = ()
-    """A call, or captures that share one forward pass; done within this tick."""
-    prefill: Job | None = None
-    """A generation that begins."""
-    decode: tuple[Job, ...] = ()
-    """Running generations that take one step."""
+    """A call, or captures that share one forward pass."""
+    prefill: tuple[Job, ...] = ()
+    """Generations that begin, and decode from now on with those that run."""
 
 
 def plan_tick(waiting: Sequence[Job], running: Sequence[Job], limits: Limits, now_s: float) -> Tick:
@@ -44,30 +48,53 @@ def plan_tick(waiting: Sequence[Job], running: Sequence[Job], limits: Limits, no
     expired = tuple(job for job in waiting if not job.ticket.cancelled and _is_late(job, now_s))
     gone = {job.id for job in (*cancelled, *expired)}
     ready = [job for job in waiting if job.id not in gone]
-    decode = tuple(job for job in running if job.id not in gone)
-    next_prefill = next((job for job in ready if job.generates), None)
-    if next_prefill is not None and decode:
-        rows = sum(job.n_rows for job in decode) + next_prefill.n_rows
-        next_prefill = next_prefill if rows <= limits.max_rows else None
-    next_run = _together([job for job in ready if not job.generates], limits)
-    return Tick(cancelled, expired, next_run, next_prefill, decode)
+    staying = [job.work for job in running if job.id not in gone and isinstance(job.work, GenerateWork)]
+    return Tick(cancelled, expired, _captured_together(ready, limits), _joining(ready, staying, limits))
 
 
-def _together(ready: Sequence[Job], limits: Limits) -> tuple[Job, ...]:
-    """The oldest job and, if it is a capture, the later ones that fit into its forward pass."""
-    if not ready:
-        return ()
-    oldest = ready[0]
-    if not isinstance(oldest.work, CaptureWork):
-        return (oldest,)
+def _captured_together(ready: Sequence[Job], limits: Limits) -> tuple[Job, ...]:
+    """The oldest call or capture and, for a capture, the later ones that fit into its forward pass."""
+    oldest = next((job for job in ready if not isinstance(job.work, GenerateWork)), None)
+    if oldest is None or not isinstance(oldest.work, CaptureWork):
+        return () if oldest is None else (oldest,)
     group, lengths = [oldest], oldest.work.lengths
-    for job in ready[1:]:
-        if isinstance(job.work, CaptureWork) and job.work.is_residual == oldest.work.is_residual:
-            longer = lengths + job.work.lengths
-            padded = len(longer) * max(longer)
-            if padded <= limits.max_capture_tokens and sum(longer) >= (1 - limits.max_padding) * padded:
+    for job in ready:
+        work = job.work
+        if job is not oldest and isinstance(work, CaptureWork) and work.is_residual == oldest.work.is_residual:
+            longer = lengths + work.lengths
+            if _fits_one_pass(longer, limits.max_capture_tokens, limits):
                 group, lengths = [*group, job], longer
     return tuple(group)
+
+
+def _joining(ready: Sequence[Job], running: Sequence[GenerateWork], limits: Limits) -> tuple[Job, ...]:
+    """The oldest generation, if it fits beside those that run, and the later ones that fit with it."""
+    group: list[Job] = []
+    rows = list(running)
+    lengths: list[int] = []
+    for job in ready:
+        work = job.work
+        if not isinstance(work, GenerateWork):
+            continue
+        longer = lengths + [work.n_prompt_tokens] * work.n_rows
+        fits = not rows or _fits_the_batch([*rows, work], limits)
+        if not group and not fits:
+            return ()
+        if not group or (fits and _fits_one_pass(longer, limits.max_prefill_tokens, limits)):
+            group, rows, lengths = [*group, job], [*rows, work], longer
+    return tuple(group)
+
+
+def _fits_the_batch(works: Iterable[GenerateWork], limits: Limits) -> bool:
+    works = list(works)
+    n_rows = sum(work.n_rows for work in works)
+    longest = max(work.n_positions for work in works)
+    return n_rows <= limits.max_rows and n_rows * longest <= limits.max_cache_positions
+
+
+def _fits_one_pass(lengths: Sequence[int], max_tokens: int, limits: Limits) -> bool:
+    padded = len(lengths) * max(lengths)
+    return padded <= max_tokens and sum(lengths) >= (1 - limits.max_padding) * padded
 
 
 def _is_late(job: Job, now_s: float) -> bool:

@@ -7,56 +7,93 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
 
 from neuronpedia_inference.engine.faults import as_inference_error, free_caches, poisons_device
-from neuronpedia_inference.engine.protocol import Engine, Generation
+from neuronpedia_inference.engine.protocol import Engine, Lane, RowId, RowSpec, RowStep
 from neuronpedia_inference.errors import NotReady, OutOfMemory, Overloaded
-from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, GenerateWork, Job, Ticket, Work
+from neuronpedia_inference.metrics import Metrics
+from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, GenerateWork, Job, Steps, Ticket, Work
 from neuronpedia_inference.scheduler.policy import Limits, Tick, plan_tick
 
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class _Generation:
+    """A job whose rows are in a lane."""
+
+    job: Job
+    work: GenerateWork
+    lane: Lane
+    n_left: int
+    """Rows that have not ended."""
+    has_begun: bool = False
+
+
+@dataclass(frozen=True)
+class _Paused:
+    """A job that waits for weights."""
+
+    job: Job
+    steps: Steps
+    awaited: Future[Any]
+
+
 class Worker:
     """Runs jobs until `close`. A job that raises fails its own ticket; a thread that dies fails all of them."""
 
-    def __init__(self, engine: Engine, limits: Limits, *, n_threads: int, max_wait_s: float | None) -> None:
+    def __init__(
+        self, engine: Engine, limits: Limits, *, n_threads: int, max_wait_s: float | None, metrics: Metrics
+    ) -> None:
         """max_wait_s: seconds a job may wait to begin; None for ever."""
         self._engine = engine
         self._limits = limits
         self._n_threads = n_threads
         self._max_wait_s = max_wait_s
+        self._metrics = metrics
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._waiting: list[Job] = []
+        self._rows: dict[int, Sequence[RowSpec]] = {}
+        """Of generations that wait for their turn."""
+        self._paused: dict[int, _Paused] = {}
         self._in_hand: list[Job] = []
-        self._running: dict[int, tuple[Job, Generation]] = {}
+        self._running: dict[int, _Generation] = {}
         self._ids = itertools.count()
         self._closing = False
         self._lock = threading.Lock()
-        self.counts: Counter[str] = Counter()
         self.healthy = True
         self._thread = threading.Thread(target=self._main, name="inference-worker", daemon=True)
         self._thread.start()
 
     @property
     def n_waiting(self) -> int:
-        return len(self._waiting) + self._inbox.qsize()
+        """Jobs that have not begun, or wait for weights."""
+        return len(self._waiting) + len(self._paused) + self._inbox.qsize()
 
     @property
     def n_running(self) -> int:
         """Generations under way."""
         return len(self._running)
 
-    def submit(self, work: Work, *, n_rows: int = 1, on_event: Callable[[Any], None] | None = None) -> Ticket:
+    @property
+    def n_rows(self) -> int:
+        """Rows that decode."""
+        return sum(len(lane.rows) for lane in self._engine.lanes)
+
+    def submit(self, work: Work, *, on_event: Callable[[Any], None] | None = None) -> Ticket:
         """Raises NotReady once the worker is closing or its device has failed."""
-        deadline_s = None if self._max_wait_s is None else time.monotonic() + self._max_wait_s
-        job = Job(next(self._ids), work, n_rows, deadline_s, Ticket(on_event))
+        now_s = time.monotonic()
+        deadline_s = None if self._max_wait_s is None else now_s + self._max_wait_s
+        job = Job(next(self._ids), work, now_s, deadline_s, Ticket(on_event))
         with self._lock:
             if self._closing or not self.healthy:
                 raise NotReady("The server is stopping and takes no more requests.")
@@ -70,116 +107,215 @@ class Worker:
         self._inbox.put(None)
         self._thread.join()
 
+    # The loop
+
     def _main(self) -> None:
         torch.set_num_threads(self._n_threads)
         try:
             with torch.inference_mode():
                 while self.healthy and self._drain_inbox():
-                    self._carry_out(
-                        plan_tick(
-                            self._waiting,
-                            [job for job, _ in self._running.values()],
-                            self._limits,
-                            time.monotonic(),
-                        )
-                    )
+                    self._resume_paused()
+                    running = [generation.job for generation in self._running.values()]
+                    self._carry_out(plan_tick(self._waiting, running, self._limits, time.monotonic()))
         finally:
             self._fail_everything()
 
     def _drain_inbox(self) -> bool:
         """Take in new jobs, sleeping while there is nothing at all to do. False when it is time to stop."""
         idle = not self._waiting and not self._running
-        if idle and self._closing and self._inbox.empty():
+        if idle and self._closing and self._inbox.empty() and not self._paused:
             return False
         arrived = [self._inbox.get()] if idle else []
         while not self._inbox.empty():
             arrived.append(self._inbox.get())
-        self._waiting += [job for job in arrived if job is not None]
+        for job in arrived:
+            if job is not None:
+                self._accept(job)
         return True
+
+    def _accept(self, job: Job) -> None:
+        """A generation takes its turn once its vectors are there; everything else at once."""
+        if isinstance(job.work, GenerateWork):
+            self._attempt(job, partial(self._go_on, job, job.work.prepare()))
+        else:
+            self._waiting.append(job)
 
     def _carry_out(self, tick: Tick) -> None:
         for job in tick.cancelled:
-            self._running.pop(job.id, None)
-            job.ticket.abandon()
-            self.counts["cancelled"] += 1
+            self._cancel(job)
         for job in tick.expired:
-            job.ticket.fail(Overloaded(f"Waited {self._max_wait_s:g} s for a turn, the most allowed. Try again soon."))
-            self.counts["expired"] += 1
-        self._in_hand = [*tick.run, *([tick.prefill] if tick.prefill else [])]
+            waited = Overloaded(f"Waited {self._max_wait_s:g} s for a turn, the most allowed. Try again soon.")
+            self._end(job, "expired", partial(job.ticket.fail, waited))
+        self._in_hand = [*tick.run, *tick.prefill]
         gone = {job.id for job in (*tick.cancelled, *tick.expired, *self._in_hand)}
         self._waiting = [job for job in self._waiting if job.id not in gone]
-        if len(tick.run) > 1:
-            self._capture_together(tick.run)
-        else:
-            self._attempt_all(tick.run)
-        self._attempt_all((*([tick.prefill] if tick.prefill else []), *tick.decode))
+        self._run(tick.run)
+        self._prefill(tick.prefill)
         self._in_hand = []
+        self._decode()
 
-    def _capture_together(self, jobs: Sequence[Job]) -> None:
+    # Calls and captures
+
+    def _run(self, jobs: Sequence[Job]) -> None:
+        captures = [(job, job.work) for job in jobs if isinstance(job.work, CaptureWork)]
+        if captures:
+            self._capture(captures)
+        for job in jobs:
+            if isinstance(job.work, CallWork):
+                self._attempt(job, partial(self._go_on, job, job.work.run()))
+
+    def _capture(self, jobs: Sequence[tuple[Job, CaptureWork]]) -> None:
         """One forward pass for all, the same prompt once; then each job's own reduction."""
-        works = [job.work for job in jobs if isinstance(job.work, CaptureWork)]
-        prompts = list(dict.fromkeys(tuple(prompt) for work in works for prompt in work.prompts))
-        points = {point for work in works for point in work.points}
+        prompts = list(dict.fromkeys(tuple(prompt) for _, work in jobs for prompt in work.prompts))
+        points = {point for _, work in jobs for point in work.points}
         shared: dict[tuple[int, ...], Any] = {}
         failure = _failure_of(lambda: shared.update(zip(prompts, self._engine.capture(prompts, points), strict=True)))
         if failure is not None:
-            # It says nothing about whose fault it is: each job runs alone and answers for itself.
-            log.warning("a merged forward pass failed, its requests run one by one", exc_info=failure)
-            free_caches()
-            self._attempt_all(jobs)
+            self._one_by_one([job for job, _ in jobs], failure, lambda n: self._capture([jobs[n]]))
             return
-        self.counts["merged"] += len(jobs)
-        for job, work in zip(jobs, works, strict=True):
-            self._attempt(job, partial(_reduce, work, shared))
+        lengths = [len(prompt) for prompt in prompts]
+        self._metrics.captured(len(jobs), sum(lengths), len(lengths) * max(lengths) - sum(lengths))
+        for job, work in jobs:
+            self._attempt(job, partial(self._go_on, job, _reduction(work, shared)))
 
-    def _attempt_all(self, jobs: Sequence[Job]) -> None:
+    def _one_by_one(self, jobs: Sequence[Job], failure: Exception, again: Callable[[int], None]) -> None:
+        """A merged pass that failed says nothing about whose fault it is: each job runs alone and answers for it."""
+        if len(jobs) == 1:
+            self._fail(jobs[0], failure)
+            return
+        log.warning("a merged forward pass failed, its requests run one by one", exc_info=failure)
+        free_caches()
+        for number in range(len(jobs)):
+            if not poisons_device(failure):
+                again(number)
+            else:
+                self._fail(jobs[number], failure)
+
+    # Generations
+
+    def _prefill(self, jobs: Sequence[Job]) -> None:
+        """One forward pass for the new rows of each lane."""
+        by_lane: dict[int, list[_Generation]] = defaultdict(list)
         for job in jobs:
-            self._attempt(job)
+            assert isinstance(job.work, GenerateWork)
+            lane = self._engine.lane(self._rows[job.id])
+            by_lane[id(lane)].append(_Generation(job, job.work, lane, job.work.n_rows))
+        for generations in by_lane.values():
+            self._join(generations)
 
-    def _attempt(self, job: Job, answer: Callable[[], Any] | None = None) -> None:
-        """`answer` if there is one, else the job's next piece of work; what goes wrong ends this job and no other."""
-        exc = _failure_of(partial(self._advance, job, answer))
-        if exc is None:
+    def _join(self, generations: Sequence[_Generation]) -> None:
+        lane = generations[0].lane
+        new = [(RowId(g.job.id, n), spec) for g in generations for n, spec in enumerate(self._rows[g.job.id])]
+        steps: list[RowStep] = []
+        failure = _failure_of(lambda: steps.extend(lane.prefill(new)))
+        if failure is not None:
+            jobs = [generation.job for generation in generations]
+            self._one_by_one(jobs, failure, lambda n: self._join([generations[n]]))
             return
-        error = as_inference_error(exc)
-        if error is not exc:
-            job.context.run(log.error, "job failed", exc_info=exc)
-        self._running.pop(job.id, None)
-        self.counts["failed"] += 1
-        job.ticket.fail(error)
-        self._after_fault(exc, error)
+        lengths = [len(spec.prompt_ids) for _, spec in new]
+        self._metrics.prefilled(len(new), sum(lengths), len(lengths) * max(lengths) - sum(lengths))
+        for generation in generations:
+            del self._rows[generation.job.id]
+            self._running[generation.job.id] = generation
+        self._deliver(steps)
 
-    def _after_fault(self, exc: Exception, error: Exception) -> None:
-        if isinstance(error, OutOfMemory):
-            free_caches()
-        if poisons_device(exc):
-            self.healthy = False
+    def _decode(self) -> None:
+        for lane in self._engine.lanes:
+            rows = list(lane.rows)
+            if rows:
+                steps: list[RowStep] = []
+                failure = _failure_of(lambda lane=lane, steps=steps: steps.extend(lane.decode()))
+                if failure is not None:
+                    for number in {row.job for row in rows}:
+                        self._fail(self._running[number].job, failure)
+                else:
+                    self._metrics.decoded(len(rows))
+                    self._deliver(steps)
 
-    def _advance(self, job: Job, answer: Callable[[], Any] | None) -> None:
-        if answer is not None:
-            self._finish(job, answer())
-            return
-        match job.work:
-            case CaptureWork(prompts, points, reduce):
-                self._finish(job, reduce(self._engine.capture(prompts, points)))
-            case CallWork(run):
-                self._finish(job, run())
-            case GenerateWork():
-                self._step(job, job.work)
+    def _deliver(self, steps: Sequence[RowStep]) -> None:
+        for number, own in groupby(sorted(steps, key=lambda step: step.row), lambda step: step.row.job):
+            generation = self._running[number]
+            self._attempt(generation.job, partial(self._advance, generation, list(own)))
 
-    def _step(self, job: Job, work: GenerateWork) -> None:
-        if job.id not in self._running:
-            self._running[job.id] = (job, self._engine.generate(work.prepare()))
-        generation = self._running[job.id][1]
-        event = work.advance(generation.step())
+    def _advance(self, generation: _Generation, steps: Sequence[RowStep]) -> None:
+        """Raises what ended a row, which ends its job."""
+        for step in steps:
+            if step.error is not None:
+                raise step.error
+        job = generation.job
+        if not generation.has_begun:
+            generation.has_begun = True
+            self._metrics.first_token(time.monotonic() - job.submitted_s)
+        event = generation.work.advance(steps)
         job.ticket.emit(event)
-        if generation.done:
-            del self._running[job.id]
-            self._finish(job, event)
+        generation.n_left -= sum(step.ends for step in steps)
+        if generation.n_left == 0:
+            self._end(job, "answered", partial(job.ticket.resolve, event))
+
+    # Work that waits for weights
+
+    def _go_on(self, job: Job, steps: Steps, awaited: Future[Any] | None = None) -> None:
+        """Run `steps` to the end, or to where it needs what is not there yet. Raises what it raises."""
+        try:
+            while True:
+                needed = next(steps) if awaited is None else _send(steps, awaited)
+                if not needed.done():
+                    self._paused[job.id] = _Paused(job, steps, needed)
+                    needed.add_done_callback(lambda _: self._inbox.put(None))
+                    return
+                awaited = needed
+        except StopIteration as end:
+            self._finish(job, end.value)
 
     def _finish(self, job: Job, result: Any) -> None:
-        self.counts["answered"] += 1
-        job.ticket.resolve(result)
+        if isinstance(job.work, GenerateWork):
+            self._rows[job.id] = result
+            self._waiting.append(job)
+            self._waiting.sort(key=lambda one: one.id)
+        else:
+            self._end(job, "answered", partial(job.ticket.resolve, result))
+
+    def _resume_paused(self) -> None:
+        for paused in list(self._paused.values()):
+            if paused.job.ticket.cancelled:
+                self._cancel(paused.job)
+            elif paused.awaited.done():
+                del self._paused[paused.job.id]
+                self._attempt(paused.job, partial(self._go_on, paused.job, paused.steps, paused.awaited))
+
+    # Ends
+
+    def _attempt(self, job: Job, work: Callable[[], None]) -> None:
+        """What goes wrong ends this job and no other."""
+        failure = _failure_of(work)
+        if failure is not None:
+            self._fail(job, failure)
+
+    def _fail(self, job: Job, failure: Exception) -> None:
+        error = as_inference_error(failure)
+        if error is not failure:
+            job.context.run(log.error, "job failed", exc_info=failure)
+        self._end(job, "failed", partial(job.ticket.fail, error))
+        if isinstance(error, OutOfMemory):
+            free_caches()
+        if poisons_device(failure):
+            self.healthy = False
+
+    def _cancel(self, job: Job) -> None:
+        self._end(job, "cancelled", job.ticket.abandon)
+
+    def _end(self, job: Job, outcome: str, tell: Callable[[], None]) -> None:
+        """Take the job out of everything, count it, and only then tell its caller."""
+        self._rows.pop(job.id, None)
+        paused = self._paused.pop(job.id, None)
+        if paused is not None:
+            paused.steps.close()
+            _let_go(paused.awaited)
+        generation = self._running.pop(job.id, None)
+        if generation is not None and generation.n_left:
+            generation.lane.drop({RowId(job.id, n) for n in range(generation.work.n_rows)})
+        self._metrics.ended(outcome)
+        tell()
 
     def _fail_everything(self) -> None:
         """Nobody waits on a dead worker."""
@@ -189,15 +325,29 @@ class Worker:
             job = self._inbox.get()
             if job is not None:
                 self._waiting.append(job)
-        for job in (*self._in_hand, *self._waiting, *(job for job, _ in self._running.values())):
-            job.ticket.fail(NotReady("The server stopped before it could answer. Try again soon."))
+        running = [generation.job for generation in self._running.values()]
+        paused = [one.job for one in self._paused.values()]
+        for job in {job.id: job for job in (*self._in_hand, *self._waiting, *paused, *running)}.values():
+            stopped = NotReady("The server stopped before it could answer. Try again soon.")
+            self._end(job, "failed", partial(job.ticket.fail, stopped))
         self._waiting.clear()
-        self._running.clear()
 
 
-def _reduce(work: CaptureWork, shared: Mapping[tuple[int, ...], Any]) -> Any:
+def _reduction(work: CaptureWork, shared: Mapping[tuple[int, ...], Any]) -> Steps:
     """One job's answer from what was captured for all."""
     return work.reduce([shared[tuple(prompt)] for prompt in work.prompts])
+
+
+def _send(steps: Steps, awaited: Future[Any]) -> Future[Any]:
+    """Give `steps` what it waited for, or raise in it what went wrong."""
+    error = awaited.exception()
+    return steps.send(awaited.result()) if error is None else steps.throw(error)
+
+
+def _let_go(awaited: Future[Any]) -> None:
+    """Give back what nobody takes any more, now or when it comes."""
+    if not awaited.cancel():
+        awaited.add_done_callback(lambda done: done.exception() or done.result().release())
 
 
 def _failure_of(work: Callable[[], Any]) -> Exception | None:

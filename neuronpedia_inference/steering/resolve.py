@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from neuronpedia_inference.domain import Source
 from neuronpedia_inference.engine.bridge import BridgeEngine
@@ -13,6 +14,7 @@ from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import Steering
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from neuronpedia_inference.saes.store import SaeStore
+from neuronpedia_inference.scheduler.jobs import Steps
 from neuronpedia_inference.steering.apply import unit
 from neuronpedia_inference.steering.plan import Steer, SteerFeature, SteerMethod, SteerPlan, SteerVector
 
@@ -40,9 +42,25 @@ class SteerResolver:
             else:
                 self._check_vector(steer, plan)
 
-    def resolve(self, plan: SteerPlan) -> tuple[Steering, ...]:
-        """The steers as tensors on the engine's device. Runs on the worker."""
-        return tuple(self._steering(steer, plan) for steer in plan.steers)
+    def points(self, plan: SteerPlan) -> set[Point]:
+        """Where a checked plan steers."""
+        return {
+            Point.parse(s.hook if isinstance(s, SteerVector) else self._find_source(s.source).hook) for s in plan.steers
+        }
+
+    def resolve(self, plan: SteerPlan) -> Steps:
+        """-> tuple[Steering, ...]: the steers as tensors on the engine's device. Runs on the worker."""
+        found: list[Steering] = []
+        for steer in plan.steers:
+            if isinstance(steer, SteerFeature):
+                source = self._find_source(steer.source)
+                with (yield self._store.request(source.name)) as reader:
+                    vector = reader.decoder_row(steer.index)
+                found.append(self._steering(Point.parse(source.hook), vector, steer, plan))
+            else:
+                vector = torch.tensor(steer.vector, dtype=torch.float32)
+                found.append(self._steering(Point.parse(steer.hook), vector, steer, plan))
+        return tuple(found)
 
     def _check_feature(self, steer: SteerFeature) -> None:
         source = self._find_source(steer.source)
@@ -67,15 +85,7 @@ class SteerResolver:
                 f"{plan.method} {'with normalize_steering ' if plan.normalize else ''}needs one."
             )
 
-    def _steering(self, steer: Steer, plan: SteerPlan) -> Steering:
-        if isinstance(steer, SteerFeature):
-            source = self._find_source(steer.source)
-            with self._store.lease(source.name) as reader:
-                vector = reader.decoder_row(steer.index)
-            point = Point.parse(source.hook)
-        else:
-            vector = torch.tensor(steer.vector, dtype=torch.float32)
-            point = Point.parse(steer.hook)
+    def _steering(self, point: Point, vector: Tensor, steer: Steer, plan: SteerPlan) -> Steering:
         vector = vector.to(self._engine.device)
         norm = float(vector.norm())
         needs_direction = plan.normalize or plan.method is not SteerMethod.SIMPLE_ADDITIVE

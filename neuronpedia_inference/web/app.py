@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastapi import FastAPI, Request
@@ -10,11 +11,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from neuronpedia_inference import __version__
-from neuronpedia_inference.errors import Conflict, Unavailable
-from neuronpedia_inference.operations import OPERATIONS, Events, Operation, render, validate
+from neuronpedia_inference.errors import Conflict, NotReady, Unavailable
+from neuronpedia_inference.operations import OPERATIONS, Operation, answer, answer_events, validate
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.web.answers import error_response, json_response, problem_of
 from neuronpedia_inference.web.auth import SecretGate
@@ -63,14 +65,27 @@ def _handler(operation: Operation[Any], max_body_bytes: int, get_runtime: GetRun
     """body limit → JSON → schema → operation; the secret was checked before."""
 
     async def handle(request: Request) -> Response:
-        body = await read_object(request, max_body_bytes)
-        wanted = validate(operation, body)
-        runtime = get_runtime()
-        if operation.stream is not None and getattr(wanted, "stream", None):
-            events = await while_connected(request.receive, operation.stream(wanted, runtime))
-            return EventStream(Events(events, lambda event: render(operation, body, event)))
-        answer = await while_connected(request.receive, operation.run(wanted, runtime))
-        return json_response(render(operation, body, answer))
+        body = await read(request)
+        runtime = loaded(body)
+        if operation.stream is not None and body.get("stream"):
+            return EventStream(await while_connected(request.receive, answer_events(operation, body, runtime)))
+        return json_response(await while_connected(request.receive, answer(operation, body, runtime)))
+
+    async def read(request: Request) -> dict[str, Any]:
+        """A request is counted by its operation, and here if its body cannot be read; never while the model loads."""
+        with ExitStack() as if_unread:
+            with suppress(NotReady):
+                if_unread.enter_context(get_runtime().metrics.request(operation.name, left=ClientDisconnect))
+            body = await read_object(request, max_body_bytes)
+            if_unread.pop_all()
+            return body
+
+    def loaded(body: dict[str, Any]) -> Runtime:
+        try:
+            return get_runtime()
+        except NotReady:
+            validate(operation, body)  # what is wrong anyway is said at once
+            raise
 
     return handle
 
@@ -94,6 +109,10 @@ def _add_service_routes(app: FastAPI, get_runtime: GetRuntime) -> None:
     async def capabilities() -> Response:
         return json_response(get_runtime().describe())
 
+    async def metrics() -> Response:
+        text, content_type = get_runtime().metrics.text()
+        return Response(text, media_type=content_type)
+
     async def initialize() -> NoReturn:
         raise Conflict(
             "A running server keeps its model: restart it with other settings, such as MODEL_ID or CUSTOM_HF_MODEL_ID"
@@ -102,4 +121,5 @@ def _add_service_routes(app: FastAPI, get_runtime: GetRuntime) -> None:
     app.add_api_route("/health", health, methods=["GET", "HEAD"])
     app.add_api_route("/ready", ready, methods=["GET", "HEAD"])
     app.add_api_route("/v1/capabilities", capabilities, methods=["GET"])
+    app.add_api_route("/metrics", metrics, methods=["GET"])
     app.add_api_route("/initialize", initialize, methods=["POST"], response_model=None)

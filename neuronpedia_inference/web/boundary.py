@@ -74,7 +74,7 @@ def _log_request(scope: Scope, headers: Headers, sent: _Sent, seconds: float) ->
         "in_bytes": headers.get("content-length", "?")[:20],
         "out_bytes": sent.body_bytes,
     }
-    level = logging.DEBUG if scope["path"] in ("/health", "/ready") and not code else logging.INFO
+    level = logging.DEBUG if scope["path"] in ("/health", "/ready", "/metrics") and not code else logging.INFO
     log.log(level, "request", extra={**line, **({"code": code} if code else {})})
 
 

@@ -84,7 +84,21 @@ def _service_paths(refs: Refs) -> dict[str, Any]:
         "/health": {"get": {**get("health", "The process lives", Health), "security": []}},
         "/ready": {"get": {**get("ready", "The model is loaded and serves", Ready, 503), "security": []}},
         "/v1/capabilities": {"get": get("capabilities", "Model, sources and limits", Capabilities, 401, 503)},
+        "/metrics": {"get": _metrics(refs)},
         "/initialize": {"post": refused},
+    }
+
+
+def _metrics(refs: Refs) -> dict[str, Any]:
+    text = {"schema": {"type": "string", "description": "Prometheus' text format"}}
+    return {
+        "operationId": "metrics",
+        "summary": "Counters and gauges for Prometheus",
+        "tags": ["service"],
+        "responses": {
+            "200": {"description": "The answer", "content": {"text/plain": text}},
+            **_failures(refs, 401, 503),
+        },
     }
 
 

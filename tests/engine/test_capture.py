@@ -69,7 +69,7 @@ def test_hooks_are_gone_after_a_capture_and_after_a_failure() -> None:
         with pytest.raises(IndexError):
             built.capture([[1, 999_999]], [Point(0, "hook_mlp_out")])
     assert not any(point.fwd_hooks for point in built._bridge_site._hooks.values())
-    assert all(not b._forward_hooks and not b._forward_pre_hooks for b in built._block_site._blocks)
+    assert all(not b._forward_hooks and not b._forward_pre_hooks for b in models.blocks(models.model("llama")))
 
 
 def test_attention_pattern_is_the_softmax_of_the_prompt_alone() -> None:

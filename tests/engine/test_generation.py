@@ -10,7 +10,7 @@ import torch
 from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.engine.bridge import BridgeEngine
 from neuronpedia_inference.engine.points import WRITABLE, Point
-from neuronpedia_inference.engine.protocol import RowSpec, RowStep, Steering
+from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep, Steering
 from neuronpedia_inference.steering.plan import SteerMethod
 from tests import models
 from tests.engine.engines import engine
@@ -23,11 +23,13 @@ LAYER = 1
 def run(built: BridgeEngine, rows: list[RowSpec]) -> list[list[RowStep]]:
     """Every row's steps."""
     out: list[list[RowStep]] = [[] for _ in rows]
+    lane = built.lane(rows)
     with torch.inference_mode():
-        batch = built.generate(rows)
-        while not batch.done:
-            for step in batch.step():
-                out[step.row].append(step)
+        steps = lane.prefill([(RowId(0, place), spec) for place, spec in enumerate(rows)])
+        while steps:
+            for step in steps:
+                out[step.row.place].append(step)
+            steps = lane.decode() if lane.rows else []
     return out
 
 

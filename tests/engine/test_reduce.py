@@ -5,17 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sae_lens import (
+    GatedSAE,
+    GatedSAEConfig,
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    StandardSAE,
+    StandardSAEConfig,
+    TopKSAE,
+    TopKSAEConfig,
+)
+from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from neuronpedia_inference.domain import ActiveFeature, FeatureValue, Ranking, Source
 from neuronpedia_inference.errors import EngineFailed
 from neuronpedia_inference.saes import reduce
-from neuronpedia_inference.saes.encode import FeatureReader, NeuronReader
+from neuronpedia_inference.saes.encode import FeatureReader, LoadedSae, NeuronReader
 from neuronpedia_inference.saes.order import merge_topk, stable_topk
 from neuronpedia_inference.saes.reduce import (
     FeatureRanker,
@@ -25,6 +38,7 @@ from neuronpedia_inference.saes.reduce import (
     rank_features,
     top_features,
 )
+from tests.allocation import allocated_at_the_peak
 
 
 @pytest.fixture(autouse=True)
@@ -314,3 +328,54 @@ class TestAttribution:
         pattern, v, column = self.made(4, 2)
         with pytest.raises(EngineFailed, match="19 numbers.*20"):
             dfa(pattern, v, column[:-1], 5)
+
+
+ARCHITECTURES: dict[str, tuple[type[Any], Any]] = {
+    "standard": (StandardSAE, StandardSAEConfig),
+    "jumprelu": (JumpReLUSAE, JumpReLUSAEConfig),
+    "gated": (GatedSAE, GatedSAEConfig),
+    "topk": (TopKSAE, partial(TopKSAEConfig, k=16)),
+}
+
+
+def random_sae(architecture: str, width: int, n_features: int) -> LoadedSae:
+    kind, config = ARCHITECTURES[architecture]
+    module = kind(config(d_in=width, d_sae=n_features, metadata=SAEMetadata(hook_name="blocks.0.hook_resid_post")))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.1 * torch.randn_like(parameter))
+    module.turn_off_forward_pass_hook_z_reshaping()
+    module.requires_grad_(False)
+    source = Source("0-x", "x", 0, "blocks.0.hook_resid_post", n_features, width, architecture)
+    return LoadedSae(source, module)
+
+
+class TestMemory:
+    @pytest.fixture(autouse=True)
+    def _real_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(reduce, "BLOCK_ELEMENTS", 2**20)
+
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    @pytest.mark.parametrize(("n_pos", "width", "n_features"), [(16, 512, 32768), (200, 64, 32768), (64, 64, 1024)])
+    def test_stays_within_the_formula(self, architecture: str, n_pos: int, width: int, n_features: int) -> None:
+        reader = random_sae(architecture, width, n_features)
+        x = torch.randn(n_pos, width)
+        bound = reduce.peak_bytes(reader.source, n_pos)
+        kept = 8 * n_pos * 30 * 2 + 2**16
+
+        def rank() -> None:
+            ranker = reduce.FeatureRanker(Ranking(25))
+            ranker.add(reader, x)
+            ranker.result()
+
+        assert allocated_at_the_peak(rank) <= bound + kept
+        assert allocated_at_the_peak(lambda: reduce.top_features(reader, x, 25)) <= bound + kept
+        everything = 4 * n_pos * n_features
+        if architecture != "topk" and everything > 2**24:
+            assert bound < 2 * everything  # all features at once would take more than four times `everything`
+
+    @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
+    def test_one_feature_needs_no_matrix(self, architecture: str) -> None:
+        reader = random_sae(architecture, 64, 32768)
+        x = torch.randn(100, 64)
+        assert allocated_at_the_peak(lambda: reduce.feature_values(reader, x, 7)) < 4 * x.numel() * 4 < 4 * 100 * 32768

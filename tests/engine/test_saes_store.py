@@ -1,251 +1,409 @@
-"""Residency: never above the limit, never without a leased SAE, and always ending."""
+"""Who is in memory, who has to wait, and how every request ends."""
 
 from __future__ import annotations
 
-import random
 import threading
 from collections import Counter
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from neuronpedia_inference.domain import Source
-from neuronpedia_inference.errors import EngineFailed, Overloaded, StartupError, UnknownSource
-from neuronpedia_inference.saes.catalogue import SourceSpec
-from neuronpedia_inference.saes.encode import NeuronReader
-from neuronpedia_inference.saes.store import SaeStore
-
-NAMES = tuple(f"{layer}-res-t" for layer in range(6))
-SPECS = tuple(SourceSpec(name, "res-t") for name in NAMES)
+from neuronpedia_inference.errors import EngineFailed, NotReady, OutOfMemory, StartupError, UnknownSource
+from neuronpedia_inference.saes.residency import PATIENCE, Residency
+from neuronpedia_inference.saes.store import Lease, SaeStore
+from tests.engine.stores import NAMES, SOON, SPECS, Device, Loader, got, make, touch, two_tiers
 
 
-@dataclass
-class Loader:
-    """Stands in for `load_sae`: counts loads and fails on request."""
+class TestStart:
+    def test_every_source_is_loaded_once_and_described_in_order(self) -> None:
+        store, loader = make(2, loaded=False)
+        lines: list[str] = []
+        assert store.sources == ()
+        store.load_all(lines.append)
+        assert tuple(source.name for source in store.sources) == NAMES
+        assert loader.loads == Counter(NAMES)
+        assert lines[1] == "SAE 2 of 6: 1-res-t"
+        assert len(lines) == 6
+        assert store.stats() == {
+            "sources": 6,
+            "max_loaded": 2,
+            "budget_bytes": 0,
+            "resident": 2,
+            "resident_bytes": 2,
+            "peak_bytes": 2,
+            "host": 2,
+            "leased": 0,
+            "hits": 0,
+            "loads": 6,
+            "uploads": 0,
+            "evictions": 4,
+        }
 
-    loads: Counter[str] = field(default_factory=Counter)
-    broken: set[str] = field(default_factory=set)
-    gate: threading.Event | None = None
-    entered: threading.Event = field(default_factory=threading.Event)
-
-    def __call__(self, spec: SourceSpec, /, *, dtype: str, device: str) -> NeuronReader:
-        assert (dtype, device) == ("float32", "cpu")
-        self.entered.set()
-        if self.gate is not None:
-            assert self.gate.wait(5)
-        if spec.name in self.broken:
-            raise StartupError(f"SAE {spec.name!r}: broken")
-        self.loads[spec.name] += 1
-        return NeuronReader(Source(spec.name, spec.source_set, 0, "blocks.0.hook_resid_pre", 8, 4, "standard"))
-
-
-def make(max_loaded: int, loader: Loader | None = None, *, loaded: bool = True) -> tuple[SaeStore, Loader]:
-    loader = loader or Loader()
-    store = SaeStore(SPECS, dtype="float32", device="cpu", max_loaded=max_loaded, load=loader)
-    if loaded:
+    def test_loading_all_twice_loads_once(self) -> None:
+        store, loader = make(2)
         store.load_all()
-    return store, loader
+        assert loader.loads == Counter(NAMES)
+
+    def test_a_bad_sae_stops_the_start(self) -> None:
+        bad = StartupError("SAE '3-res-t': broken")
+        store, _ = make(2, Loader(broken={"3-res-t": bad}), loaded=False)
+        with pytest.raises(StartupError) as caught:
+            store.load_all()
+        assert caught.value is bad
+        assert [source.name for source in store.sources] == ["0-res-t", "1-res-t", "2-res-t"]
+        assert store.stats()["resident"] == 1  # the room made for the bad one is free again
+
+    def test_an_sae_larger_than_the_budget_stops_the_start(self) -> None:
+        loader = Loader({"3-res-t": 5 * 2**30})
+        store, _ = make(loader=loader, budget=2**32, loaded=False)
+        with pytest.raises(StartupError, match=r"^SAE '3-res-t' takes 5 GiB, but SAE_MEMORY_GIB leaves 4 GiB.*EXCLUDE"):
+            store.load_all()
+
+    def test_one_of_exactly_the_budget_is_served(self) -> None:
+        store, loader = make(loader=Loader({"3-res-t": 4}), budget=4)
+        touch(store, "3-res-t", "0-res-t", "3-res-t")
+        assert store.stats()["peak_bytes"] == 4
+        assert loader.loads["3-res-t"] == 3  # 4 and 5 were loaded after it, then 0
+
+    def test_a_device_without_room_stops_the_start(self) -> None:
+        device = Device(broken={"2-res-t"})
+        store = SaeStore(SPECS, dtype="float32", device="elsewhere", max_loaded=9, load=Loader(), place=device)
+        with pytest.raises(StartupError, match="'2-res-t' could not be loaded: no room"):
+            store.load_all()
 
 
-def test_every_source_is_loaded_once_and_described_in_order() -> None:
-    store, loader = make(2, loaded=False)
-    lines: list[str] = []
-    assert store.sources == ()
-    store.load_all(lines.append)
-    assert tuple(source.name for source in store.sources) == NAMES
-    assert loader.loads == Counter(NAMES)
-    assert lines[1] == "SAE 2 of 6: 1-res-t"
-    assert len(lines) == 6
-    assert store.stats() == {
-        "sources": 6,
-        "max_loaded": 2,
-        "resident": 2,
-        "leased": 0,
-        "hits": 0,
-        "loads": 6,
-        "evictions": 4,
-    }
+class TestWhoStays:
+    def test_the_last_loaded_stay(self) -> None:
+        store, loader = make(2)
+        touch(store, *NAMES[-2:])
+        assert store.stats()["hits"] == 2
+        assert loader.loads == Counter(NAMES)
 
+    def test_the_least_recently_used_leaves(self) -> None:
+        store, loader = make(2)
+        touch(store, "4-res-t", "0-res-t", "4-res-t")  # 5 leaves, for 4 was used after it
+        assert loader.loads["4-res-t"] == 1
+        touch(store, "5-res-t")
+        assert loader.loads["5-res-t"] == 2
 
-def test_loading_all_twice_loads_once() -> None:
-    store, loader = make(2)
-    store.load_all()
-    assert loader.loads == Counter(NAMES)
-
-
-def test_the_last_loaded_stay() -> None:
-    store, loader = make(2)
-    for name in NAMES[-2:]:
-        with store.lease(name) as reader:
-            assert reader.source is store.source(name)
-    assert store.stats()["hits"] == 2
-    assert loader.loads == Counter(NAMES)
-
-
-def test_the_least_recently_used_leaves() -> None:
-    store, loader = make(2)
-    with store.lease("4-res-t"):
-        pass
-    with store.lease("0-res-t"):  # 5 leaves, for 4 was used after it
-        pass
-    with store.lease("4-res-t"):
-        pass
-    assert loader.loads["4-res-t"] == 1
-    with store.lease("5-res-t"):
-        pass
-    assert loader.loads["5-res-t"] == 2
-
-
-def test_a_leased_one_stays_whatever_comes() -> None:
-    store, loader = make(2)
-    with store.lease("0-res-t") as first:
-        for name in NAMES * 2:
-            with store.lease(name):
+    def test_a_leased_one_stays_whatever_comes(self) -> None:
+        store, loader = make(2)
+        with store.lease("0-res-t") as first:
+            for name in NAMES * 2:
+                touch(store, name)
                 assert store.stats()["resident"] <= 2
-        with store.lease("0-res-t") as again:
-            assert again is first
-    assert loader.loads["0-res-t"] == 2
+            with store.lease("0-res-t") as again:
+                assert again is first
+        assert loader.loads["0-res-t"] == 2
+
+    def test_as_many_leave_as_are_needed_and_no_more(self) -> None:
+        store, _ = make(loader=Loader({"5-res-t": 3}), budget=5)
+        touch(store, "0-res-t", "1-res-t", "2-res-t", "3-res-t", "4-res-t")  # one byte each
+        before = store.stats()["evictions"]
+        touch(store, "5-res-t")
+        assert store.stats()["evictions"] == before + 3
+        hits = store.stats()["hits"]
+        touch(store, "3-res-t", "4-res-t")
+        assert store.stats()["hits"] == hits + 2
+
+    def test_a_lease_may_be_released_twice(self) -> None:
+        store, _ = make(2)
+        first, second = got(store.request("5-res-t")), got(store.request("5-res-t"))
+        first.release()
+        first.release()
+        assert store.stats()["leased"] == 1
+        second.release()
+        assert store.stats()["leased"] == 0
+        touch(store, "0-res-t", "1-res-t", "5-res-t")
+        first.release()  # of an SAE that has left and come back
+
+    def test_an_error_inside_a_lease_ends_it(self) -> None:
+        store, _ = make(1)
+        with pytest.raises(ZeroDivisionError), store.lease("0-res-t"):
+            raise ZeroDivisionError
+        assert store.stats()["leased"] == 0
+
+    def test_unknown_names_are_refused_with_the_nearest(self) -> None:
+        store, _ = make(2)
+        for ask in (store.source, store.request, lambda name: store.lease(name).__enter__()):
+            with pytest.raises(UnknownSource, match="'9-res-t'.*Did you mean"):
+                ask("9-res-t")
 
 
-def test_more_leases_than_places_is_an_error_at_once() -> None:
-    store, loader = make(2)
-    with store.lease("0-res-t"), store.lease("1-res-t"):
-        with pytest.raises(Overloaded, match="All 2 places for SAEs.*MAX_LOADED_SAES"), store.lease("2-res-t"):
-            pass
-        assert store.stats()["leased"] == 2
-    with store.lease("2-res-t"):
-        assert loader.loads["2-res-t"] == 2
+class TestNobodyWaitsForAnother:
+    def test_a_slow_load_does_not_hold_up_what_is_there(self) -> None:
+        store, loader = make(3)
+        gate = loader.stop_at("0-res-t")
+        slow = store.request("0-res-t")
+        assert loader.entered["0-res-t"].wait(SOON)
+        for _ in range(3):
+            future = store.request("5-res-t")
+            assert future.done()
+            got(future).release()
+        assert store.stats()["resident"] == 2  # its room is made, and it is not there yet
+        assert not slow.done()
+        gate.set()
+        got(slow).release()
+
+    def test_several_requests_share_one_load(self) -> None:
+        store, loader = make(2)
+        gate = loader.stop_at("0-res-t")
+        futures = [store.request("0-res-t") for _ in range(4)]
+        assert store.stats()["leased"] == 0
+        gate.set()
+        leases = [got(future) for future in futures]
+        assert len({id(lease.reader) for lease in leases}) == 1
+        assert loader.loads["0-res-t"] == 2
+        for lease in leases:
+            assert store.stats()["leased"] == 1
+            lease.release()
+        assert store.stats()["leased"] == 0
+
+    def test_one_that_lacks_room_waits_for_a_release_and_the_others_are_served(self) -> None:
+        store, loader = make(2)
+        first, second = got(store.request("0-res-t")), got(store.request("1-res-t"))
+        waiting = store.request("2-res-t")
+        again = store.request("0-res-t")
+        assert again.done()
+        got(again).release()
+        assert not waiting.done()
+        first.release()
+        with got(waiting) as reader:
+            assert reader.source.name == "2-res-t"
+            assert store.stats()["leased"] == store.stats()["resident"] == 2
+        second.release()
+        assert loader.loads["1-res-t"] == 2
+
+    def test_a_younger_one_that_fits_goes_first_unless_it_takes_the_room_of_the_elder(self) -> None:
+        store, _ = make(loader=Loader({"0-res-t": 5, "1-res-t": 4, "2-res-t": 2, "3-res-t": 1, "4-res-t": 1}), budget=8)
+        large = got(store.request("0-res-t"))
+        elder = store.request("1-res-t")  # 5 + 4 > 8
+        small = got(store.request("2-res-t"))  # 2 + 4 <= 8
+        third = got(store.request("3-res-t"))  # and 1 more
+        last = store.request("5-res-t")
+        assert store.stats()["resident_bytes"] == 8
+        assert not last.done()
+        small.release()
+        got(last).release()
+        assert not elder.done()
+        large.release()
+        with got(elder):
+            assert store.stats()["resident_bytes"] <= 8
+        third.release()
+
+    def test_one_that_would_take_the_room_of_the_elder_waits_for_it(self) -> None:
+        store, loader = make(loader=Loader({"0-res-t": 5, "1-res-t": 6, "2-res-t": 3, "3-res-t": 2}), budget=8)
+        large = got(store.request("0-res-t"))
+        elder, younger = store.request("1-res-t"), store.request("2-res-t")  # 5 + 3 <= 8, but 6 + 3 > 8
+        got(store.request("3-res-t")).release()  # 2 + 6 <= 8
+        assert loader.loads["3-res-t"] == 2
+        assert not younger.done()
+        large.release()
+        with got(elder):
+            assert not younger.done()
+        got(younger).release()
+
+    def test_leases_that_overlap_for_ever_do_not_starve_the_one_that_waits(self) -> None:
+        store, _ = make(1)
+        held = got(store.request("0-res-t"))
+        waiting = store.request("1-res-t")
+        n_overtaken = 0
+        while (following := store.request("0-res-t")).done():
+            held.release()
+            held = got(following)
+            n_overtaken += 1
+            assert n_overtaken < 10**6
+        assert n_overtaken >= PATIENCE
+        assert not waiting.done()  # and now the other takes its turn
+        held.release()
+        got(waiting).release()
+        got(following).release()
+
+    def test_callbacks_may_ask_for_more(self) -> None:
+        store, _ = make(1)
+        order: list[str] = []
+        ended = threading.Event()
+
+        def use(name: str, then: Callable[[], object]) -> None:
+            def ready(future: Future[Lease]) -> None:
+                with future.result() as reader:
+                    order.append(reader.source.name)
+                then()
+
+            store.request(name).add_done_callback(ready)
+
+        use("0-res-t", lambda: use("1-res-t", lambda: use("2-res-t", ended.set)))
+        assert ended.wait(SOON)
+        assert order == ["0-res-t", "1-res-t", "2-res-t"]
+        assert store.stats()["leased"] == 0
 
 
-def test_unknown_names_are_refused_with_the_nearest() -> None:
-    store, _ = make(2)
-    for ask in (store.source, lambda name: store.lease(name).__enter__()):
-        with pytest.raises(UnknownSource, match="'9-res-t'.*Did you mean"):
-            ask("9-res-t")
+class TestCancelling:
+    def test_what_nobody_wants_any_more_is_not_loaded(self) -> None:
+        store, loader = make(2)
+        gate = loader.stop_at("0-res-t")
+        first = store.request("0-res-t")
+        assert loader.entered["0-res-t"].wait(SOON)
+        second, third = store.request("1-res-t"), store.request("2-res-t")
+        assert second.cancel()
+        gate.set()
+        got(first).release()
+        got(third).release()
+        assert loader.loads["1-res-t"] == 1
+
+    def test_a_load_under_way_leaves_no_lease(self) -> None:
+        store, loader = make(2)
+        gate = loader.stop_at("0-res-t")
+        future = store.request("0-res-t")
+        assert loader.entered["0-res-t"].wait(SOON)
+        assert future.cancel()
+        gate.set()
+        touch(store, "1-res-t")  # comes after it
+        assert loader.loads["0-res-t"] == 2
+        assert store.stats()["leased"] == 0
+        assert store.request("0-res-t").done()
+
+    def test_one_that_waits_for_room_gives_up_its_turn(self) -> None:
+        store, loader = make(loader=Loader({"0-res-t": 3, "1-res-t": 5, "4-res-t": 2}), budget=6)
+        held = got(store.request("0-res-t"))
+        touch(store, "3-res-t")  # 1, 2 and 4 are not there
+        waiting, younger = store.request("1-res-t"), store.request("4-res-t")
+        small = got(store.request("2-res-t"))  # has been loaded: the loader has passed over those two
+        assert not younger.done()
+        assert waiting.cancel()
+        got(younger).release()
+        small.release()
+        held.release()
+        assert loader.loads["1-res-t"] == 1
+
+    def test_a_race_with_the_end_leaves_no_lease_either_way(self) -> None:
+        store, _ = make(1)
+        outcomes: Counter[bool] = Counter()
+        for number in range(300):
+            future = store.request(NAMES[number % 2])
+            if number % 3 == 0:
+                threading.Event().wait(0.0002)
+            cancelled = future.cancel()
+            outcomes[cancelled] += 1
+            if not cancelled:
+                assert future.done()
+                future.result().release()
+        assert outcomes[True]
+        assert outcomes[False]
+        touch(store, *NAMES)
+        assert store.stats()["leased"] == 0
+        assert store.stats()["resident"] == 1
 
 
-def test_a_bad_sae_stops_the_start() -> None:
-    store, _ = make(2, Loader(broken={"3-res-t"}), loaded=False)
-    with pytest.raises(StartupError, match="3-res-t"):
-        store.load_all()
-    assert [source.name for source in store.sources] == ["0-res-t", "1-res-t", "2-res-t"]
-    assert store.stats()["resident"] == 1  # the place of the bad one is free again
+class TestFailing:
+    def test_a_failed_reload_fails_those_who_asked_for_it_and_can_be_tried_again(self) -> None:
+        store, loader = make(1)
+        cause = loader.broken["0-res-t"] = StartupError("SAE '0-res-t': broken")
+        gate = loader.stop_at("0-res-t")
+        bad, also_bad, good = store.request("0-res-t"), store.request("0-res-t"), store.request("1-res-t")
+        gate.set()
+        for future in (bad, also_bad):
+            with pytest.raises(EngineFailed, match="'0-res-t' could not be loaded again") as caught:
+                got(future)
+            assert caught.value.__cause__ is cause
+        got(good).release()
+        assert store.stats()["leased"] == 0
+        loader.broken.clear()
+        touch(store, "0-res-t")
 
-
-def test_a_failed_reload_frees_its_place_and_can_be_tried_again() -> None:
-    store, loader = make(1)
-    loader.broken.add("0-res-t")
-    with pytest.raises(EngineFailed, match="'0-res-t' could not be loaded again"), store.lease("0-res-t"):
-        pass
-    assert store.stats()["leased"] == store.stats()["resident"] == 0
-    loader.broken.clear()
-    with store.lease("0-res-t") as reader:
-        assert reader.source.name == "0-res-t"
-
-
-def test_an_error_inside_a_lease_ends_it() -> None:
-    store, _ = make(1)
-    with pytest.raises(ZeroDivisionError), store.lease("0-res-t"):
-        raise ZeroDivisionError
-    assert store.stats()["leased"] == 0
-
-
-def test_two_threads_share_one_load() -> None:
-    store, loader = make(2)
-    loader.gate = threading.Event()
-    loader.entered.clear()
-    readers: list[object] = []
-
-    def use() -> None:
-        with store.lease("0-res-t") as reader:
-            readers.append(reader)
-
-    threads = [threading.Thread(target=use) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    assert loader.entered.wait(5)
-    with store.lease("5-res-t"):  # a hit does not wait for somebody else's load
-        pass
-    loader.gate.set()
-    for thread in threads:
-        thread.join(5)
-    assert len(readers) == 4
-    assert len({id(reader) for reader in readers}) == 1
-    assert loader.loads["0-res-t"] == 2
-
-
-def test_waiters_try_for_themselves_after_a_failed_load() -> None:
-    store, loader = make(2)
-    loader.broken.add("0-res-t")
-    loader.gate = threading.Event()
-    failures: list[EngineFailed] = []
-
-    def use() -> None:
-        try:
-            with store.lease("0-res-t"):
-                pass
-        except EngineFailed as exc:
-            failures.append(exc)
-
-    threads = [threading.Thread(target=use) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    loader.gate.set()
-    for thread in threads:
-        thread.join(5)
-    assert len(failures) == 3
-    assert store.stats()["leased"] == 0
-
-
-@settings(max_examples=120, deadline=None)
-@given(st.integers(1, 4), st.lists(st.tuples(st.sampled_from(NAMES), st.booleans()), max_size=40))
-def test_any_order_of_leases_keeps_the_rules(max_loaded: int, steps: list[tuple[str, bool]]) -> None:
-    """Open or close leases in any order; compare with a model of what must be resident."""
-    store, loader = make(max_loaded)
-    held: dict[str, list[tuple[ExitStack, object]]] = {}
-    for name, opens in steps:
-        if opens:
-            stack = ExitStack()
-            full = len(held) >= max_loaded and name not in held
-            if full:
-                with pytest.raises(Overloaded):
-                    stack.enter_context(store.lease(name))
-            else:
-                loads = loader.loads[name]
-                reader = stack.enter_context(store.lease(name))
-                if name in held:
-                    assert reader is held[name][0][1]
-                    assert loader.loads[name] == loads
-                held.setdefault(name, []).append((stack, reader))
-        elif name in held:
-            held[name].pop()[0].close()
-            if not held[name]:
-                del held[name]
+    def test_a_full_device_says_so(self) -> None:
+        store, loader, device = two_tiers(6, 2)
+        device.broken.add("0-res-t")
+        with pytest.raises(OutOfMemory, match="no room for 0-res-t"):
+            touch(store, "0-res-t")
+        device.broken.clear()
+        touch(store, "0-res-t")
+        assert loader.loads == Counter(NAMES)
         stats = store.stats()
-        assert stats["leased"] == len(held) <= stats["resident"] <= max_loaded
-        assert stats["loads"] - stats["evictions"] == stats["resident"]
+        assert stats["uploads"] - stats["evictions"] == stats["resident"]
+
+    def test_nobody_waits_for_ever_after_an_error_nobody_foresaw(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        store, loader = make(1)
+        seen: list[Any] = []
+        monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(args.exc_type))
+        loader.broken["0-res-t"] = ZeroDivisionError()
+        gate = loader.stop_at("0-res-t")
+        bad, good = store.request("0-res-t"), store.request("1-res-t")
+        gate.set()
+        with pytest.raises(EngineFailed, match="log says why"):
+            got(bad)
+        got(good).release()
+        loader.broken.clear()
+        touch(store, "0-res-t")
+        assert seen == [ZeroDivisionError]
+
+    def test_a_loader_that_stops_by_itself_fails_all_who_wait(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        store, _ = make(1)
+        monkeypatch.setattr(threading, "excepthook", lambda args: None)
+        with monkeypatch.context() as broken:
+            broken.setattr(Residency, "next_of", lambda residency, queue: queue[9])
+            future = store.request("0-res-t")
+            with pytest.raises(EngineFailed, match="log says why"):
+                got(future)
+        touch(store, "0-res-t")
+
+    def test_one_that_has_grown_on_disk_waits_for_more_room(self) -> None:
+        store, loader = make(budget=5)
+        held = [got(store.request(name)) for name in ("1-res-t", "2-res-t", "3-res-t")]
+        loader.sizes["0-res-t"] = 3
+        gate = loader.stop_at("0-res-t")
+        waiting = store.request("0-res-t")
+        assert loader.entered["0-res-t"].wait(SOON)  # 4 has made room for one byte
+        gate.set()
+        got(store.request("4-res-t")).release()
+        assert loader.loads["0-res-t"] == 2
+        assert not waiting.done()
+        assert loader.memory.n_bytes <= 5
+        held.pop().release()
+        with got(waiting):
+            assert store.stats()["resident_bytes"] == 5
+        assert store.stats()["peak_bytes"] == 5
+        for lease in held:
+            lease.release()
+        assert loader.memory.n_bytes == 5
 
 
-def test_many_threads_stay_within_the_limit() -> None:
-    store, _ = make(3)
-    problems: list[str] = []
+class TestClosing:
+    def test_those_who_wait_are_told(self) -> None:
+        store, loader = make(1)
+        gate = loader.stop_at("0-res-t")
+        held = got(store.request("5-res-t"))
+        waiting = [store.request("0-res-t"), store.request("1-res-t")]
+        store.close()
+        store.close()
+        for future in (*waiting, store.request("5-res-t")):
+            with pytest.raises(NotReady):
+                got(future)
+        assert held.reader.source.name == "5-res-t"
+        held.release()
+        gate.set()
+        assert store.stats()["leased"] == 0
 
-    def work(seed: int) -> None:
-        chosen = random.Random(seed)
-        for _ in range(150):
-            name = chosen.choice(NAMES)
-            with store.lease(name) as reader:
-                if reader.source.name != name or store.stats()["resident"] > 3:
-                    problems.append(name)
+    def test_no_thread_is_left(self) -> None:
+        before = set(threading.enumerate())
+        store, _ = make(1)
+        held = got(store.request("0-res-t"))
+        store.request("1-res-t")
+        loaders = set(threading.enumerate()) - before
+        assert loaders
+        assert all(loader.daemon for loader in loaders)
+        store.close()
+        for loader in loaders:
+            loader.join(SOON)
+            assert not loader.is_alive()
+        held.release()
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert not any(thread.is_alive() for thread in threads)
-    assert problems == []
-    assert store.stats()["leased"] == 0
+    def test_a_store_that_rests_has_no_thread(self) -> None:
+        before = set(threading.enumerate())
+        store, _ = make(1)
+        touch(store, *NAMES)
+        for thread in set(threading.enumerate()) - before:
+            thread.join(SOON)
+            assert not thread.is_alive()

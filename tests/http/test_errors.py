@@ -181,6 +181,10 @@ VECTOR_ROWS = [
             ("single-batch", {"source": LEFT_OUT, "index": LEFT_OUT, "hook": HOOK, "vector": []}),
             ("cossim", {"vector": [1.0] * 577}),
             ("steer", {"features": LEFT_OUT, "vectors": [BY_VECTOR | {"steering_vector": [1.0]}]}),
+            (
+                "steer",
+                {"features": LEFT_OUT, "vectors": [BY_VECTOR | {"steering_vector": [1.0]}], "types": ["DEFAULT"]},
+            ),
         )
     ),
     *(

@@ -14,6 +14,7 @@ from sentry_sdk.envelope import Envelope
 from sentry_sdk.transport import Transport
 
 from neuronpedia_inference.errors import EngineFailed, InvalidRequest, NotReady, OutOfMemory, Overloaded, Unauthorized
+from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.observability import (
     STARS,
     Redactor,
@@ -164,6 +165,7 @@ class FakeRuntime:
     def __init__(self, exc: Exception) -> None:
         self._exc = exc
         self.settings = Settings.read()
+        self.metrics = Metrics()
 
     def __getattr__(self, name: str) -> Any:
         local_that_must_not_leave = PROMPT

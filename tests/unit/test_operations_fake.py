@@ -33,6 +33,7 @@ from neuronpedia_inference.domain import (
     Tokens,
 )
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownSource
+from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.operations import answer, by_name
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.steering.plan import SteerPlan
@@ -76,6 +77,7 @@ class FakeRuntime:
     ) -> None:
         self.settings = Settings(_env_file=None, **settings)  # pyright: ignore[reportCallIssue]  (a private argument)
         self.model = SimpleNamespace(id="tiny", has_bos=has_bos, known_names=("tiny", "org/tiny"))
+        self.metrics = Metrics()
         self.sources = sources
         self.natural_bos = natural_bos
         self.completions = completions
@@ -219,6 +221,9 @@ class FakeRuntime:
     ) -> list[FeatureValue]:
         self.calls.append(("nearest_decoder_rows", (source.name, query, limit)))
         return [FeatureValue(index, 1.0 - index / 10) for index in range(limit)]
+
+    def check_steering(self, plan: SteerPlan) -> None:
+        self.calls.append(("check_steering", plan))
 
     def generate(
         self, prompt: Tokens, plans: Sequence[SteerPlan | None], sampling: Sampling, *, stream: bool

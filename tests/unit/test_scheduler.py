@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +13,39 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronpedia_inference.engine.protocol import RowStep
-from neuronpedia_inference.errors import EngineFailed, InvalidRequest, NotReady, Overloaded
-from neuronpedia_inference.scheduler.admission import Admission
-from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, GenerateWork, Job, Ticket
+from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
+from neuronpedia_inference.errors import EngineFailed, InvalidRequest, LimitExceeded, NotReady, Overloaded
+from neuronpedia_inference.metrics import Metrics
+from neuronpedia_inference.scheduler.admission import Admission, Demand
+from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, GenerateWork, Job, Steps, Ticket
 from neuronpedia_inference.scheduler.policy import Limits, plan_tick
 from neuronpedia_inference.scheduler.worker import Worker
 
 LIMITS = Limits(max_rows=4)
 
 
-def job(number: int, *, generates: bool, n_rows: int = 1, deadline_s: float | None = None) -> Job:
-    work = GenerateWork(list, lambda steps: steps) if generates else CallWork(lambda: None)
-    return Job(number, work, n_rows, deadline_s)
+def at_once(run: Callable[[], Any]) -> Callable[[], Steps]:
+    """Work that waits for nothing."""
+
+    def steps() -> Steps:
+        yield from ()
+        return run()
+
+    return steps
+
+
+def job(
+    number: int,
+    *,
+    generates: bool,
+    n_rows: int = 1,
+    deadline_s: float | None = None,
+    n_prompt: int = 5,
+    n_positions: int = 9,
+) -> Job:
+    generation = GenerateWork(at_once(list), lambda steps: steps, n_rows, n_prompt, n_positions)
+    return Job(number, generation if generates else CallWork(at_once(lambda: None)), 0.0, deadline_s)
 
 
 @st.composite
@@ -38,6 +58,8 @@ def queues(draw: Any) -> tuple[list[Job], list[Job]]:
                 generates=running or draw(st.booleans()),
                 n_rows=draw(st.integers(1, 5)),
                 deadline_s=draw(st.sampled_from([None, 1.0, 9.0])),
+                n_prompt=draw(st.sampled_from([1, 5, 6, 40])),
+                n_positions=draw(st.sampled_from([41, 50, 90])),
             )
             if draw(st.integers(0, 4)) == 0:
                 made.ticket.cancel()
@@ -47,19 +69,35 @@ def queues(draw: Any) -> tuple[list[Job], list[Job]]:
     return some(0, running=False), some(100, running=True)
 
 
+def n_rows(jobs: Sequence[Job]) -> int:
+    return sum(one.work.n_rows for one in jobs if isinstance(one.work, GenerateWork))
+
+
+def positions(jobs: Sequence[Job]) -> int:
+    return n_rows(jobs) * max(one.work.n_positions for one in jobs if isinstance(one.work, GenerateWork))
+
+
 @given(queues())
 def test_no_job_is_lost_or_taken_twice_and_bounds_hold(jobs: tuple[list[Job], list[Job]]) -> None:
     waiting, running = jobs
-    tick = plan_tick(waiting, running, LIMITS, now_s=5.0)
-    taken = [*tick.cancelled, *tick.expired, *tick.run, *([tick.prefill] if tick.prefill else []), *tick.decode]
+    limits = Limits(max_rows=6, max_cache_positions=300, max_prefill_tokens=40)
+    tick = plan_tick(waiting, running, limits, now_s=5.0)
+    taken = [*tick.cancelled, *tick.expired, *tick.run, *tick.prefill]
     assert len({j.id for j in taken}) == len(taken)
     assert {j.id for j in taken} <= {j.id for j in (*waiting, *running)}
-    assert all(j.ticket.cancelled for j in tick.cancelled)
-    assert not any(j.ticket.cancelled for j in taken if j not in tick.cancelled)
-    assert {j.id for j in running if not j.ticket.cancelled} == {j.id for j in tick.decode}
+    assert {j.id for j in tick.cancelled} == {j.id for j in (*waiting, *running) if j.ticket.cancelled}
+    assert not any(j.ticket.cancelled for j in (*tick.expired, *tick.run, *tick.prefill))
     assert all(j.deadline_s == 1.0 for j in tick.expired)
-    if tick.prefill is not None and tick.decode:
-        assert sum(j.n_rows for j in (*tick.decode, tick.prefill)) <= LIMITS.max_rows
+    staying = [j for j in running if not j.ticket.cancelled]
+    if len(tick.prefill) + len(staying) > 1 and tick.prefill:
+        assert n_rows([*staying, *tick.prefill]) <= limits.max_rows
+        assert positions([*staying, *tick.prefill]) <= limits.max_cache_positions
+    if len(tick.prefill) > 1:
+        lengths = [j.work.n_prompt_tokens for j in tick.prefill if isinstance(j.work, GenerateWork)]
+        assert n_rows(tick.prefill) * max(lengths) <= limits.max_prefill_tokens
+    if tick.prefill:
+        ready = [j for j in waiting if isinstance(j.work, GenerateWork) and j not in taken[: -len(tick.prefill)]]
+        assert tick.prefill[0] is ready[0]
 
 
 @given(queues())
@@ -69,9 +107,9 @@ def test_everything_ends(jobs: tuple[list[Job], list[Job]]) -> None:
     steps = {j.id: 0 for j in running}
     for _ in range(3 * (len(waiting) + len(running)) + 3):
         tick = plan_tick(waiting, running, LIMITS, now_s=5.0)
-        gone = {j.id for j in (*tick.cancelled, *tick.expired, *tick.run, tick.prefill) if j is not None}
+        gone = {j.id for j in (*tick.cancelled, *tick.expired, *tick.run, *tick.prefill)}
         waiting = [j for j in waiting if j.id not in gone]
-        running = [j for j in running if j.id not in gone] + ([tick.prefill] if tick.prefill else [])
+        running = [j for j in running if j.id not in gone] + list(tick.prefill)
         for j in running:
             steps[j.id] = steps.get(j.id, 0) + 1
         running = [j for j in running if steps[j.id] < 3]
@@ -84,9 +122,27 @@ def test_the_oldest_goes_first_and_a_large_one_is_not_overtaken() -> None:
     large, small = job(1, generates=True, n_rows=3), job(2, generates=True, n_rows=1)
     first, second = job(3, generates=False), job(4, generates=False)
     tick = plan_tick([large, small, first, second], running, LIMITS, 0.0)
-    assert tick.prefill is None
+    assert tick.prefill == ()
     assert tick.run == (first,)
-    assert plan_tick([large, small], [], LIMITS, 0.0).prefill is large
+    assert plan_tick([large, small], [], LIMITS, 0.0).prefill == (large, small)
+    too_large = job(5, generates=True, n_rows=9)
+    assert plan_tick([too_large, small], [], LIMITS, 0.0).prefill == (too_large,)
+
+
+def test_generations_of_like_prompts_begin_together() -> None:
+    limits = Limits(max_rows=8, max_prefill_tokens=60)
+    prompts = [10, 40, 9, 10, 12, 10, 10]
+    waiting = [job(n, generates=True, n_prompt=length, n_positions=64) for n, length in enumerate(prompts)]
+    begun = plan_tick(waiting, [], limits, 0.0).prefill
+    assert [j.id for j in begun] == [0, 2, 3, 4, 5]  # 40 would pad the rest; a sixth would pass 60 tokens
+
+
+def test_one_long_row_does_not_widen_the_slots_of_all_without_bound() -> None:
+    limits = Limits(max_rows=8, max_cache_positions=400)
+    running = [job(n, generates=True, n_positions=50) for n in range(3)]
+    long = job(7, generates=True, n_positions=150)
+    assert plan_tick([long], running, limits, 0.0).prefill == ()  # 4 rows × 150
+    assert plan_tick([long], running[:1], limits, 0.0).prefill == (long,)
 
 
 @dataclass(frozen=True)
@@ -95,8 +151,8 @@ class Place:
 
 
 def capture(number: int, *lengths: int, is_residual: bool = True) -> Job:
-    work = CaptureWork([[1] * n for n in lengths], [Place(is_residual)], lambda seen: seen)
-    return Job(number, work, 1, None)
+    work = CaptureWork([[1] * n for n in lengths], [Place(is_residual)], lambda seen: at_once(lambda: seen)())
+    return Job(number, work, 0.0, None)
 
 
 def test_captures_of_like_length_share_a_pass() -> None:
@@ -127,13 +183,14 @@ def test_a_shared_pass_keeps_its_bounds(lengths: list[int]) -> None:
 
 
 class CountingEngine:
-    """Rows of numbers; prompt [-1] fails, and its failure is a bug and not a refusal."""
+    """Rows count down from their prompt's number; prompt -1 fails, and its failure is a bug and not a refusal."""
 
     def __init__(self) -> None:
         self.steps = 0
         self.passes: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
+        self.lanes = [CountingLane(self)]
 
     def capture(self, prompts: Sequence[Sequence[int]], points: object) -> list[Any]:
         self.passes.append(len(prompts))
@@ -141,25 +198,48 @@ class CountingEngine:
             raise ZeroDivisionError("bug")
         return [{"sum": sum(prompt)} for prompt in prompts]
 
-    def generate(self, rows: Sequence[Any]) -> CountingGeneration:
-        return CountingGeneration(self, list(rows))
+    def lane(self, rows: Sequence[RowSpec]) -> CountingLane:
+        return self.lanes[0]
 
 
-class CountingGeneration:
-    def __init__(self, engine: CountingEngine, rows: list[int]) -> None:
-        self.engine, self.left = engine, dict(enumerate(rows))
+class CountingLane:
+    def __init__(self, engine: CountingEngine) -> None:
+        self.engine = engine
+        self.left: dict[RowId, int] = {}
+        self.prefills: list[int] = []
+        self.batches: list[int] = []
+        self.is_broken = False
 
     @property
-    def done(self) -> bool:
-        return not self.left
+    def rows(self) -> list[RowId]:
+        return list(self.left)
 
-    def step(self) -> list[RowStep]:
+    def prefill(self, rows: Sequence[tuple[RowId, RowSpec]]) -> list[RowStep]:
+        self.prefills.append(len(rows))
+        if any(spec.prompt_ids == (-1,) for _, spec in rows):
+            raise ZeroDivisionError("bug")
+        self.left |= {id_: spec.prompt_ids[0] for id_, spec in rows}
+        return self._steps([id_ for id_, _ in rows])
+
+    def decode(self) -> list[RowStep]:
+        self.batches.append(len(self.left))
+        if self.is_broken:
+            raise ZeroDivisionError("bug")
+        return self._steps(self.rows)
+
+    def drop(self, rows: Collection[RowId]) -> None:
+        self.left = {id_: n for id_, n in self.left.items() if id_ not in rows}
+
+    def _steps(self, rows: Sequence[RowId]) -> list[RowStep]:
         self.engine.gate.wait(10)
         self.engine.steps += 1
-        steps = [
-            RowStep(row, self.engine.steps, finish_reason=None if n > 1 else "length") for row, n in self.left.items()
-        ]
-        self.left = {row: n - 1 for row, n in self.left.items() if n > 1}
+        steps = []
+        for id_ in rows:
+            self.left[id_] -= 1
+            error = InvalidRequest("too strong") if self.left[id_] == 664 else None
+            finish = "length" if self.left[id_] == 0 else None
+            steps.append(RowStep(id_, self.left[id_], finish_reason=finish, error=error))
+        self.drop({step.row for step in steps if step.ends})
         return steps
 
 
@@ -168,22 +248,51 @@ def engine() -> CountingEngine:
     return CountingEngine()
 
 
+def start(engine: CountingEngine, max_wait_s: float | None = None, limits: Limits = LIMITS) -> Worker:
+    return Worker(engine, limits, n_threads=1, max_wait_s=max_wait_s, metrics=Metrics())
+
+
 @pytest.fixture
 def worker(engine: CountingEngine):
-    made = Worker(engine, LIMITS, n_threads=1, max_wait_s=None)
+    made = start(engine)
     yield made
     engine.gate.set()
     made.close()
+    assert engine.lanes[0].rows == []
+
+
+def counts(worker: Worker) -> dict[str, int]:
+    return worker._metrics.counts()
+
+
+def generation(*numbers: int) -> GenerateWork:
+    """One row per number, as many tokens as the number says; the result is the last token of every row."""
+    rows = [RowSpec((number,), Sampling(number)) for number in numbers]
+    latest: dict[int, int] = {}
+
+    def advance(steps: Sequence[RowStep]) -> list[int]:
+        latest.update({step.row.place: step.token_id for step in steps})
+        return [latest[place] for place in sorted(latest)]
+
+    return GenerateWork(at_once(lambda: rows), advance, len(numbers), 1, 1 + max(numbers))
 
 
 def generate(worker: Worker, n_steps: int, on_event: Callable[[Any], None] | None = None) -> Ticket:
-    return worker.submit(GenerateWork(lambda: [n_steps], lambda steps: steps[-1].token_id), on_event=on_event)
+    return worker.submit(generation(n_steps), on_event=on_event)
+
+
+def summing(*prompts: Sequence[int]) -> CaptureWork:
+    return CaptureWork(prompts, [Place(True)], lambda seen: at_once(lambda: seen[0]["sum"])())
+
+
+def call(run: Callable[[], Any]) -> CallWork:
+    return CallWork(at_once(run))
 
 
 def test_a_job_that_raises_fails_alone_and_the_next_is_served(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
-    bad = worker.submit(CaptureWork([[-1]], [], lambda seen: seen))
-    good = worker.submit(CaptureWork([[1, 2]], [], lambda seen: seen[0]["sum"]))
-    refused = worker.submit(CallWork(lambda: _raise(InvalidRequest("no"))))
+    bad = worker.submit(summing([-1]))
+    good = worker.submit(summing([1, 2]))
+    refused = worker.submit(call(lambda: _raise(InvalidRequest("no"))))
     with pytest.raises(EngineFailed) as failure:
         bad.future.result(10)
     assert "bug" not in str(failure.value)  # the caller learns nothing of our insides, the log does
@@ -198,7 +307,7 @@ def test_captures_run_between_the_steps_of_a_generation(worker: Worker, engine: 
     started = threading.Event()
     long = generate(worker, 100_000, on_event=lambda _: started.set())
     assert started.wait(10)
-    assert worker.submit(CaptureWork([[4]], [], lambda seen: seen[0]["sum"])).future.result(10) == 4
+    assert worker.submit(summing([4])).future.result(10) == 4
     assert not long.future.done()
     long.cancel()
 
@@ -207,8 +316,8 @@ def ask_together(worker: Worker, engine: CountingEngine, prompts: list[list[int]
     """Captures that wait at the same time, because a generation is in the middle of a step."""
     engine.gate.clear()
     busy = generate(worker, 1)
-    _until(lambda: worker.n_running == 1)
-    tickets = [worker.submit(CaptureWork([p], [Place(True)], lambda seen: seen[0]["sum"])) for p in prompts]
+    _until(lambda: engine.lanes[0].prefills != [])
+    tickets = [worker.submit(summing(p)) for p in prompts]
     engine.gate.set()
     busy.future.result(10)
     return tickets
@@ -220,7 +329,6 @@ def test_captures_that_wait_together_run_in_one_pass_and_equal_prompts_once(
     tickets = ask_together(worker, engine, [[1, 2], [3, 4], [1, 2], [5, 6]])
     assert [ticket.future.result(10) for ticket in tickets] == [3, 7, 3, 11]
     assert engine.passes == [3]
-    assert worker.counts["merged"] == 4
 
 
 def test_a_failing_member_of_a_merged_pass_fails_alone(worker: Worker, engine: CountingEngine) -> None:
@@ -249,12 +357,12 @@ def test_a_cancelled_generation_leaves_at_the_next_step(worker: Worker, engine: 
     _until(lambda: worker.n_running == 0)
     assert engine.steps <= 2
     assert len(events) == 1
-    assert worker.counts["cancelled"] == 1
+    assert counts(worker)["cancelled"] == 1
 
 
 def test_closing_finishes_what_is_inside_and_refuses_what_comes(engine: CountingEngine) -> None:
-    worker = Worker(engine, LIMITS, n_threads=1, max_wait_s=None)
-    tickets = [generate(worker, 5), worker.submit(CaptureWork([[7]], [], lambda seen: seen[0]["sum"]))]
+    worker = start(engine)
+    tickets = [generate(worker, 5), worker.submit(summing([7]))]
     worker.close()
     assert [ticket.future.result(0) for ticket in tickets][1] == 7
     with pytest.raises(NotReady):
@@ -263,10 +371,10 @@ def test_closing_finishes_what_is_inside_and_refuses_what_comes(engine: Counting
 
 def test_a_dying_worker_fails_every_ticket(engine: CountingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda args: None)  # the death is what is wanted here
-    worker = Worker(engine, LIMITS, n_threads=1, max_wait_s=None)
+    worker = start(engine)
     engine.gate.clear()
     running, waiting = generate(worker, 100_000), generate(worker, 100_000)
-    broken = worker.submit(CallWork(lambda: _raise(SystemExit())))  # what no handler may swallow
+    broken = worker.submit(call(lambda: _raise(SystemExit())))  # what no handler may swallow
     engine.gate.set()
     for ticket in (broken, running, waiting):
         assert isinstance(ticket.future.exception(10), NotReady)
@@ -275,31 +383,195 @@ def test_a_dying_worker_fails_every_ticket(engine: CountingEngine, monkeypatch: 
 
 
 def test_waiting_too_long_is_a_refusal_and_not_a_hang(engine: CountingEngine) -> None:
-    worker = Worker(engine, LIMITS, n_threads=1, max_wait_s=0.05)
+    worker = start(engine, 0.05)
     engine.gate.clear()
     running = generate(worker, 2)
-    _until(lambda: worker.n_running == 1)
+    _until(lambda: engine.lanes[0].prefills != [])
     late = generate(worker, 2)
     time.sleep(0.1)
     engine.gate.set()
     with pytest.raises(Overloaded, match=r"0\.05 s"):
         late.future.result(10)
-    assert running.future.result(10) == 2
+    assert running.future.result(10) == [0]
     worker.close()
 
 
+def test_generations_that_come_together_decode_together_and_each_leaves_at_its_end(
+    worker: Worker, engine: CountingEngine
+) -> None:
+    engine.gate.clear()
+    first = generate(worker, 9)
+    _until(lambda: engine.lanes[0].prefills == [1])
+    others = [worker.submit(generation(n)) for n in (2, 4)]
+    engine.gate.set()
+    assert [ticket.future.result(10) for ticket in (first, *others)] == [[0], [0], [0]]
+    assert engine.lanes[0].prefills == [1, 2]
+    assert max(engine.lanes[0].batches) == 3
+    assert engine.lanes[0].batches[-1] == 1
+    assert sum(engine.lanes[0].batches) + 3 == 9 + 2 + 4
+
+
+def test_a_generation_waits_until_its_rows_fit(worker: Worker, engine: CountingEngine) -> None:
+    engine.gate.clear()
+    tickets = [worker.submit(generation(3, 3)) for _ in range(4)]
+    engine.gate.set()
+    assert [ticket.future.result(10) for ticket in tickets] == [[0, 0]] * 4
+    assert max(engine.lanes[0].batches) <= LIMITS.max_rows
+
+
+def test_a_row_that_fails_takes_its_own_request_with_it_and_no_other(worker: Worker, engine: CountingEngine) -> None:
+    engine.gate.clear()
+    bad, good = worker.submit(generation(666, 9)), worker.submit(generation(5))
+    engine.gate.set()
+    with pytest.raises(InvalidRequest, match="too strong"):
+        bad.future.result(10)
+    assert good.future.result(10) == [0]
+    assert counts(worker) == {"answered": 1, "failed": 1, "cancelled": 0, "expired": 0}
+
+
+def test_a_failing_member_of_a_merged_prefill_fails_alone(worker: Worker, engine: CountingEngine) -> None:
+    engine.gate.clear()
+    busy = generate(worker, 2)
+    _until(lambda: engine.lanes[0].prefills == [1])
+    bad = worker.submit(
+        GenerateWork(at_once(lambda: [RowSpec((-1,), Sampling(3))]), lambda steps: steps[-1].token_id, 1, 1, 4)
+    )
+    good = generate(worker, 3)
+    engine.gate.set()
+    assert (busy.future.result(10), good.future.result(10)) == ([0], [0])
+    with pytest.raises(EngineFailed):
+        bad.future.result(10)
+    assert engine.lanes[0].prefills == [1, 2, 1, 1]
+
+
+def test_a_failing_step_fails_the_rows_in_it_and_the_next_request_is_served(
+    worker: Worker, engine: CountingEngine
+) -> None:
+    engine.gate.clear()
+    tickets = [generate(worker, 50), generate(worker, 60)]
+    _until(lambda: engine.lanes[0].prefills != [])
+    engine.lanes[0].is_broken = True
+    engine.gate.set()
+    for ticket in tickets:
+        with pytest.raises(EngineFailed):
+            ticket.future.result(10)
+    engine.lanes[0].is_broken = False
+    assert generate(worker, 2).future.result(10) == [0]
+
+
+class Weights:
+    """What a future of the store gives."""
+
+    def __init__(self) -> None:
+        self.n_released = 0
+
+    def release(self) -> None:
+        self.n_released += 1
+
+
+def waiting_for(awaited: Future[Any], used: list[Any]) -> Steps:
+    weights = yield awaited
+    used.append(weights)
+    weights.release()
+    return "done"
+
+
+def test_work_that_waits_for_weights_does_not_keep_others_waiting(worker: Worker) -> None:
+    loading: list[Future[Any]] = [Future() for _ in range(3)]
+    used: list[Any] = []
+    slow_call = worker.submit(CallWork(lambda: waiting_for(loading[0], used)))
+    slow_capture = worker.submit(CaptureWork([[1]], [Place(True)], lambda seen: waiting_for(loading[1], used)))
+
+    def prepare() -> Steps:
+        yield from waiting_for(loading[2], used)
+        return [RowSpec((4,), Sampling(4))]
+
+    slow_generation = worker.submit(GenerateWork(prepare, lambda steps: steps[-1].token_id, 1, 1, 5))
+    assert worker.submit(summing([3, 4])).future.result(10) == 7
+    assert generate(worker, 3).future.result(10) == [0]
+    _until(lambda: worker.n_waiting == 3)
+    assert not used
+    weights = Weights()
+    for future in loading:
+        future.set_result(weights)
+    assert slow_call.future.result(10) == slow_capture.future.result(10) == "done"
+    assert slow_generation.future.result(10) == 0
+    assert weights.n_released == 3
+
+
+def test_weights_that_cannot_be_loaded_fail_the_request_that_needs_them(worker: Worker) -> None:
+    loading: Future[Any] = Future()
+    ticket = worker.submit(CallWork(lambda: waiting_for(loading, [])))
+    loading.set_exception(EngineFailed("gone"))
+    with pytest.raises(EngineFailed, match="gone"):
+        ticket.future.result(10)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_weights_of_a_cancelled_request_are_let_go(worker: Worker, is_late: bool) -> None:
+    loading: Future[Any] = Future()
+    loading.set_running_or_notify_cancel()  # a load under way cannot be called off
+    weights, used = Weights(), []
+    ticket = worker.submit(CallWork(lambda: waiting_for(loading, used)))
+    _until(lambda: len(worker._paused) == 1)
+    ticket.cancel()
+    if is_late:
+        worker.submit(summing([1])).future.result(10)
+        _until(lambda: worker.n_waiting == 0)
+    loading.set_result(weights)
+    with pytest.raises(CancelledError):
+        ticket.future.result(10)
+    _until(lambda: weights.n_released == 1)
+    assert not used
+
+
+def test_closing_waits_for_work_that_waits_for_weights(engine: CountingEngine) -> None:
+    worker = start(engine)
+    loading: Future[Any] = Future()
+    ticket = worker.submit(CallWork(lambda: waiting_for(loading, [])))
+    closing = threading.Thread(target=worker.close)
+    closing.start()
+    loading.set_result(Weights())
+    closing.join(10)
+    assert ticket.future.result(0) == "done"
+
+
 def test_admission_refuses_the_one_too_many_and_takes_the_next() -> None:
-    admission = Admission(2)
-    first, second = admission.permit(), admission.permit()
-    with pytest.raises(Overloaded, match="2 requests"):
-        admission.permit()
+    refused: list[str] = []
+    admission = Admission(Demand(2, 4, 100, 1000), refused.append)
+    first, second = admission.permit(Demand(1, 2, 60, 10)), admission.permit(Demand(1, 2, 10, 20))
+    with pytest.raises(Overloaded, match="2 requests of at most 2 requests inside, and this request brings 1 request"):
+        admission.permit(Demand())
     first.release()
     first.release()  # once is enough, twice does not free another's place
-    admission.permit()
-    with pytest.raises(Overloaded):
-        admission.permit()
-    second.release()
-    assert admission.inside == 1
+    with pytest.raises(Overloaded, match="10 tokens of at most 100 tokens inside, and this request brings 91 tokens"):
+        admission.permit(Demand(tokens=91))
+    with pytest.raises(Overloaded, match="rows"):
+        admission.permit(Demand(rows=3))
+    third = admission.permit(Demand(tokens=90, rows=2, bytes=980))
+    with pytest.raises(LimitExceeded, match="takes 101 tokens, the server has 100 tokens"):
+        admission.permit(Demand(tokens=101))
+    for permit in (second, third):
+        permit.release()
+    assert admission.inside == Demand(0, 0, 0, 0)
+    assert refused == ["requests", "tokens", "rows", "tokens"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.booleans()), max_size=40))
+def test_what_is_inside_never_passes_a_bound(program: list[tuple[int, int, bool]]) -> None:
+    bounds = Demand(3, 8, 20, 10**6)
+    admission, held = Admission(bounds), []
+    for rows, tokens, leaves in program:
+        if leaves and held:
+            held.pop(0)[1].release()
+            continue
+        demand = Demand(1, rows, tokens, 0)
+        try:
+            held.append((demand, admission.permit(demand)))
+        except Overloaded:
+            assert sum((d for d, _ in held), demand).beyond(bounds)
+        assert admission.inside == sum((d for d, _ in held), Demand(0))
+        assert admission.inside.beyond(bounds) is None
 
 
 def _raise(error: BaseException) -> None:

@@ -1,0 +1,66 @@
+"""What a request takes, in numbers that admission can add up. Arithmetic over the model's sizes; no tensors.
+
+generation   slots × columns × cache bytes of a position, and the pass over its prompt
+             slots     the next power of two of its rows, doubled while the cache grows
+             columns   prompt and completion, in whole steps of 64
+             cache     2 × layers × key-value heads × d_head × bytes of the model's precision
+capture      tokens × width of every point × bytes, the pass over its prompts, and the reduction (`saes/reduce.py`)
+pass         tokens × (8 × d_model + 4 × d_mlp) × bytes; where attention makes its pattern,
+             5 × rows × heads × longest² × 4 more, and once × bytes for every pattern that is kept
+
+The pass is an estimate from above for the families whose tests measure it; the rest is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from neuronpedia_inference.engine.protocol import ModelInfo
+from neuronpedia_inference.scheduler.admission import Demand
+
+COLUMNS_AT_ONCE = 64
+"""Positions by which the cache grows."""
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of a number, by precision."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Demands of requests to one model."""
+
+    model: ModelInfo
+
+    @property
+    def position_bytes(self) -> int:
+        """Keys and values of one position of one row."""
+        model = self.model
+        return 2 * model.n_layers * model.n_key_value_heads * model.d_head * ITEM_BYTES[model.dtype]
+
+    @property
+    def slot_position_bytes(self) -> int:
+        """The same, with the slots that are held beside those in use."""
+        return 2 * self.position_bytes
+
+    def generation(self, n_rows: int, n_prompt_tokens: int, n_positions: int, *, pattern: bool) -> Demand:
+        """Rows that share a prompt."""
+        slots = 2 * (1 << (n_rows - 1).bit_length())
+        columns = -(-n_positions // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE
+        tokens = n_rows * n_prompt_tokens
+        held = slots * columns * self.position_bytes
+        taken = held + self._pass([n_prompt_tokens] * n_rows, pattern=pattern)
+        return Demand(rows=n_rows, tokens=tokens, bytes=taken)
+
+    def capture(
+        self, lengths: Sequence[int], widths: Sequence[int], reduce_bytes: int, *, pattern: bool, n_patterns: int = 0
+    ) -> Demand:
+        """Prompts of these lengths, read at points of these widths, and at `n_patterns` attention patterns."""
+        padded, item = len(lengths) * max(lengths), ITEM_BYTES[self.model.dtype]
+        held = padded * (sum(widths) + n_patterns * self.model.n_heads * max(lengths)) * item
+        return Demand(tokens=sum(lengths), bytes=held + self._pass(lengths, pattern=pattern) + reduce_bytes)
+
+    def _pass(self, lengths: Sequence[int], *, pattern: bool) -> int:
+        model, longest = self.model, max(lengths)
+        padded = len(lengths) * longest
+        scores = 5 * padded * model.n_heads * longest * 4 if pattern else 0
+        return padded * (8 * model.d_model + 4 * model.d_mlp) * ITEM_BYTES[model.dtype] + scores

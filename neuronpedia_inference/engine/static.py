@@ -1,0 +1,108 @@
+"""A decode step of fixed shape: the same operations on the same tensors, whoever decodes and whatever is steered where.
+
+Its inputs are written into tensors that stay where they are: ids, positions, and a table that holds what is added to
+every row before every block and after the last. All slots run, at the full width of the cache; slots without a row
+compute what nobody reads. So the step can be recorded once as a CUDA graph and replayed, with nothing declared in
+advance. Additive steering of the residual stream fits the tables; other rows decode step by step (`generation.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from neuronpedia_inference.engine.cache import RowCache
+from neuronpedia_inference.engine.hooks import Edit, edits
+from neuronpedia_inference.engine.points import RESID_POST, RESID_PRE, Point
+from neuronpedia_inference.engine.protocol import RowSpec
+from neuronpedia_inference.steering.plan import SteerMethod
+
+if TYPE_CHECKING:
+    from neuronpedia_inference.engine.generation import Decoder
+
+log = logging.getLogger(__name__)
+
+Step = Callable[[], Tensor]
+Record = Callable[[Step], Step]
+
+
+class StaticStep:
+    """The step of one lane, for the slots and columns that its cache has now."""
+
+    def __init__(self, decoder: Decoder, cache: RowCache, record: Record) -> None:
+        """`record` makes of the step one that does the same faster; it may run it first."""
+        text = decoder.model.config.get_text_config()
+        n_layers, width = text.num_hidden_layers, text.hidden_size
+        self._decoder = decoder
+        self.cache = cache
+        self.shape = cache.shape
+        n_slots, device, dtype = self.shape[0], decoder.model.device, decoder.model.dtype
+        self._ids = torch.zeros(n_slots, 1, dtype=torch.long, device=device)
+        self._added = torch.zeros(n_layers + 1, n_slots, 1, width, dtype=dtype, device=device)
+        """[layer, slot, 1, d_model]: what is added before each block, and after the last."""
+        points = [Point(layer, RESID_PRE) for layer in range(n_layers)]
+        adders = [self._adder(place) for place in range(n_layers + 1)]
+        self._changes = list(zip([*points, Point(n_layers - 1, RESID_POST)], adders, strict=True))
+        self._step = record(self._forward)
+
+    @staticmethod
+    def fits(rows: Sequence[RowSpec]) -> bool:
+        """Whether tables can hold all that these rows are steered with."""
+        steers = (steering for row in rows for steering in row.steering)
+        return all(s.point.is_residual and s.method is SteerMethod.SIMPLE_ADDITIVE for s in steers)
+
+    def steer(self, rows: Sequence[RowSpec]) -> None:
+        """The rows as they are now, in the order of their slots."""
+        self._added.zero_()
+        for slot, row in enumerate(rows):
+            for s in row.steering if self.fits([row]) else ():
+                place = s.point.layer + (s.point.place == RESID_POST)
+                self._added[place, slot, 0] += (s.coefficient * s.vector).to(self._added.dtype)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """[row, 1] ids -> [row, vocab] logits, float32."""
+        self._ids[: len(ids)] = ids.to(self._ids.device)
+        return self._step()[: len(ids)].float()
+
+    def _forward(self) -> Tensor:
+        """[slot, vocab]; reads nothing but tensors that stay where they are."""
+        with edits(self._decoder.site, self._changes):
+            output = self._decoder.model(
+                input_ids=self._ids,
+                position_ids=self.cache.positions[:, None],
+                attention_mask=self.cache.masks(),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return output.logits[:, -1]
+
+    def _adder(self, place: int) -> Edit:
+        return lambda hidden: hidden + self._added[place]
+
+
+def as_it_is(step: Step) -> Step:
+    """Recorded as nothing: it runs operation by operation."""
+    return step
+
+
+def as_cuda_graph(step: Step) -> Step:
+    """The step recorded on the current CUDA device. Raises RuntimeError where it cannot be."""
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        step()  # what is made lazily must not be made while recording
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return logits
+
+    return replay

@@ -1,0 +1,91 @@
+"""The benchmarks' document: rendered from the result, from all of it, and from nothing else."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from benchmarks.acceptance import judged
+from benchmarks.cases import EVERYBODY, FLOOR, cases
+
+ROOT = Path(__file__).resolve().parents[2]
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture
+def rendering(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("render_benchmarks")
+
+
+def table(head: Any, rows: Any) -> str:
+    return "\n".join("|".join(line) for line in [head, *rows])
+
+
+@pytest.fixture
+def body(rendering: ModuleType) -> dict[str, Any]:
+    return json.loads(rendering.RESULTS.read_text(encoding="utf-8"))
+
+
+def test_the_documents_are_rendered_from_the_result(rendering: ModuleType) -> None:
+    render_docs = importlib.import_module("render_docs")
+    for path, text in rendering.documents(render_docs.table):
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python scripts/render_docs.py"
+    assert set(render_docs.documents()) >= set(rendering.documents(render_docs.table))
+
+
+def test_the_result_has_every_case_and_promise(body: dict[str, Any]) -> None:
+    assert [(one["name"], one["title"]) for one in body["cases"]] == [(case.name, case.title) for case in cases()]
+    assert [line["promise"] for line in body["acceptance"]] == [line["promise"] for line in judged({}, {})]
+    assert set(body["versions"]) <= set(EVERYBODY)
+
+
+def test_rendering_needs_neither_torch_nor_the_models() -> None:
+    program = (
+        "import sys; sys.path.insert(0, 'scripts'); import render_benchmarks\n"
+        "assert len(list(render_benchmarks.documents(lambda head, rows: str(rows)))) == 2\n"
+        "assert not {'torch', 'transformers', 'numpy', 'neuronpedia_inference'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_a_case_without_a_time_says_why(rendering: ModuleType, body: dict[str, Any]) -> None:
+    changed = copy.deepcopy(body)
+    (case,) = (one for one in changed["cases"] if one["name"] == "feature_15")
+    case["results"]["http"] = {"disagrees": "prompt 1: off by 3"}
+    page = rendering.page(changed, table)
+    row = next(line for line in page.splitlines() if line.startswith(f"{case['title']}|"))
+    assert "disagrees" in row
+    assert f"**over HTTP**, disagrees: prompt 1: off by 3 ({case['title']})" in page
+
+
+def test_a_peer_that_was_left_out_is_not_hidden(rendering: ModuleType, body: dict[str, Any]) -> None:
+    changed = copy.deepcopy(body)
+    changed["peer_left_out"] = "left out of this run (`--without-peer`)"
+    assert "interp-engine was left out of this run" in rendering.page(changed, table)
+
+
+def test_bars_are_as_long_as_the_ratios(rendering: ModuleType, body: dict[str, Any]) -> None:
+    """Read back from the drawing: every timed contender has one bar, in the scale of the axis."""
+    tree = ElementTree.fromstring(rendering.plot(body))
+    gridlines = tree.findall(f"{SVG}line")
+    zero, one = (float(line.attrib["x1"]) for line in gridlines[:2])
+    top = float(gridlines[0].attrib["y1"])
+    bars = [rect for rect in tree.findall(f"{SVG}rect") if float(rect.attrib["y"]) > top]
+    expected = [
+        result["to_floor"]
+        for case in body["cases"]
+        for name, result in case["results"].items()
+        if name != FLOOR and "to_floor" in result
+    ]
+    lengths = sorted(float(bar.attrib["width"]) / (one - zero) for bar in bars)
+    assert lengths == pytest.approx(sorted(expected), abs=1e-3)

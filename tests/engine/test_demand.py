@@ -1,0 +1,82 @@
+"""What a request is said to take against what torch allocates while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from neuronpedia_inference.demand import Costs
+from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.engine.cache import COLUMNS_AT_ONCE, RowCache
+from neuronpedia_inference.engine.generation import Lane
+from neuronpedia_inference.engine.memory import free_bytes
+from neuronpedia_inference.engine.points import PATTERN, Point
+from neuronpedia_inference.engine.protocol import RowId, RowSpec
+from tests import models
+from tests.allocation import allocated_at_the_peak
+from tests.engine.engines import engine
+
+
+def costs(family: str) -> Costs:
+    return Costs(engine(family).model_info(has_bos=True, has_chat_template=False, known_names=()))
+
+
+def prompt(length: int) -> tuple[int, ...]:
+    return tuple(2 + n % 200 for n in range(length))
+
+
+@pytest.mark.parametrize("family", models.CONFIGS)
+@pytest.mark.parametrize(("lengths", "layer"), [([1], 0), ([40], 2), ([200], 2), ([60, 50, 20], 2), ([9] * 12, 1)])
+@pytest.mark.parametrize("place", ["hook_resid_post", "hook_mlp_out", PATTERN])
+def test_a_capture_stays_within_its_demand(family: str, lengths: Sequence[int], layer: int, place: str) -> None:
+    built, point = engine(family), Point(layer, place)
+    patterns = int(place == PATTERN)
+    widths = [] if patterns else [built.width(point)]
+    pattern = built.makes_pattern([point])
+    demand = costs(family).capture(lengths, widths, 0, pattern=pattern, n_patterns=patterns)
+    assert demand.tokens == sum(lengths)
+    taken = allocated_at_the_peak(lambda: built.capture([prompt(n) for n in lengths], [point]))
+    assert taken <= demand.bytes
+
+
+@pytest.mark.parametrize("family", models.CONFIGS)
+@pytest.mark.parametrize(("n_rows", "n_prompt", "n_new"), [(1, 5, 90), (2, 100, 60), (1, 200, 3)])
+def test_a_generation_stays_within_its_demand(family: str, n_rows: int, n_prompt: int, n_new: int) -> None:
+    lane = engine(family).lane([])
+    rows = [(RowId(0, n), RowSpec(prompt(n_prompt), Sampling(n_new))) for n in range(n_rows)]
+
+    def run() -> None:
+        lane.prefill(rows)
+        while lane.rows:
+            lane.decode()
+
+    pattern = engine(family).makes_pattern([])
+    demand = costs(family).generation(n_rows, n_prompt, n_prompt + n_new, pattern=pattern)
+    assert (demand.rows, demand.tokens) == (n_rows, n_rows * n_prompt)
+    assert allocated_at_the_peak(run) <= demand.bytes
+
+
+def test_slots_hold_what_the_formula_says() -> None:
+    built = engine("llama")
+    lane = built.lane([])
+    assert isinstance(lane, Lane)
+    assert isinstance(lane.memory, RowCache)
+    rows = [(RowId(0, n), RowSpec(prompt(30), Sampling(80))) for n in range(3)]
+    with torch.inference_mode():
+        lane.prefill(rows)
+    layers: Any = lane.memory.layers
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    lane.drop({row for row, _ in rows})
+    columns = 2 * COLUMNS_AT_ONCE  # 110 positions
+    assert held == 4 * columns * costs("llama").position_bytes
+
+
+def test_free_memory_is_measured() -> None:
+    free = free_bytes(torch.device("cpu"))
+    held = torch.ones(2**26)  # 256 MiB
+    less = free_bytes(torch.device("cpu"))
+    assert 0 < less < free
+    assert held.sum() == 2**26

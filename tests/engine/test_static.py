@@ -1,0 +1,135 @@
+"""The step of fixed shape against rows alone, and that nothing in it keeps a CUDA graph from holding it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.engine.agreement import recording_agrees
+from neuronpedia_inference.engine.bridge import BridgeEngine
+from neuronpedia_inference.engine.generation import Lane
+from neuronpedia_inference.engine.protocol import RowId, RowSpec
+from neuronpedia_inference.engine.static import Step, as_cuda_graph, as_it_is
+from neuronpedia_inference.steering.plan import SteerMethod
+from tests import models
+from tests.engine.engines import engine
+from tests.engine.test_merging import PROMPTS, alone, ids, staggered, steering
+
+
+def additive_rows(family: str) -> list[RowSpec]:
+    """At the borders of all three layers, two on one row, and some rows without."""
+    rows = []
+    for number, prompt in enumerate([*PROMPTS, *PROMPTS]):
+        place = ("hook_resid_pre", "hook_resid_post")[number % 2]
+        steers = [steering(family, place, SteerMethod.SIMPLE_ADDITIVE, (number + n) % 3, number + n) for n in range(2)]
+        rows.append(RowSpec(prompt, Sampling(5 + 3 * number % 13), tuple(steers[: number % 3])))
+    return rows
+
+
+@pytest.mark.parametrize("family", models.CONFIGS)
+def test_equals_rows_alone_and_is_recorded_once_per_shape(family: str) -> None:
+    recorded: list[Step] = []
+
+    def record(step: Step) -> Step:
+        recorded.append(step)
+        step()  # as recording would
+        return step
+
+    rows = additive_rows(family)
+    lane = Lane.merging(engine(family)._plain, record)
+    for _ in range(2):
+        for row, steps in zip(rows, staggered(lane, rows, 3), strict=True):
+            assert ids(steps) == alone(family, row), row.steering
+    assert len(recorded) <= 4  # slots for 4, 8 and 16 rows; the second round finds the last shape
+    steered = next(row for row in rows if row.steering)
+    assert alone(family, steered) != alone(family, replace(steered, steering=()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_rows_that_do_not_fit_the_tables_take_the_other_way(family: str) -> None:
+    """All rows of a step, while such a row is among them."""
+    capped = steering(family, "hook_resid_post", SteerMethod.PROJECTION_CAP, 1, 3)
+    rows = [*additive_rows(family)[:5], RowSpec(PROMPTS[2], Sampling(4), (capped,)), *additive_rows(family)[5:8]]
+    lane = Lane.merging(engine(family)._plain, as_it_is)
+    for row, steps in zip(rows, staggered(lane, rows, 2), strict=True):
+        assert ids(steps) == alone(family, row)
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: values read by the host, and copies from the host."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "is_nonzero", "_to_copy", "unique", "masked_select")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        wanted = (kwargs or {}).get("device")
+        assert name not in self.FORBIDDEN or (name == "_to_copy" and wanted is None), f"the step calls {name}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", models.CONFIGS)
+def test_the_step_reads_nothing_on_the_host_and_its_tensors_stay(family: str) -> None:
+    addresses: list[Sequence[int]] = []
+
+    def record(step: Step) -> Step:
+        def watched() -> Tensor:
+            with NoHost():
+                logits = step()
+            held = [t.data_ptr() for layer in lane.memory.layers for t in (layer.keys, layer.values)]  # pyright: ignore
+            static: Any = lane._static
+            if static is not None:
+                addresses.append([static._ids.data_ptr(), static._added.data_ptr(), static.cache.positions.data_ptr()])
+                addresses[-1] = [*addresses[-1], *held]
+            return logits
+
+        return watched
+
+    rows = [row for row in additive_rows(family) if len(row.prompt_ids) < 10][:4]
+    lane = Lane.merging(engine(family)._plain, record)
+    with torch.inference_mode():
+        lane.prefill([(RowId(n, 0), replace(row, sampling=Sampling(9))) for n, row in enumerate(rows)])
+        while lane.rows:
+            lane.decode()
+    assert len(addresses) > 4
+    assert all(found == addresses[0] for found in addresses)
+
+
+def test_without_a_card_the_reason_is_said() -> None:
+    with torch.inference_mode(False):
+        asked = BridgeEngine(models.model("llama"), model_id="llama", name="llama", stop_ids=(), graphs=True)
+    assert asked.graphs_off_because == "the device is cpu"
+    assert engine("llama").graphs_off_because == "CUDA_GRAPHS is off"
+
+
+def test_a_recording_that_differs_is_found() -> None:
+    tree, probe = engine("llama")._plain, [1, 2, 3, 5, 8]
+    with torch.inference_mode():
+        assert recording_agrees(tree, as_it_is, probe)
+        assert not recording_agrees(tree, lambda step: lambda: step().roll(1, -1), probe)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", models.CONFIGS)
+def test_replayed_on_a_card(family: str) -> None:
+    with torch.inference_mode(False):
+        net: Any = models.model(family)
+        net.to("cuda")
+        built = BridgeEngine(net, model_id=family, name=family, stop_ids=(), graphs=True)
+    try:
+        assert built.graphs_off_because == ""
+        rows = additive_rows(family)
+        merged = staggered(built.lane(rows), rows, 3)
+        plain = staggered(Lane.merging(built._plain), rows, 3)
+        assert [ids(steps) for steps in merged] == [ids(steps) for steps in plain]
+        with torch.inference_mode():
+            assert recording_agrees(built._plain, as_cuda_graph, [1, 2, 3, 5, 8])
+    finally:
+        net.to("cpu")
