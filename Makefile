@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check serve docs bench deploy fix
+.PHONY: help demo test check serve docs bench soak deploy fix
 
 help:  ## List these commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -38,9 +38,12 @@ fix: $(VENV)/ready  ## Format, and mend what the linter can
 	$(BIN)/ruff check --fix --quiet . || true
 	$(BIN)/ruff format --quiet .
 
-bench: $(VENV)/ready  ## Time the service against plain Hugging Face, and merged against alone
-	$(BIN)/python -m benchmarks.overhead
-	$(BIN)/python -m benchmarks.merging
+bench: $(VENV)/ready  ## Compare with plain Hugging Face and a peer, in turns; ARGS=--without-peer leaves that out
+	$(BIN)/python -m benchmarks.compare $(ARGS)
+	$(BIN)/python scripts/render_docs.py
+
+soak: $(VENV)/ready  ## Two minutes of 32 clients, a quarter of whom hang up
+	$(BIN)/python -m benchmarks.soak
 
 deploy: $(VENV)/ready  ## Put the service on Modal; docs/operating.md has the choices
 	$(BIN)/modal deploy service/inference_cls.py

@@ -245,7 +245,7 @@ def _words(counts: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=120.0, help="how long the clients go on asking")
-    parser.add_argument("--warm-up", type=float, default=20.0, help="seconds of the same before anything is measured")
+    parser.add_argument("--warm-up", type=float, default=60.0, help="seconds of the same before anything is measured")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     wanted, load = parser.parse_args(), Load()

@@ -14,6 +14,7 @@ from neuronpedia_inference import embedded
 from neuronpedia_inference.embedded.weights import model_folder
 from neuronpedia_inference.engine import weights
 from neuronpedia_inference.engine.bridge import BridgeEngine
+from neuronpedia_inference.engine.linear import TIMED_ROWS, choose_products, described
 from neuronpedia_inference.engine.memory import free_bytes
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import ModelInfo
@@ -84,6 +85,8 @@ def load(settings: Settings, progress: Progress, host: HostWeights | None = None
     if device != "cpu":
         progress(f"Moving {settings.weights_id} to {device}")
         torch.nn.Module.to(model, device)
+    else:
+        log.info("fastest products by weight, for %s rows: %s", TIMED_ROWS, described(choose_products(model)))
     stop_ids = _stop_ids(tokenizer.eos_token_id, model.generation_config)
     engine = BridgeEngine(
         model,

@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 NEURONS = "neurons"
 BATCH_SHARE = 4
 """Each prompt of a batch may have this fraction of TOKEN_LIMIT."""
+PASS_TOKENS = {"cpu": 512, "gpu": 4096}
+"""Tokens of several requests in one forward pass. On a CPU more gain nothing (docs/experiments.md)."""
 QUEUE_SHARE = 4
 """Completions may wait or run up to this many times MAX_ROWS."""
 
@@ -73,10 +75,7 @@ class Runtime:
         self._admission = Admission(bounds, self.metrics.refused)
         self._worker = Worker(
             loaded.engine,
-            Limits(
-                max_rows=settings.max_rows,
-                max_cache_positions=loaded.request_bytes // self._costs.slot_position_bytes,
-            ),
+            self._limits(loaded.request_bytes),
             n_threads=n_threads(settings),
             max_wait_s=settings.request_timeout_s or None,
             metrics=self.metrics,
@@ -87,6 +86,15 @@ class Runtime:
             rows=lambda: self._worker.n_rows,
             inside=lambda: self._admission.inside.requests,
             sae=loaded.store.stats,
+        )
+
+    def _limits(self, request_bytes: int) -> Limits:
+        tokens = PASS_TOKENS["cpu" if self.model.device == "cpu" else "gpu"]
+        return Limits(
+            max_rows=self.settings.max_rows,
+            max_cache_positions=request_bytes // self._costs.slot_position_bytes,
+            max_prefill_tokens=tokens,
+            max_capture_tokens=tokens,
         )
 
     @classmethod

@@ -57,7 +57,9 @@ class Settings(BaseSettings):
         "auto", description="Precision of the model's weights; `auto` takes the checkpoint's own."
     )
     sae_dtype: Dtype = Field("float32", description="Precision of the SAEs' weights.")
-    max_loaded_saes: int = Field(300, ge=1, description="SAEs kept in memory; the least recently used leave first.")
+    max_loaded_saes: int = Field(
+        300, ge=1, description="SAEs kept in host memory; the least recently used leave first."
+    )
     sae_memory_gib: float | None = Field(
         None,
         gt=0,

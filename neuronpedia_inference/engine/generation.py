@@ -60,10 +60,10 @@ class Lane:
     memory: RowMemory
     record: Record | None = None
     """Makes steps of fixed shape fast, where the rows allow them."""
-    _rows: list[_Row] = field(default_factory=list)
-    _changes: Changes = ()
+    _rows: list[_Row] = field(default_factory=list, init=False)
+    _changes: Changes = field(default=(), init=False)
     """Steering of the rows as they are now."""
-    _static: StaticStep | None = None
+    _static: StaticStep | None = field(default=None, init=False)
 
     @classmethod
     def merging(cls, decoder: Decoder, record: Record | None = None) -> Lane:

@@ -18,7 +18,7 @@ class Limits:
     """Rows that generate × positions of the longest of them."""
     max_prefill_tokens: int = 512
     """Tokens, padding included, of prompts that are prefilled together: running rows wait for them."""
-    max_capture_tokens: int = 1024
+    max_capture_tokens: int = 512
     """Tokens, padding included, of captures that share a forward pass."""
     max_padding: float = 0.25
     """Share of padding in either."""

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -25,6 +26,9 @@ from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, Generate
 from neuronpedia_inference.scheduler.policy import Limits, Tick, plan_tick
 
 log = logging.getLogger(__name__)
+
+LINGER_S = 0.01
+"""How long those who shared a pass have to ask again, so that they share the next one too."""
 
 
 @dataclass
@@ -67,6 +71,8 @@ class Worker:
         self._paused: dict[int, _Paused] = {}
         self._in_hand: list[Job] = []
         self._running: dict[int, _Generation] = {}
+        self._n_expected, self._expected_until_s = 0, 0.0
+        """How many may share the next pass of captures, and how long they are waited for."""
         self._ids = itertools.count()
         self._closing = False
         self._lock = threading.Lock()
@@ -114,6 +120,7 @@ class Worker:
         try:
             with torch.inference_mode():
                 while self.healthy and self._drain_inbox():
+                    self._linger()
                     self._resume_paused()
                     running = [generation.job for generation in self._running.values()]
                     self._carry_out(plan_tick(self._waiting, running, self._limits, time.monotonic()))
@@ -125,16 +132,28 @@ class Worker:
         idle = not self._waiting and not self._running
         if idle and self._closing and self._inbox.empty() and not self._paused:
             return False
-        arrived = [self._inbox.get()] if idle else []
+        if idle:
+            self._accept(self._inbox.get())
         while not self._inbox.empty():
-            arrived.append(self._inbox.get())
-        for job in arrived:
-            if job is not None:
-                self._accept(job)
+            self._accept(self._inbox.get())
         return True
 
-    def _accept(self, job: Job) -> None:
-        """A generation takes its turn once its vectors are there; everything else at once."""
+    def _linger(self) -> None:
+        """Callers who were answered together ask again within a moment: the first of them does not run ahead alone.
+
+        A caller who comes alone, or finds a generation running, never waits here.
+        """
+        while not self._running and 0 < len(self._waiting) < self._n_expected:
+            left_s = self._expected_until_s - time.monotonic()
+            if left_s <= 0:
+                return
+            with suppress(queue.Empty):
+                self._accept(self._inbox.get(timeout=left_s))
+
+    def _accept(self, job: Job | None) -> None:
+        """A generation takes its turn once its vectors are there; everything else at once. None only wakes."""
+        if job is None:
+            return
         if isinstance(job.work, GenerateWork):
             self._attempt(job, partial(self._go_on, job, job.work.prepare()))
         else:
@@ -177,6 +196,9 @@ class Worker:
         self._metrics.captured(len(jobs), sum(lengths), len(lengths) * max(lengths) - sum(lengths))
         for job, work in jobs:
             self._attempt(job, partial(self._go_on, job, _reduction(work, shared)))
+        # With one who came too late for this pass, the next is larger by one.
+        self._n_expected = len(jobs) + min(1, self.n_waiting) if len(jobs) > 1 else 0
+        self._expected_until_s = time.monotonic() + LINGER_S
 
     def _one_by_one(self, jobs: Sequence[Job], failure: Exception, again: Callable[[int], None]) -> None:
         """A merged pass that failed says nothing about whose fault it is: each job runs alone and answers for it."""

@@ -225,3 +225,12 @@ def test_documents(http: httpx.Client) -> None:
     assert document["components"]["securitySchemes"]["SimpleSecretAuth"]["name"] == "X-SECRET-KEY"
     for page in ("/docs", "/redoc"):
         assert "/openapi.json" in http.get(page).text
+
+
+def test_answers_are_not_held_back(server: Served) -> None:
+    """Nagle's algorithm would add its 40 ms to every answer."""
+    listener = listen("127.0.0.1", 0)
+    try:
+        assert listener.proto == socket.IPPROTO_TCP  # by which asyncio knows to set TCP_NODELAY
+    finally:
+        listener.close()

@@ -331,6 +331,28 @@ def test_captures_that_wait_together_run_in_one_pass_and_equal_prompts_once(
     assert engine.passes == [3]
 
 
+def test_those_who_were_answered_together_are_waited_for(
+    worker: Worker, engine: CountingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neuronpedia_inference.scheduler.worker.LINGER_S", 5.0)
+    for ticket in ask_together(worker, engine, [[1], [2], [3]]):
+        ticket.future.result(10)
+    again = [worker.submit(summing([n])) for n in (4, 5)]
+    _until(lambda: worker.n_waiting == 2)
+    assert not again[0].future.done()
+    again.append(worker.submit(summing([6])))
+    assert [ticket.future.result(1) for ticket in again] == [4, 5, 6]
+    assert engine.passes == [3, 3]
+
+
+def test_who_does_not_come_back_is_not_waited_for_twice(worker: Worker, engine: CountingEngine) -> None:
+    for ticket in ask_together(worker, engine, [[1], [2], [3]]):
+        ticket.future.result(10)
+    assert worker.submit(summing([4])).future.result(10) == 4
+    assert worker.submit(summing([5])).future.result(10) == 5
+    assert engine.passes == [3, 1, 1]
+
+
 def test_a_failing_member_of_a_merged_pass_fails_alone(worker: Worker, engine: CountingEngine) -> None:
     good, bad, other = ask_together(worker, engine, [[1], [-1], [2]])
     assert (good.future.result(10), other.future.result(10)) == (1, 2)
