@@ -157,7 +157,8 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 def project_texts() -> list[Path]:
     suffixes = {".py", ".md", ".toml", ".json", ".txt", ".ipynb", ".cfg"}
-    skipped = {".git", ".venv", ".venv-peer", "node_modules", "__pycache__", "saes", ".pytest_cache", ".ruff_cache", ".hypothesis"}
+    caches = {"__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis"}
+    skipped = {".git", ".venv", ".venv-peer", "node_modules", "saes", *caches}
     found = [path for path in ROOT.rglob("*") if path.suffix in suffixes and path.is_file()]
     return [path for path in found if not skipped & set(path.relative_to(ROOT).parts)]
 
