@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import socket
+import time
 from functools import partial
 from typing import Any
 
@@ -201,11 +202,21 @@ def test_numbers_that_json_cannot_say(runtime: Runtime, serve: Serve) -> None:
     assert "not finite" in answer.json()["error"]
 
 
+def request_lines(caplog: pytest.LogCaptureFixture, n_lines: int) -> list[dict[str, Any]]:
+    """A line is written once its answer has gone out, so perhaps after the client has it."""
+    until = time.monotonic() + 10
+    while True:
+        lines = [vars(record) for record in caplog.records if record.getMessage() == "request"]
+        if len(lines) >= n_lines or time.monotonic() > until:
+            return lines
+        time.sleep(0.005)
+
+
 def test_log_lines_hold_no_prompt(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "neuronpedia_inference"):
         http.post("/v1/activation/single", json={**SINGLE, "prompt": "xylophone"}, headers={"X-Request-Id": "log-1"})
         http.post("/v1/activation/single", json={**SINGLE, "prompt": "xylophone", "index": "xylophone"})
-    lines = [vars(record) for record in caplog.records if record.getMessage() == "request"]
+        lines = request_lines(caplog, 2)
     assert [line["status"] for line in lines] == [200, 400]
     assert lines[0]["path"] == "/v1/activation/single"
     assert lines[0]["ms"] > 0
