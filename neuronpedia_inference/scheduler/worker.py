@@ -327,17 +327,18 @@ class Worker:
         self._end(job, "cancelled", job.ticket.abandon)
 
     def _end(self, job: Job, outcome: str, tell: Callable[[], None]) -> None:
-        """Take the job out of everything, count it, and only then tell its caller."""
+        """Take the job out of what waits and runs, count it, tell its caller, and free its rows."""
         self._rows.pop(job.id, None)
         paused = self._paused.pop(job.id, None)
         if paused is not None:
             paused.steps.close()
             _let_go(paused.awaited)
         generation = self._running.pop(job.id, None)
-        if generation is not None and generation.n_left:
-            generation.lane.drop({RowId(job.id, n) for n in range(generation.work.n_rows)})
         self._metrics.ended(outcome)
         tell()
+        # Last, because on a broken device even this may raise, and then the caller has been told.
+        if generation is not None and generation.n_left:
+            generation.lane.drop({RowId(job.id, n) for n in range(generation.work.n_rows)})
 
     def _fail_everything(self) -> None:
         """Nobody waits on a dead worker."""
@@ -351,6 +352,7 @@ class Worker:
         paused = [one.job for one in self._paused.values()]
         for job in {job.id: job for job in (*self._in_hand, *self._waiting, *paused, *running)}.values():
             stopped = NotReady("The server stopped before it could answer. Try again soon.")
+            self._running.pop(job.id, None)  # its rows stay where they are: nothing runs here any more
             self._end(job, "failed", partial(job.ticket.fail, stopped))
         self._waiting.clear()
 

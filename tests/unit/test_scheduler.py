@@ -242,6 +242,25 @@ def test_a_dying_worker_fails_every_ticket(engine: CountingEngine, monkeypatch: 
         generate(worker, 1)
 
 
+def test_a_device_on_which_nothing_works_any_more_leaves_nobody_waiting(
+    engine: CountingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even rows can be dropped: the thread dies of it, and everyone is told."""
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)  # the death is what is wanted here
+    worker = start(engine)
+    engine.gate.clear()
+    tickets = [generate(worker, 50) for _ in range(3)]
+    _until(lambda: engine.lanes[0].prefills != [])
+    tickets.append(worker.submit(generation(*[40] * 4)))  # waits for room
+    monkeypatch.setattr(engine.lanes[0], "drop", lambda rows: rows and _raise(RuntimeError("assert")))
+    engine.lanes[0].is_broken = True
+    engine.gate.set()
+    for ticket in tickets:
+        assert isinstance(ticket.future.exception(10), EngineFailed | NotReady)
+    assert counts(worker)["failed"] == 4
+    assert not worker.healthy
+
+
 def test_waiting_too_long_is_a_refusal_and_not_a_hang(engine: CountingEngine) -> None:
     worker = start(engine, 0.05)
     engine.gate.clear()
