@@ -5,8 +5,9 @@ from neuronpedia_inference.operations.core import (
     InvalidBody,
     answer,
     answer_events,
+    answer_events_json,
+    answer_pieces,
     by_name,
-    render,
     validate,
 )
 from neuronpedia_inference.operations.operation import Events, Operation
@@ -18,7 +19,8 @@ __all__ = [
     "Operation",
     "answer",
     "answer_events",
+    "answer_events_json",
+    "answer_pieces",
     "by_name",
-    "render",
     "validate",
 ]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic.alias_generators import to_camel
 
-from neuronpedia_inference.errors import EngineFailed, InvalidRequest
+from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.activation import (
     ACTIVATION_ALL,
     ACTIVATION_ALL_BATCH,
@@ -20,6 +20,8 @@ from neuronpedia_inference.operations.activation import (
 )
 from neuronpedia_inference.operations.friendly import ACTIVATIONS, STEER, TOP_K
 from neuronpedia_inference.operations.operation import Events, Operation
+from neuronpedia_inference.operations.pacing import paced, paced_items
+from neuronpedia_inference.operations.rendering import Spelling, json_pieces, plain_pieces
 from neuronpedia_inference.operations.steer import STEER_COMPLETION, STEER_COMPLETION_CHAT
 from neuronpedia_inference.operations.tokenize import TOKENIZE
 from neuronpedia_inference.operations.top_k import ACTIVATION_TOPK_BY_TOKEN, ACTIVATION_TOPK_BY_TOKEN_BATCH
@@ -36,8 +38,9 @@ __all__ = [
     "Operation",
     "answer",
     "answer_events",
+    "answer_events_json",
+    "answer_pieces",
     "by_name",
-    "render",
     "validate",
 ]
 
@@ -61,6 +64,7 @@ OPERATIONS: tuple[Operation[Any], ...] = (
 by_name: dict[str, Operation[Any]] = {operation.name: operation for operation in OPERATIONS}
 
 Body = Mapping[str, Any] | Wire
+Out = TypeVar("Out")
 MOST_PROBLEMS = 8
 
 
@@ -109,33 +113,59 @@ async def answer(operation: Operation[Any], body: Body, runtime: Runtime) -> dic
     """
     with runtime.metrics.request(operation.name):
         request = validate(operation, body)
-        return render(operation, _keys(body), await operation.run(request, runtime))
+        return await _dictionary(operation, _spelling(operation, body), await operation.run(request, runtime))
+
+
+async def answer_pieces(operation: Operation[Any], body: Body, runtime: Runtime) -> Events[Any, bytes]:
+    """As `answer`, as the pieces of its JSON text: one if it is small. Close the iterator to stop.
+
+    Raises every 4xx before it returns. The request ends, and is counted, with its last piece.
+    """
+    with ExitStack() as if_refused:
+        count = if_refused.enter_context(runtime.metrics.request(operation.name))
+        request = validate(operation, body)
+        reply = await operation.run(request, runtime)
+        if_refused.pop_all()
+    pieces = json_pieces(reply, _spelling(operation, body), omit_null=operation.omits_null)
+    return _Counted(paced_items(pieces), _itself, count)
 
 
 async def answer_events(operation: Operation[Any], body: Body, runtime: Runtime) -> Events[Any, dict[str, Any]]:
     """As `answer`, in cumulative events. Raises every 4xx before it returns; close the iterator to stop."""
+    return await _events(operation, body, runtime, _dictionary)
+
+
+async def answer_events_json(operation: Operation[Any], body: Body, runtime: Runtime) -> Events[Any, bytes]:
+    """As `answer_events`, each event as its JSON text."""
+    return await _events(operation, body, runtime, _text)
+
+
+async def _events(
+    operation: Operation[Any], body: Body, runtime: Runtime, render: Callable[..., Awaitable[Out]]
+) -> Events[Any, Out]:
     with ExitStack() as if_refused:
         count = if_refused.enter_context(runtime.metrics.request(operation.name))
         if operation.stream is None:
             raise InvalidRequest(f"{operation.name} does not stream")
         request = validate(operation, body)
-        keys = _keys(body)
         events = await operation.stream(request, runtime)
         if_refused.pop_all()
-    return _CountedEvents(events, lambda event: render(operation, keys, event), count)
+    return _Counted(events, partial(render, operation, _spelling(operation, body)), count)
 
 
-class _CountedEvents(Events[Any, dict[str, Any]]):
+class _Counted(Events[Any, Any]):
     """Events of one request, which is counted when they end, fail or are closed."""
 
-    def __init__(self, source: AsyncIterator[Any], turn: Callable[[Any], dict[str, Any]], count: RequestCount) -> None:
-        super().__init__(source, turn)
+    def __init__(
+        self, source: AsyncIterator[Any], render: Callable[[Any], Awaitable[Any]], count: RequestCount
+    ) -> None:
+        super().__init__(source, render)
         self._count = count
 
-    async def __anext__(self) -> dict[str, Any]:
+    async def __anext__(self) -> Any:
         with ExitStack() as at_the_end:
             at_the_end.push(self._count)
-            event = await super().__anext__()
+            event = await (await super().__anext__())
             at_the_end.pop_all()
             return event
 
@@ -144,74 +174,27 @@ class _CountedEvents(Events[Any, dict[str, Any]]):
         await super().aclose()
 
 
-def render(operation: Operation[Any], request_keys: Iterable[str], response: Wire) -> dict[str, Any]:
-    """The response as a JSON-ready dictionary, spelled for this caller.
-
-    request_keys: the top-level keys of the request body. Raises EngineFailed if a number is not finite.
-    """
-    casing = _casing(operation, request_keys)
-    body = _dump(operation, response, camel=casing == "camel")
-    if casing == "both":
-        body = _merge(body, _dump(operation, response, camel=True))
-    if casing == "camel" and operation.stream is not None:
-        _respell_top_logprobs(body)
-    if not _is_finite(body):
-        raise EngineFailed("The model produced a number that is not finite, so there is no answer")
-    return body
+async def _itself(piece: bytes) -> bytes:
+    return piece
 
 
-def _keys(body: Body) -> Iterable[str]:
-    return body.model_fields_set if isinstance(body, Wire) else body.keys()
+async def _dictionary(operation: Operation[Any], spelling: Spelling, reply: Wire) -> dict[str, Any]:
+    """Raises EngineFailed if a number is not finite."""
+    return await paced(plain_pieces(reply, spelling, omit_null=operation.omits_null))
 
 
-def _casing(operation: Operation[Any], request_keys: Iterable[str]) -> Literal["snake", "camel", "both"]:
-    """The request's own spelling where one of its fields has two words; else the operation's."""
-    keys = set(request_keys)
+async def _text(operation: Operation[Any], spelling: Spelling, reply: Wire) -> bytes:
+    """Raises EngineFailed if a number is not finite."""
+    pieces = json_pieces(reply, spelling, omit_null=operation.omits_null)
+    return b"".join([piece async for piece in paced_items(pieces)])
+
+
+def _spelling(operation: Operation[Any], body: Body) -> Spelling:
+    """The request's own where one of its fields has two words; else the operation's."""
+    keys = body.model_fields_set if isinstance(body, Wire) else body.keys()
     names = [name for name in operation.request.model_fields if to_camel(name) != name]
     if any(to_camel(name) in keys for name in names):
         return "camel"
     if any(name in keys for name in names):
         return "snake"
     return operation.casing
-
-
-def _dump(operation: Operation[Any], response: Wire, *, camel: bool) -> dict[str, Any]:
-    return response.model_dump(mode="json", by_alias=camel, exclude_none=operation.omits_null)
-
-
-def _merge(snake: Any, camel: Any) -> Any:
-    """Two dumps of one model as one: every key in both spellings."""
-    if isinstance(snake, dict):
-        merged = {}
-        for (snake_key, value), (camel_key, twin) in zip(snake.items(), camel.items(), strict=True):
-            merged[snake_key] = merged[camel_key] = _merge(value, twin)
-        return merged
-    if isinstance(snake, list) and snake and isinstance(snake[0], dict):
-        return [_merge(value, twin) for value, twin in zip(snake, camel, strict=True)]
-    return snake
-
-
-def _respell_top_logprobs(body: Any) -> None:
-    """Adds `top_logprobs` beside `topLogprobs`: the web application reads that one key in snake_case."""
-    if isinstance(body, dict):
-        if "topLogprobs" in body:
-            body["top_logprobs"] = body["topLogprobs"]
-            return
-        for value in body.values():
-            _respell_top_logprobs(value)
-    elif isinstance(body, list) and body and isinstance(body[0], dict):
-        for value in body:
-            _respell_top_logprobs(value)
-
-
-def _is_finite(value: Any) -> bool:
-    """Whether a JSON tree holds neither NaN nor infinity."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, dict):
-        return all(map(_is_finite, value.values()))
-    if isinstance(value, list):
-        if value and isinstance(value[0], float):
-            return all(map(math.isfinite, value))
-        return all(map(_is_finite, value))
-    return True

@@ -18,6 +18,9 @@ from pydantic.alias_generators import to_camel
 
 SEED_LIMIT = 2**63
 
+ALSO_SNAKE = "also_snake"
+"""Mark of a field of an answer that is written in both words where the answer is in camelCase."""
+
 
 class Wire(BaseModel):
     """A JSON object of the wire. Every field is read in snake_case and in camelCase; camelCase wins.
@@ -40,7 +43,7 @@ class Wire(BaseModel):
 class Reply(Wire):
     """A wire model that we fill ourselves: tuples may stand for arrays; numbers are checked when rendered."""
 
-    model_config = ConfigDict(strict=False, allow_inf_nan=True)
+    model_config = ConfigDict(strict=False, allow_inf_nan=True, ser_json_inf_nan="constants")
 
 
 def examples(*bodies: dict[str, Any]) -> Callable[[dict[str, Any]], None]:

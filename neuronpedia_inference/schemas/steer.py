@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from neuronpedia_inference.schemas.common import (
+    ALSO_SNAKE,
     EchoedText,
     Many,
     ModelName,
@@ -153,7 +154,10 @@ class NPLogprob(Reply):
 
     token: str = Field(description="The token as text.")
     logprob: float = Field(description="Natural logarithm of its probability; -100 stands for none.")
-    top_logprobs: list[NPLogprobTop] = Field(description="The likeliest tokens, most likely first.")
+    # The web application reads this one key in snake_case.
+    top_logprobs: Annotated[list[NPLogprobTop], ALSO_SNAKE] = Field(
+        description="The likeliest tokens, most likely first."
+    )
 
 
 Logprobs = Annotated[

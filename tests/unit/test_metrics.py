@@ -23,7 +23,15 @@ from neuronpedia_inference.errors import (
     UnknownSource,
 )
 from neuronpedia_inference.metrics import SAES, Metrics
-from neuronpedia_inference.operations import OPERATIONS, InvalidBody, answer, answer_events, by_name
+from neuronpedia_inference.operations import (
+    OPERATIONS,
+    InvalidBody,
+    answer,
+    answer_events,
+    answer_pieces,
+    by_name,
+    rendering,
+)
 
 from .test_operations_core import BODIES
 from .test_operations_fake import FakeRuntime
@@ -146,6 +154,30 @@ def test_a_stream_counts_when_it_is_over(until: int | None, outcome: str) -> Non
     assert asyncio.run(stream(runtime, STEER, until=until)) == (3 if until is None else until)
     assert requests(runtime.metrics) == {("steer_completion", outcome): 1}
     assert runtime.closed == 1
+
+
+@pytest.mark.parametrize(("until", "outcome"), [(None, "answered"), (2, "cancelled"), (0, "cancelled")])
+def test_an_answer_in_pieces_counts_when_its_last_was_taken(
+    until: int | None, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendering, "PIECE_BYTES", 1)
+    runtime: Any = FakeRuntime()
+
+    async def take() -> None:
+        pieces = await answer_pieces(by_name["tokenize"], BODIES["tokenize"], runtime)
+        n_pieces = 0
+        while until is None or n_pieces < until:
+            assert requests(runtime.metrics) == {}
+            try:
+                await anext(pieces)
+            except StopAsyncIteration:
+                assert n_pieces > 2
+                break
+            n_pieces += 1
+        await pieces.aclose()
+
+    asyncio.run(take())
+    assert requests(runtime.metrics) == {("tokenize", outcome): 1}
 
 
 @pytest.mark.parametrize(

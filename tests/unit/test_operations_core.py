@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import neuronpedia_inference_client
 import pytest
+from pydantic import BaseModel
 from pydantic.alias_generators import to_camel
 
 from neuronpedia_inference.errors import EngineFailed, InvalidRequest
-from neuronpedia_inference.operations import OPERATIONS, InvalidBody, by_name, render, validate
+from neuronpedia_inference.operations import (
+    OPERATIONS,
+    InvalidBody,
+    answer_events,
+    answer_events_json,
+    answer_pieces,
+    by_name,
+    validate,
+)
+from neuronpedia_inference.operations.rendering import Entries, Rows
 from neuronpedia_inference.schemas.tokenize import TokenizeRequest
 
 from .test_operations_fake import FakeRuntime, ask, client_reads
+from .test_rendering import whole
 
 STEER = {
     "model": "tiny",
@@ -205,10 +218,52 @@ def test_a_number_that_json_cannot_say_is_our_failure(name: str, value: float):
         ask(name, BODIES[name], FakeRuntime(value=value))
 
 
-def test_render_needs_only_the_keys():
-    operation = by_name["tokenize"]
-    response = operation.response.model_validate({"tokens": [1], "token_strings": ["a"], "prepend_bos": False})
-    assert render(operation, ["prependBos"], response) == {"tokens": [1], "tokenStrings": ["a"], "prependBos": False}
+# Text
+
+
+def realised(value: Any) -> Any:
+    """A reply with lists in place of what is made while it is written."""
+    if isinstance(value, BaseModel):
+        return type(value).model_construct(**{name: realised(inner) for name, inner in value.__dict__.items()})
+    if isinstance(value, Entries):
+        return {key: realised(inner) for key, inner in value}
+    return [realised(item) for item in value] if isinstance(value, list | Rows) else value
+
+
+def said_of(name: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The answer as pydantic dumps the reply, spelled as the request is."""
+    operation, fake = by_name[name], FakeRuntime()
+    reply = asyncio.run(operation.run(validate(operation, body), fake))  # pyright: ignore[reportArgumentType]
+    multiword = {key for field in operation.request.model_fields for key in (field, to_camel(field)) if field != key}
+    spelling = "camel" if multiword & body.keys() else "both" if name in BOTH else "snake"
+    return whole(realised(reply), spelling, "steer_completion" in name)
+
+
+async def text_of(name: str, body: dict[str, Any]) -> str:
+    pieces = await answer_pieces(by_name[name], body, FakeRuntime())  # pyright: ignore[reportArgumentType]
+    return b"".join([piece async for piece in pieces]).decode()
+
+
+@pytest.mark.parametrize("spelled", [lambda body: body, camel], ids=["snake", "camel"])
+@pytest.mark.parametrize("name", BODIES)
+def test_text_and_dictionary_are_what_pydantic_dumps(name: str, spelled: Callable[[Any], Any]):
+    body = spelled(BODIES[name])
+    expected = said_of(name, body)
+    assert ask(name, body) == expected
+    assert json.loads(asyncio.run(text_of(name, body))) == expected
+
+
+@pytest.mark.parametrize("name", [name for name in BODIES if "steer" in name])
+def test_events_as_text_are_the_events(name: str):
+    fake: Any = FakeRuntime()
+
+    async def both() -> tuple[list[Any], list[Any]]:
+        events = [event async for event in await answer_events(by_name[name], BODIES[name], fake)]
+        texts = [json.loads(text) async for text in await answer_events_json(by_name[name], BODIES[name], fake)]
+        return events, texts
+
+    events, texts = asyncio.run(both())
+    assert events == texts != []
 
 
 # Validation
