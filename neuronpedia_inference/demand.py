@@ -1,11 +1,13 @@
 """What a request takes, in numbers that admission can add up. Arithmetic over the model's sizes; no tensors.
 
-generation   slots × columns × cache bytes of a position, and the pass over its prompt
+generation   slots × columns × cache bytes of a position, the pass over its prompt with the cache of that, and
+             512 + 400 × log-probabilities for every new token on its way to the caller
              slots     the next power of two of its rows, doubled while the cache grows
              columns   prompt and completion, in whole steps of 64
              cache     2 × layers × key-value heads × d_head × bytes of the model's precision
-capture      tokens × width of every point × bytes, the pass over its prompts, and the reduction (`saes/reduce.py`)
-pass         tokens × (8 × d_model + 4 × d_mlp) × bytes; where attention makes its pattern,
+capture      tokens × width of every point × bytes, the pass over its prompts with the cache of that, and the reduction
+             (`saes/reduce.py`)
+pass         tokens × (8 × d_model + 4 × d_mlp) × bytes, and the cache bytes of each; where attention makes its pattern,
              5 × rows × heads × longest² × 4 more, and once × bytes for every pattern that is kept
 
 The pass is an estimate from above for the families whose tests measure it; the rest is counted.
@@ -21,6 +23,8 @@ from neuronpedia_inference.scheduler.admission import Demand
 
 COLUMNS_AT_ONCE = 64
 """Positions by which the cache grows."""
+TOKEN_BYTES, LOGPROB_BYTES = 512, 400
+"""Of a new token, and of each candidate reported with it, as steps, as text and as JSON."""
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of a number, by precision."""
 
@@ -42,13 +46,16 @@ class Costs:
         """The same, with the slots that are held beside those in use."""
         return 2 * self.position_bytes
 
-    def generation(self, n_rows: int, n_prompt_tokens: int, n_positions: int, *, pattern: bool) -> Demand:
+    def generation(
+        self, n_rows: int, n_prompt_tokens: int, n_new_tokens: int, *, n_logprobs: int = 0, pattern: bool
+    ) -> Demand:
         """Rows that share a prompt."""
         slots = 2 * (1 << (n_rows - 1).bit_length())
-        columns = -(-n_positions // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE
+        columns = -(-(n_prompt_tokens + n_new_tokens) // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE
         tokens = n_rows * n_prompt_tokens
         held = slots * columns * self.position_bytes
-        taken = held + self._pass([n_prompt_tokens] * n_rows, pattern=pattern)
+        told = n_rows * n_new_tokens * (TOKEN_BYTES + n_logprobs * LOGPROB_BYTES)
+        taken = held + told + self._pass([n_prompt_tokens] * n_rows, pattern=pattern)
         return Demand(rows=n_rows, tokens=tokens, bytes=taken)
 
     def capture(
@@ -63,4 +70,5 @@ class Costs:
         model, longest = self.model, max(lengths)
         padded = len(lengths) * longest
         scores = 5 * padded * model.n_heads * longest * 4 if pattern else 0
-        return padded * (8 * model.d_model + 4 * model.d_mlp) * ITEM_BYTES[model.dtype] + scores
+        states = padded * (8 * model.d_model + 4 * model.d_mlp) * ITEM_BYTES[model.dtype]
+        return states + padded * self.position_bytes + scores

@@ -139,11 +139,11 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
-    """What one row has generated so far."""
+class Written:
+    """What one row has gained since the last time."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = field(default=())
     finish_reason: str | None = None
-    """None while it runs, then "stop" (end-of-sequence token) or "length"."""
+    """None while it goes on, then "stop" (end-of-sequence token) or "length"."""

@@ -14,7 +14,6 @@ from neuronpedia_inference.demand import Costs
 from neuronpedia_inference.domain import (
     ActiveFeature,
     ChatMessage,
-    Completion,
     FeatureActivations,
     FeatureValue,
     RankedFeature,
@@ -22,6 +21,7 @@ from neuronpedia_inference.domain import (
     Sampling,
     Source,
     Tokens,
+    Written,
 )
 from neuronpedia_inference.engine.completions import Completions
 from neuronpedia_inference.engine.points import MLP_POST, PATTERN, Point
@@ -36,6 +36,7 @@ from neuronpedia_inference.scheduler.admission import Admission, Demand
 from neuronpedia_inference.scheduler.events import TicketEvents
 from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, GenerateWork, Steps, Ticket, Work
 from neuronpedia_inference.scheduler.policy import Limits
+from neuronpedia_inference.scheduler.stay import at_the_end
 from neuronpedia_inference.scheduler.worker import Worker
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.steering.plan import SteerPlan
@@ -175,7 +176,7 @@ class Runtime:
     ) -> list[FeatureActivations]:
         """One feature. `dfa_from`: first position that direct feature attribution may explain."""
         check_index(source, index)
-        _check_prompts(prompts, at_least=dfa_from + 1)
+        self._check_prompts(prompts, at_least=dfa_from + 1)
         return await self._ask(self._questions.activations(prompts, source, index, dfa_from))
 
     async def projections(
@@ -185,26 +186,26 @@ class Runtime:
         point = Point.parse(hook)
         self._engine.check(point)
         check_vector(vector, self._engine.width(point), hook)
-        _check_prompts(prompts)
+        self._check_prompts(prompts)
         return await self._ask(self._questions.projections(prompts, point, vector))
 
     async def ranked_features(
         self, prompts: Sequence[Tokens], sources: Sequence[Source], ranking: Ranking
     ) -> list[tuple[RankedFeature, ...]]:
         """The features that fire most (contract 2.10)."""
-        _check_prompts(prompts, at_least=max(ranking.token_indexes, default=0) + 1)
+        self._check_prompts(prompts, at_least=max(ranking.token_indexes, default=0) + 1)
         return await self._ask(self._questions.ranked(prompts, sources, ranking))
 
     async def top_features(
         self, prompts: Sequence[Tokens], source: Source, k: int
     ) -> list[tuple[tuple[FeatureValue, ...], ...]]:
         """The k strongest features at every position: [prompt][position][k]."""
-        _check_prompts(prompts)
+        self._check_prompts(prompts)
         return await self._ask(self._questions.top(prompts, source, k))
 
     async def active_features(self, prompts: Sequence[Tokens], source: Source) -> list[tuple[ActiveFeature, ...]]:
         """All non-zero activations, by position, then feature."""
-        _check_prompts(prompts)
+        self._check_prompts(prompts)
         return await self._ask(self._questions.active(prompts, source))
 
     async def encoder_column(self, source: Source, index: int) -> tuple[float, ...]:
@@ -238,26 +239,32 @@ class Runtime:
 
     def generate(
         self, prompt: Tokens, plans: Sequence[SteerPlan | None], sampling: Sampling, *, stream: bool
-    ) -> AsyncIterator[tuple[Completion, ...]]:
+    ) -> AsyncIterator[tuple[Written, ...]]:
         """One row per plan, all in one batch; None generates unsteered. Plans have passed `check_steering`.
 
-        Checks and admits at once: every 4xx and 503 is raised by the call itself. With `stream` one tuple per
-        decoded token, cumulative; without, the final one alone. Closing the iterator frees the rows.
+        Checks and admits at once: every 4xx and 503 is raised by the call itself. With `stream` what is new in every
+        row, as often as there is something and the reader asks; without, everything at once at the end. Closing the
+        iterator frees the rows.
         """
         self._check_room(prompt, sampling)
         steered = [plan for plan in plans if plan is not None]
-        completions = Completions(self._codec, len(plans))
         work = GenerateWork(
             lambda: self._rows(prompt, plans, sampling),
-            completions.advance,
             n_rows=len(plans),
             n_prompt_tokens=len(prompt),
             n_positions=len(prompt) + sampling.max_new_tokens,
         )
         points = {point for plan in steered for point in self._steering.points(plan)}
         pattern = self._engine.makes_pattern(points)
-        demand = self._costs.generation(work.n_rows, work.n_prompt_tokens, work.n_positions, pattern=pattern)
-        return TicketEvents(lambda put: self._submit(work, demand, on_event=put if stream else None))
+        demand = self._costs.generation(
+            work.n_rows,
+            work.n_prompt_tokens,
+            sampling.max_new_tokens,
+            n_logprobs=sampling.n_logprobs,
+            pattern=pattern,
+        )
+        events = TicketEvents(lambda put: self._submit(work, demand, on_event=put), at_the_end=not stream)
+        return _Writing(events, Completions(self._codec, len(plans)))
 
     def describe(self) -> dict[str, Any]:
         """Model, sources, limits and state, for `/v1/capabilities`."""
@@ -330,8 +337,22 @@ class Runtime:
     def _max_tokens(self) -> int:
         return min(self.settings.max_tokens, self.model.context_length)
 
+    def _check_prompts(self, prompts: Sequence[Tokens], *, at_least: int = 1) -> None:
+        """Raises InvalidRequest for a prompt with fewer tokens than the question needs, or with unknown ones."""
+        for prompt in prompts:
+            if len(prompt) < at_least:
+                short = f"has {len(prompt)} tokens, {at_least} needed" if prompt.ids and at_least > 1 else "is empty"
+                raise InvalidRequest(f"Prompt {short}.")
+            largest = max(prompt.ids)
+            if largest >= self.model.vocab_size:
+                name = prompt.strings[prompt.ids.index(largest)]
+                raise InvalidRequest(
+                    f"The model has no embedding for token {name!r} (id {largest}): its last id is "
+                    f"{self.model.vocab_size - 1}. The tokenizer knows more than the model; leave this token out."
+                )
+
     def _check_room(self, prompt: Tokens, sampling: Sampling) -> None:
-        _check_prompts([prompt])
+        self._check_prompts([prompt])
         if len(prompt) + sampling.max_new_tokens > self._max_tokens:
             raise LimitExceeded(
                 f"No room to generate: the prompt is {len(prompt)} tokens and {sampling.max_new_tokens} are asked for, "
@@ -363,7 +384,7 @@ class Runtime:
         except NotReady:
             permit.release()
             raise
-        ticket.future.add_done_callback(lambda _: permit.release())
+        at_the_end(ticket.future, permit.release)
         return ticket
 
     def _capture_demand(self, work: CaptureWork) -> Demand:
@@ -377,9 +398,15 @@ class Runtime:
         )
 
 
-def _check_prompts(prompts: Sequence[Tokens], *, at_least: int = 1) -> None:
-    """Raises InvalidRequest for a prompt with fewer tokens than the question needs."""
-    for prompt in prompts:
-        if len(prompt) < at_least:
-            need = "is empty" if len(prompt) == 0 or at_least == 1 else f"has {len(prompt)} tokens, {at_least} needed"
-            raise InvalidRequest(f"Prompt {need}.")
+class _Writing(AsyncIterator[tuple[Written, ...]]):
+    """Decode steps as text, on the reader's event loop."""
+
+    def __init__(self, events: TicketEvents, completions: Completions) -> None:
+        self._events = events
+        self._completions = completions
+
+    async def __anext__(self) -> tuple[Written, ...]:
+        return await self._completions.written(await anext(self._events))
+
+    async def aclose(self) -> None:
+        await self._events.aclose()

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.engine.cache import RowCache, RowMemory, SoloCache
-from neuronpedia_inference.engine.generation import Decoder, Lane
+from neuronpedia_inference.engine.decoder import Decoder, ends
+from neuronpedia_inference.engine.generation import Lane
 from neuronpedia_inference.engine.points import RESID_POST, Point
+from neuronpedia_inference.engine.prompts import padded
 from neuronpedia_inference.engine.protocol import RowId, RowSpec, Steering
 from neuronpedia_inference.engine.static import Record
 from neuronpedia_inference.steering.plan import SteerMethod
@@ -60,13 +62,13 @@ def _logits(decoder: Decoder, memory: RowMemory, rows: Sequence[Sequence[int]]) 
     """[row, vocab] after the prompts and after each of a few further tokens, the same for every row."""
     lengths = [len(row) for row in rows]
     width = max(lengths)
-    padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-    with memory.prefill(lengths, width + _N_STEPS) as inputs:
-        yield decoder.forward(padded, inputs, (), lengths)
+    prompts = memory.prompts(width)
+    yield decoder.forward(padded(rows), {"past_key_values": prompts}, (), ends(lengths))
+    memory.join(prompts, range(len(rows)), lengths, width + _N_STEPS)
     for step in range(_N_STEPS):
         fed = torch.full((len(rows), 1), step + 1)
         with memory.decode() as inputs:
-            yield decoder.forward(fed, inputs, (), [1] * len(rows))
+            yield decoder.forward(fed, inputs, (), ends([1] * len(rows)))
 
 
 def _relative_error(one: Tensor, other: Tensor) -> float:

@@ -8,7 +8,7 @@ with its own attention kernels and no overhead, for work that touches only the r
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from neuronpedia_inference.engine.agreement import merging_agrees, nearly_equal, recording_agrees
 from neuronpedia_inference.engine.cache import slides
-from neuronpedia_inference.engine.generation import Decoder, Lane, SoloLane
-from neuronpedia_inference.engine.hooks import BlockSite, BridgeSite, Capture
+from neuronpedia_inference.engine.decoder import Decoder
+from neuronpedia_inference.engine.generation import Lane, SoloLane
+from neuronpedia_inference.engine.hooks import BlockSite, BridgeSite
 from neuronpedia_inference.engine.points import (
     ATTN_OUT,
     HOOK_Z,
@@ -33,6 +34,7 @@ from neuronpedia_inference.engine.points import (
     WRITABLE,
     Point,
 )
+from neuronpedia_inference.engine.prompts import CapturePass
 from neuronpedia_inference.engine.protocol import Captured, ModelInfo, RowSpec
 from neuronpedia_inference.engine.static import Record, as_cuda_graph
 from neuronpedia_inference.errors import StartupError, UnknownPoint
@@ -79,8 +81,8 @@ class BridgeEngine:
         self._rms_eps = _rms_eps(model.config)
         self._base_info = {"model_id": model_id, "name": name, "family": architecture}
         self.cfg: Any = bridge.cfg
-        self._plain = Decoder(model, block_site, self.stop_ids, self.cfg.d_vocab)
-        self._bridged = Decoder(self._twin, self._bridge_site, self.stop_ids, self.cfg.d_vocab)
+        self._plain = Decoder(model, block_site, self.stop_ids)
+        self._bridged = Decoder(self._twin, self._bridge_site, self.stop_ids)
         self.direct = False
         with torch.inference_mode():
             self.direct = self._direct_path_agrees()
@@ -103,7 +105,7 @@ class BridgeEngine:
             n_key_value_heads=cfg.n_key_value_heads or cfg.n_heads,
             d_head=cfg.d_head,
             d_mlp=cfg.d_mlp or 0,
-            vocab_size=cfg.d_vocab,
+            vocab_size=len(self._embedding.weight),
             context_length=cfg.n_ctx,
             dtype=str(self._model.dtype).removeprefix("torch."),
             device=str(self.device),
@@ -111,6 +113,10 @@ class BridgeEngine:
             has_chat_template=has_chat_template,
             known_names=known_names,
         )
+
+    @property
+    def _embedding(self) -> Any:
+        return self._model.get_input_embeddings()
 
     @property
     def device(self) -> torch.device:
@@ -157,18 +163,18 @@ class BridgeEngine:
         return config._attn_implementation == "eager" or slides(config.get_text_config())
 
     def capture(self, prompts: Sequence[Sequence[int]], points: Collection[Point]) -> list[Captured]:
-        """One forward pass over right-padded prompts, ended at the last point wanted.
+        """As `begin_capture`, to its end in one pass."""
+        capturing = self.begin_capture(prompts, points)
+        capturing.advance(capturing.n_tokens)
+        return capturing.result()
 
-        Per prompt and point: [pos, width], heads concatenated; `attn.hook_pattern` [heads, pos, pos].
+    def begin_capture(self, prompts: Sequence[Sequence[int]], points: Collection[Point]) -> Capturing:
+        """A forward pass over right-padded prompts, ended at the last point wanted.
+
         Causal attention keeps the padding out of every real position.
         """
         sources = frozenset(Point(p.layer, NORMALIZED.get(p.place, p.place)) for p in points)
-        lengths = [len(prompt) for prompt in prompts]
-        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
-        seen = self._run_capture(ids.to(self.device), sources)
-        return [self._row(seen, points, row, length) for row, length in enumerate(lengths)]
+        return Capturing(self, CapturePass(self._route(sources), prompts, sources), [len(p) for p in prompts], points)
 
     @property
     def lanes(self) -> tuple[Lane | SoloLane, ...]:
@@ -183,17 +189,14 @@ class BridgeEngine:
         """The cheapest module tree that has all the points."""
         return self._plain if self.direct and all(point.is_residual for point in points) else self._bridged
 
-    def _run_capture(self, ids: Tensor, points: frozenset[Point]) -> dict[Point, Tensor]:
-        tree = self._route(points)
-        capture = Capture(points)
-        with capture.on(tree.site):
-            tree.model(input_ids=ids, use_cache=False)
-        return capture.seen
+    def _probed(self, *points: Point) -> dict[Point, Tensor]:
+        """[1, pos, ...] at every point of the probe."""
+        probe = CapturePass(self._route(points), [self._probe()], points)
+        probe.advance(probe.width)
+        return probe.seen
 
-    def _row(self, seen: dict[Point, Tensor], points: Collection[Point], row: int, length: int) -> Captured:
-        return {point: self._cut(seen, point, row, length) for point in points}
-
-    def _cut(self, seen: dict[Point, Tensor], point: Point, row: int, length: int) -> Tensor:
+    def of_prompt(self, seen: Mapping[Point, Tensor], point: Point, row: int, length: int) -> Tensor:
+        """One prompt's part of what a pass has seen: [pos, width], heads concatenated; patterns [heads, pos, pos]."""
         if point.place in NORMALIZED:
             resid = seen[Point(point.layer, NORMALIZED[point.place])][row, :length].float()
             return resid * torch.rsqrt(resid.pow(2).mean(-1, keepdim=True) + self._rms_eps)
@@ -208,7 +211,7 @@ class BridgeEngine:
 
     def _why_not_merge(self) -> str:
         """Why rows of different requests must not decode together; empty if they may."""
-        family, probe = self._base_info["family"], self._probe()[0].tolist()
+        family, probe = self._base_info["family"], self._probe()
         if family not in MERGING:
             return f"{family} has not been proven to decode in merged batches"
         if not all(merging_agrees(tree, probe) for tree in (self._plain, self._bridged)):
@@ -222,7 +225,7 @@ class BridgeEngine:
         if self.unmerged_because or not self.direct:
             return self.unmerged_because or "the bridge serves this model"
         try:
-            agrees = recording_agrees(self._plain, as_cuda_graph, self._probe()[0].tolist())
+            agrees = recording_agrees(self._plain, as_cuda_graph, self._probe())
         except RuntimeError as exc:
             return f"a step could not be recorded: {' '.join(str(exc).split())[:200]}"
         return "" if agrees else "recorded steps came out different from others on this model"
@@ -234,11 +237,10 @@ class BridgeEngine:
         """Whether the plain model and the bridge compute the same residual stream; else the bridge serves all."""
         # Not deeper: rounding in 16 bits grows from layer to layer until it hides what is looked for.
         point = Point(min(_PROBE_LAYER, self.cfg.n_layers - 1), RESID_POST)
-        ids = self._probe()
         self.direct = True
-        direct = self._run_capture(ids, frozenset({point}))[point]
+        direct = self._probed(point)[point]
         self.direct = False
-        bridged = self._run_capture(ids, frozenset({point}))[point]
+        bridged = self._probed(point)[point]
         return nearly_equal(direct, bridged, self.dtype)
 
     def _resid_mid_is_sum(self) -> bool:
@@ -246,11 +248,42 @@ class BridgeEngine:
         pre, out, mid = (Point(0, place) for place in (RESID_PRE, ATTN_OUT, RESID_MID))
         if not all(p in self._bridge_site for p in (pre, out, mid)):
             return False
-        seen = self._run_capture(self._probe(), frozenset({pre, out, mid}))
+        seen = self._probed(pre, out, mid)
         return nearly_equal(seen[pre] + seen[out], seen[mid], self.dtype)
 
-    def _probe(self) -> Tensor:
-        return torch.tensor([_PROBE], device=self.device) % self.cfg.d_vocab
+    def _probe(self) -> list[int]:
+        return [token % self.cfg.d_vocab for token in _PROBE]
+
+
+class Capturing:
+    """A capture under way, all at once or in pieces."""
+
+    def __init__(
+        self, engine: BridgeEngine, passing: CapturePass, lengths: Sequence[int], points: Collection[Point]
+    ) -> None:
+        self._engine = engine
+        self._pass = passing
+        self._lengths = lengths
+        self._points = points
+        self.n_tokens = passing.width * len(lengths)
+        """Of all prompts, padding included."""
+        self.depth = (1 + max(point.layer for point in points)) / engine.cfg.n_layers
+        """Share of the layers that it runs."""
+
+    @property
+    def is_done(self) -> bool:
+        return self._pass.is_done
+
+    def advance(self, n_tokens: int) -> int:
+        """Run about so many tokens more, at least one of each prompt; how many it were. After an exception: no more."""
+        in_pieces = not self._engine.unmerged_because
+        n_positions = max(1, n_tokens // len(self._lengths)) if in_pieces else self._pass.width
+        return len(self._lengths) * self._pass.advance(n_positions)
+
+    def result(self) -> list[Captured]:
+        """Per prompt and point: [pos, width], heads concatenated; `attn.hook_pattern` [heads, pos, pos]."""
+        seen, cut = self._pass.seen, self._engine.of_prompt
+        return [{p: cut(seen, p, row, length) for p in self._points} for row, length in enumerate(self._lengths)]
 
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:

@@ -26,10 +26,19 @@ Inputs = dict[str, Any]
 class RowMemory(Protocol):
     """What a lane needs of a cache."""
 
-    def prefill(self, lengths: Sequence[int], n_columns: int) -> Any:
-        """Context: the forward pass inside, over right-padded prompts of these lengths, becomes new rows.
+    @property
+    def in_pieces(self) -> bool:
+        """Whether prompts may be run in several passes."""
+        ...
 
-        `n_columns`: positions that the longest of them may reach. Gives the forward's `Inputs`.
+    def prompts(self, n_columns: int) -> Cache:
+        """Where the keys and values of prompts of at most this many positions go until their rows join."""
+        ...
+
+    def join(self, prompts: Cache, rows: Sequence[int], lengths: Sequence[int], n_columns: int) -> None:
+        """These rows of `prompts`, of these lengths, become rows here; `prompts` is spent.
+
+        `n_columns`: positions that the longest of them may reach. After an exception none has joined.
         """
         ...
 
@@ -38,12 +47,73 @@ class RowMemory(Protocol):
         ...
 
     def drop(self, row: int) -> None:
-        """Free a row; the last row takes its place."""
+        """Free a row; the last row takes its place. After an exception it may be asked for again."""
+        ...
+
+    def clear(self) -> None:
+        """Free all rows."""
         ...
 
 
+class PromptCache(Cache):
+    """Keys and values of right-padded prompts, from column 0 on, in as many passes as they take."""
+
+    def __init__(self, config: PreTrainedConfig, n_columns: int) -> None:
+        text: Any = config.get_text_config()
+        super().__init__(layers=[_Columns(n_columns) for _ in range(text.num_hidden_layers)])
+
+
+class _Columns(CacheLayerMixin):
+    """One layer: keys and values [row, head, column, d_head]."""
+
+    is_sliding = False
+
+    def __init__(self, n_columns: int) -> None:
+        super().__init__()
+        self._n_columns = n_columns
+        self._n_filled = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = (
+            new.new_empty(*new.shape[:2], self._n_columns, new.shape[3]) for new in (key_states, value_states)
+        )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep the new positions; give all so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        end = self._n_filled + key_states.shape[2]
+        self.keys[:, :, self._n_filled : end] = key_states
+        self.values[:, :, self._n_filled : end] = value_states
+        self._n_filled = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, which this layer gives up."""
+        assert self.keys is not None
+        assert self.values is not None
+        taken = self.keys, self.values
+        self.keys = self.values = None
+        return taken
+
+    def get_seq_length(self) -> int:
+        return self._n_filled
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._n_filled + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
 class RowCache(Cache):
-    """Slots for any number of rows. A forward pass that raises leaves the rows as they were."""
+    """Slots for any number of rows. A forward pass that raises leaves the rows as they were, and may be run again."""
+
+    in_pieces = True
 
     def __init__(
         self, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device, stays: bool = False
@@ -51,13 +121,12 @@ class RowCache(Cache):
         """`stays`: the slots are kept when the last row leaves, at the addresses that they have."""
         text: Any = config.get_text_config()
         super().__init__(layers=[_Slots(self) for _ in range(text.num_hidden_layers)])
+        self._config = config
         self._dtype, self._device = dtype, device
         self._window: int | None = text.sliding_window if slides(text) else None
         self._stays = stays
         self.lengths: list[int] = []
         """Positions of every row."""
-        self.new: list[int] = []
-        """Lengths of the prompts in the prefill under way."""
         self.n_columns = 0
         """Positions that every slot has room for."""
         self.positions = torch.empty(0, dtype=torch.long, device=device)
@@ -66,17 +135,18 @@ class RowCache(Cache):
         """Columns that its queries may see."""
         self._is_whole = False
 
-    @contextmanager
-    def prefill(self, lengths: Sequence[int], n_columns: int) -> Iterator[Inputs]:
-        """The prompts attend to themselves alone, so causal order is all the mask that they need."""
-        rounded = -(-n_columns // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE
-        self.n_columns = max(self.n_columns, rounded)
-        self.new = list(lengths)
-        try:
-            yield {"past_key_values": self}
-            self.lengths += self.new
-        finally:
-            self.new = []
+    def prompts(self, n_columns: int) -> PromptCache:
+        return PromptCache(self._config, n_columns)
+
+    def join(self, prompts: Cache, rows: Sequence[int], lengths: Sequence[int], n_columns: int) -> None:
+        n_columns = max(self.n_columns, -(-n_columns // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE)
+        n_slots = _power_of_two(len(self.lengths) + len(rows))
+        for slots, columns in zip(self.layers, prompts.layers, strict=True):
+            assert isinstance(slots, _Slots)
+            assert isinstance(columns, _Columns)
+            slots.join(*columns.take(), rows, lengths, (n_slots, n_columns))
+        self.n_columns = n_columns
+        self.lengths += lengths
 
     @contextmanager
     def decode(self) -> Iterator[Inputs]:
@@ -107,22 +177,19 @@ class RowCache(Cache):
             layer.move(last, row)
         self.lengths[row] = self.lengths[last]
         self.lengths.pop()
-        if not self.lengths and not self._stays:
+
+    def clear(self) -> None:
+        self.lengths = []
+        if not self._stays:
             self.reset()
             self.n_columns = 0
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Slots, and columns of each, that there are."""
-        first = self.layers[0]
-        assert isinstance(first, _Slots)
-        keys = first.keys
-        return (0, 0) if keys is None else (keys.shape[0], keys.shape[2])
-
-    @property
-    def n_slots(self) -> int:
-        """Slots wanted for the rows and those in prefill: a power of two, so that growing is rare."""
-        return 1 << (len(self.lengths) + len(self.new) - 1).bit_length()
+        """Slots, and columns of each, that every layer has."""
+        held: list[Tensor | None] = [layer.keys for layer in self.layers if isinstance(layer, _Slots)]
+        shapes = [(0, 0) if keys is None else (len(keys), keys.shape[2]) for keys in held]
+        return min(slots for slots, _ in shapes), min(columns for _, columns in shapes)
 
     def masks(self) -> Any:
         """None where every row sees every column; else additive [row, 1, 1, column], by kind of layer if some slide."""
@@ -156,23 +223,14 @@ class _Slots(CacheLayerMixin):
         self._rows = rows
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys = self._grown(None, key_states)
-        self.values = self._grown(None, value_states)
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
+        raise AssertionError("slots are made when rows join")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep the new positions; give what the queries of this pass may attend to."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self._rows.new:
-            self.keys = self._with_prompts(self.keys, key_states)
-            self.values = self._with_prompts(self.values, value_states)
-            return key_states, value_states
+        """Keep the new position of every row; give what the queries of this step may attend to."""
         return self._with_step(self.keys, key_states), self._with_step(self.values, value_states)
 
     def get_seq_length(self) -> int:
-        return 0 if self._rows.new else max(self._rows.lengths, default=0)
+        return max(self._rows.lengths, default=0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -191,13 +249,22 @@ class _Slots(CacheLayerMixin):
                 assert held is not None
                 held[target] = held[source]
 
-    def _with_prompts(self, held: Tensor | None, new: Tensor) -> Tensor:
-        """The slots with the prompts' states in those behind the rows, zeros behind each prompt's end."""
-        held = self._grown(held, new)
-        first, width = len(self._rows.lengths), new.shape[2]
-        slots = held[first : first + len(new)]
-        slots[:, :, :width] = new
-        for slot, length in zip(slots, self._rows.new, strict=True):
+    def join(
+        self, keys: Tensor, values: Tensor, rows: Sequence[int], lengths: Sequence[int], shape: tuple[int, int]
+    ) -> None:
+        """Rows of keys and values go into the slots behind those in use, zeros behind each one's length.
+
+        `shape`: slots and columns to have room for. Nothing in use is touched, so this may fail and be repeated.
+        """
+        self.keys = self._with_prompts(_grown(self.keys, keys, shape), keys, rows, lengths)
+        self.values = self._with_prompts(_grown(self.values, values, shape), values, rows, lengths)
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def _with_prompts(self, held: Tensor, new: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        first = len(self._rows.lengths)
+        for slot, row, length in zip(held[first : first + len(rows)], rows, lengths, strict=True):
+            slot[:, :length] = new[row, :, :length]
             slot[:, length:] = 0
         return held
 
@@ -208,36 +275,50 @@ class _Slots(CacheLayerMixin):
         slots[torch.arange(len(new), device=new.device), :, rows.positions] = new[:, :, 0]
         return slots[:, :, : rows.n_seen]
 
-    def _grown(self, held: Tensor | None, like: Tensor) -> Tensor:
-        """The same slots with room for all rows at their full length."""
-        n_slots, n_columns = self._rows.n_slots, self._rows.n_columns
-        if held is not None and len(held) >= n_slots and held.shape[2] >= n_columns:
-            return held
-        if held is not None:
-            n_slots, n_columns = max(n_slots, len(held)), max(n_columns, held.shape[2])
-        grown = like.new_zeros(n_slots, like.shape[1], n_columns, like.shape[3])
-        if held is not None:
-            grown[: len(held), :, : held.shape[2]] = held
-        return grown
+
+def _grown(held: Tensor | None, like: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Slots with room for so many rows and columns: the same ones where they have it."""
+    n_slots, n_columns = shape
+    if held is not None and len(held) >= n_slots and held.shape[2] >= n_columns:
+        return held
+    if held is not None:
+        n_slots, n_columns = max(n_slots, len(held)), max(n_columns, held.shape[2])
+    grown = like.new_zeros(n_slots, like.shape[1], n_columns, like.shape[3])
+    if held is not None:
+        grown[: len(held), :, : held.shape[2]] = held
+    return grown
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is not below n, so that growing is rare."""
+    return 1 << (n - 1).bit_length()
 
 
 class SoloCache:
     """One row with Hugging Face's own cache: for any model that decodes at all."""
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self._inputs: Inputs = {"past_key_values": DynamicCache(config=config)}
+    in_pieces = False
 
-    @contextmanager
-    def prefill(self, lengths: Sequence[int], n_columns: int) -> Iterator[Inputs]:
-        assert len(lengths) == 1, lengths
-        yield self._inputs
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self._config = config
+        self._cache: Cache | None = None
+
+    def prompts(self, n_columns: int) -> Cache:
+        return DynamicCache(config=self._config)
+
+    def join(self, prompts: Cache, rows: Sequence[int], lengths: Sequence[int], n_columns: int) -> None:
+        assert list(rows) == [0], rows
+        self._cache = prompts
 
     @contextmanager
     def decode(self) -> Iterator[Inputs]:
-        yield self._inputs
+        yield {"past_key_values": self._cache}
 
     def drop(self, row: int) -> None:
-        """The cache goes with its only row."""
+        self.clear()
+
+    def clear(self) -> None:
+        self._cache = None
 
 
 def slides(config: Any) -> bool:

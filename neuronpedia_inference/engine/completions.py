@@ -1,40 +1,53 @@
-"""From decode steps to what a caller reads: text so far, token ids, log-probabilities."""
+"""From decode steps to what a caller reads: new text, token ids, log-probabilities."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from neuronpedia_inference.domain import Completion, TokenLogprob
+from neuronpedia_inference.domain import TokenLogprob, Written
 from neuronpedia_inference.engine.protocol import RowStep
 from neuronpedia_inference.engine.tokens import TextCodec, TextStream
+from neuronpedia_inference.operations.pacing import Pace
 
 
 @dataclass
-class _RowText:
-    stream: TextStream
+class _News:
+    """What a row has gained in the steps at hand."""
+
+    texts: list[str] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    latest: Completion = Completion()
+    finish_reason: str | None = None
+
+    def written(self) -> Written:
+        return Written("".join(self.texts), tuple(self.ids), tuple(self.logprobs), self.finish_reason)
 
 
 class Completions:
-    """The growing completions of one request's rows."""
+    """The texts of one request's rows. Work for a step does not grow with what was there before it."""
 
     def __init__(self, codec: TextCodec, n_rows: int) -> None:
         self._codec = codec
-        self._rows = [_RowText(TextStream(codec)) for _ in range(n_rows)]
+        self._streams = [TextStream(codec) for _ in range(n_rows)]
 
-    def advance(self, steps: Sequence[RowStep]) -> tuple[Completion, ...]:
-        """Take in one decode step; every row's completion so far, in row order."""
+    async def written(self, steps: Sequence[RowStep]) -> tuple[Written, ...]:
+        """What these steps have added to every row, in row order."""
+        news = [_News() for _ in self._streams]
+        pace = Pace()
         for step in steps:
-            row = self._rows[step.row.place]
-            text = row.stream.push(step.token_id)
-            if step.finish_reason is not None:
-                text = row.stream.text
-            if step.logprob is not None:
-                row.logprobs.append(self._logprob(step, step.logprob))
-            row.latest = Completion(text, tuple(row.stream.ids), tuple(row.logprobs), step.finish_reason)
-        return tuple(row.latest for row in self._rows)
+            self._take(step, self._streams[step.row.place], news[step.row.place])
+            await pace.give_way()
+        return tuple(one.written() for one in news)
+
+    def _take(self, step: RowStep, stream: TextStream, news: _News) -> None:
+        news.ids.append(step.token_id)
+        news.texts.append(stream.push(step.token_id))
+        news.finish_reason = step.finish_reason
+        if step.finish_reason is not None:
+            news.texts.append(stream.rest())
+        if step.logprob is not None:
+            news.logprobs.append(self._logprob(step, step.logprob))
 
     def _logprob(self, step: RowStep, logprob: float) -> TokenLogprob:
         name = self._codec.token_string

@@ -1,46 +1,28 @@
-"""Rows that decode together: their cache, their steering, their sampling. They join and leave between steps."""
+"""Rows that decode together: they join once their prompts have been run, draw a token a step, and leave at their end.
+
+Every row's draws, failures and end are its own. What a lane knows of its rows changes last: a pass that raises leaves
+it as it was. Leaving is only noted, and done when the next step or joining begins, so that it cannot fail.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from neuronpedia_inference.engine.cache import Inputs, RowCache, RowMemory, SoloCache
-from neuronpedia_inference.engine.hooks import Edit, Site, edits
-from neuronpedia_inference.engine.points import ATTN_OUT, RESID_MID, RESID_PRE, WRITABLE, Point
-from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep, Steering
+from neuronpedia_inference.engine.cache import RowCache, RowMemory, SoloCache
+from neuronpedia_inference.engine.decoder import Changes, Decoder, ends
+from neuronpedia_inference.engine.faults import failure_of
+from neuronpedia_inference.engine.prompts import PromptPass
+from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
 from neuronpedia_inference.engine.sampling import Sampler
 from neuronpedia_inference.engine.static import Record, StaticStep
-from neuronpedia_inference.errors import InvalidRequest
-from neuronpedia_inference.steering.apply import SteerTable
+from neuronpedia_inference.engine.steered import steering_edits
+from neuronpedia_inference.errors import EngineFailed, InvalidRequest
 
-Changes = Sequence[tuple[Point, Edit]]
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """A module tree that decodes: the plain model, or the bridge's twin."""
-
-    model: PreTrainedModel
-    site: Site
-    stop_ids: frozenset[int]
-    vocab_size: int
-
-    def forward(self, ids: Tensor, inputs: Inputs, changes: Changes, lengths: Sequence[int]) -> Tensor:
-        """[row, pos] ids -> [row, vocab] logits of each row's last position, float32.
-
-        `lengths`: positions of each row in `ids`, padding on the right.
-        """
-        with edits(self.site, changes), _last_of(self.model, ids, lengths) as places:
-            output = self.model(input_ids=ids.to(self.model.device), use_cache=True, **inputs, **places)
-        return output.logits[:, -1].float()
+NewRows = Sequence[tuple[RowId, RowSpec]]
 
 
 @dataclass
@@ -50,6 +32,7 @@ class _Row:
     sampler: Sampler
     n_generated: int = 0
     next_id: int = -1
+    is_leaving: bool = False
 
 
 @dataclass
@@ -61,8 +44,9 @@ class Lane:
     record: Record | None = None
     """Makes steps of fixed shape fast, where the rows allow them."""
     _rows: list[_Row] = field(default_factory=list, init=False)
+    _is_settled: bool = field(default=True, init=False)
+    """Whether cache and steering are those of the rows as they are now."""
     _changes: Changes = field(default=(), init=False)
-    """Steering of the rows as they are now."""
     _static: StaticStep | None = field(default=None, init=False)
 
     @classmethod
@@ -74,31 +58,54 @@ class Lane:
 
     @property
     def rows(self) -> list[RowId]:
-        return [row.id for row in self._rows]
+        return [row.id for row in self._rows if not row.is_leaving]
 
-    def prefill(self, rows: Sequence[tuple[RowId, RowSpec]]) -> list[RowStep]:
-        """Rows join; the first token of each. After an exception none has joined."""
-        new = [_Row(id_, spec, Sampler(spec.sampling, spec.prompt_ids, self.decoder.vocab_size)) for id_, spec in rows]
-        specs = [row.spec for row in new]
-        lengths = [len(spec.prompt_ids) for spec in specs]
-        longest = max(len(spec.prompt_ids) + spec.sampling.max_new_tokens for spec in specs)
-        changes = steering_edits(specs, untouched=_untouched(specs, max(lengths), self.decoder.model.device))
-        with self.memory.prefill(lengths, longest) as inputs:
-            logits = self.decoder.forward(_padded(specs, max(lengths)), inputs, changes, lengths)
-        self._rows += new
-        self._steer_anew()
-        return self._draw(new, logits)
+    def begin(self, rows: NewRows) -> Joining:
+        """Rows that will join once their prompts have been run. After an exception nothing has begun."""
+        return Joining(self, rows)
+
+    def prefill(self, rows: NewRows) -> list[RowStep]:
+        """Rows join in one forward pass; the first token of each. After an exception none has joined."""
+        joining = self.begin(rows)
+        joining.advance(joining.n_tokens)
+        return joining.join()
 
     def decode(self) -> list[RowStep]:
-        """One more token for every row."""
-        return self._draw(self._rows, self.logits(torch.tensor([[row.next_id] for row in self._rows])))
+        """One more token for every row. After an exception the rows are as they were: it may be tried again."""
+        self._settle()
+        logits = self.logits(torch.tensor([[row.next_id] for row in self._rows]))
+        return self._draw(self._rows, list(logits))
 
     def logits(self, ids: Tensor) -> Tensor:
         """One position more for every row: [row, 1] ids -> [row, vocab], float32."""
+        self._settle()
         if self.record is not None and StaticStep.fits([row.spec for row in self._rows]):
             return self._decode_whole(ids, self.record)
         with self.memory.decode() as inputs:
-            return self.decoder.forward(ids, inputs, self._changes, [1] * len(self._rows))
+            return self.decoder.forward(ids, inputs, self._changes, ends([1] * len(self._rows)))
+
+    def drop(self, rows: Collection[RowId]) -> None:
+        """Rows leave; ids of rows that are not here are ignored. Cannot fail."""
+        for row in self._rows:
+            row.is_leaving = row.is_leaving or row.id in rows
+        self._is_settled = False
+        if not self.rows:
+            self._rows = []
+            self.memory.clear()
+
+    def take_in(self, rows: Sequence[_Row], prompts: PromptPass) -> list[RowStep]:
+        """First tokens are drawn, and rows that go on join. After an exception none has joined."""
+        self._settle()
+        steps = self._draw(rows, prompts.logits())
+        staying = [place for place, row in enumerate(rows) if not row.is_leaving]
+        if staying:
+            specs = [rows[place].spec for place in staying]
+            lengths = [len(spec.prompt_ids) for spec in specs]
+            longest = max(len(spec.prompt_ids) + spec.sampling.max_new_tokens for spec in specs)
+            self.memory.join(prompts.cache, staying, lengths, longest)
+            self._rows = [*self._rows, *(rows[place] for place in staying)]
+            self._is_settled = False
+        return steps
 
     def _decode_whole(self, ids: Tensor, record: Record) -> Tensor:
         """[row, 1] ids -> [row, vocab]; the step is recorded when the cache has got another shape."""
@@ -109,36 +116,41 @@ class Lane:
                 self._static.steer([row.spec for row in self._rows])
             return self._static(ids)
 
-    def drop(self, rows: Collection[RowId]) -> None:
-        """Rows leave; ids of rows that are not here are ignored."""
+    def _settle(self) -> None:
+        """Rows that left make room, and steering becomes that of those who stay. After an exception: again."""
+        if self._is_settled:
+            return
         for place in reversed(range(len(self._rows))):
-            if self._rows[place].id in rows:
+            if self._rows[place].is_leaving:
                 self.memory.drop(place)
                 self._rows[place] = self._rows[-1]
                 self._rows.pop()
-        self._steer_anew()
-
-    def _steer_anew(self) -> None:
-        """Only when rows have joined or left."""
         specs = [row.spec for row in self._rows]
         self._changes = steering_edits(specs)
         if self._static is not None and self._static.shape == self._static.cache.shape:
             self._static.steer(specs)
         else:
             self._static = None
+        self._is_settled = True
 
-    def _draw(self, rows: Sequence[_Row], logits: Tensor) -> list[RowStep]:
-        steps = [self._step(row, logits[place]) for place, row in enumerate(rows)]
-        finished = {step.row for step in steps if step.ends}
-        if finished:
-            self.drop(finished)
+    def _draw(self, rows: Sequence[_Row], logits: Sequence[Tensor]) -> list[RowStep]:
+        """A draw that fails ends its own row. logits: [vocab] of every row."""
+        steps = [self._step(row, of_row) for row, of_row in zip(rows, logits, strict=True)]
+        for row, step in zip(rows, steps, strict=True):
+            row.is_leaving = step.ends
+        if any(step.ends for step in steps):
+            self.drop(())
         return steps
 
     def _step(self, row: _Row, logits: Tensor) -> RowStep:
-        try:
-            token = row.sampler.draw(logits)
-        except InvalidRequest as exc:
-            return RowStep(row.id, -1, error=exc)
+        steps: list[RowStep] = []
+        failure = failure_of(lambda: steps.append(self._drawn(row, logits)))
+        return steps[0] if failure is None else RowStep(row.id, -1, error=failure)
+
+    def _drawn(self, row: _Row, logits: Tensor) -> RowStep:
+        if not bool(torch.isfinite(logits).all()):
+            raise _not_finite(row.spec)
+        token = row.sampler.draw(logits)
         logprob, top = row.sampler.logprobs(logits, token)
         row.next_id = token
         row.n_generated += 1
@@ -148,6 +160,32 @@ class Lane:
         elif row.n_generated >= row.spec.sampling.max_new_tokens:
             finish = "length"
         return RowStep(row.id, token, logprob, top, finish)
+
+
+class Joining:
+    """New rows of a lane while their prompts are run, all at once or in pieces."""
+
+    def __init__(self, lane: Lane, rows: NewRows) -> None:
+        specs = [spec for _, spec in rows]
+        self.lane = lane
+        self._rows = [_Row(id_, spec, Sampler(spec.sampling, spec.prompt_ids)) for id_, spec in rows]
+        width = max(len(spec.prompt_ids) for spec in specs)
+        self._prompts = PromptPass(lane.decoder, specs, lane.memory.prompts(width))
+        self.n_tokens = width * len(rows)
+        """Of all prompts, padding included."""
+
+    @property
+    def is_done(self) -> bool:
+        return self._prompts.is_done
+
+    def advance(self, n_tokens: int) -> int:
+        """Run about so many tokens more, at least one of each prompt; how many it were. After an exception: no more."""
+        n_positions = max(1, n_tokens // len(self._rows)) if self.lane.memory.in_pieces else self._prompts.width
+        return len(self._rows) * self._prompts.advance(n_positions)
+
+    def join(self) -> list[RowStep]:
+        """The rows join the lane with the first token of each. After an exception none has."""
+        return self.lane.take_in(self._rows, self._prompts)
 
 
 class SoloLane:
@@ -161,90 +199,64 @@ class SoloLane:
     def rows(self) -> list[RowId]:
         return list(self._lanes)
 
-    def prefill(self, rows: Sequence[tuple[RowId, RowSpec]]) -> list[RowStep]:
-        lanes = {row[0]: Lane(self._decoder, SoloCache(self._decoder.model.config)) for row in rows}
-        steps = [step for row in rows for step in lanes[row[0]].prefill([row])]
-        self._lanes |= lanes
-        return self._without_finished(steps)
+    def begin(self, rows: NewRows) -> SoloJoining:
+        return SoloJoining(self, {row[0]: self._alone().begin([row]) for row in rows})
+
+    def prefill(self, rows: NewRows) -> list[RowStep]:
+        joining = self.begin(rows)
+        while not joining.is_done:
+            joining.advance(1)
+        return joining.join()
 
     def decode(self) -> list[RowStep]:
-        return self._without_finished([step for lane in self._lanes.values() for step in lane.decode()])
+        """A step that fails ends its own row."""
+        return self._without_finished([step for id_, lane in self._lanes.items() for step in _step_of(id_, lane)])
 
     def drop(self, rows: Collection[RowId]) -> None:
         self._lanes = {id_: lane for id_, lane in self._lanes.items() if id_ not in rows}
+
+    def take_in(self, joining: dict[RowId, Joining]) -> list[RowStep]:
+        """After an exception none has joined."""
+        steps = [step for one in joining.values() for step in one.join()]
+        self._lanes |= {id_: one.lane for id_, one in joining.items()}
+        return self._without_finished(steps)
+
+    def _alone(self) -> Lane:
+        return Lane(self._decoder, SoloCache(self._decoder.model.config))
 
     def _without_finished(self, steps: list[RowStep]) -> list[RowStep]:
         self.drop({step.row for step in steps if step.ends})
         return steps
 
 
-def steering_edits(rows: Sequence[RowSpec], untouched: Tensor | None = None) -> Changes:
-    """What to install for these rows, in the order in which a block reaches it.
+class SoloJoining:
+    """As `Joining`; a piece is the whole prompt of one row."""
 
-    untouched: [row, pos] of bool, positions that steering leaves alone. resid_mid is no tensor of its own in most
-    models: it is the sum of resid_pre and attn_out, read by the MLP branch and carried on by the skip connection. What
-    steering adds to it is added to attn_out, so both see it.
-    """
-    by_point: dict[Point, list[list[Steering]]] = defaultdict(lambda: [[] for _ in rows])
-    for row, spec in enumerate(rows):
-        for steering in spec.steering:
-            by_point[steering.point][row].append(steering)
-    changes: list[tuple[Point, Edit]] = []
-    for point in sorted(by_point, key=lambda p: (p.layer, WRITABLE.index(p.place))):
-        change = _change(SteerTable(by_point[point]), untouched)
-        if point.place == RESID_MID:
-            changes += _edit_sum(point.layer, change)
-        else:
-            changes.append((point, change))
-    return changes
+    def __init__(self, lane: SoloLane, rows: dict[RowId, Joining]) -> None:
+        self._lane = lane
+        self._rows = rows
+        self.n_tokens = sum(one.n_tokens for one in rows.values())
+
+    @property
+    def is_done(self) -> bool:
+        return all(one.is_done for one in self._rows.values())
+
+    def advance(self, n_tokens: int) -> int:
+        return next(one.advance(one.n_tokens) for one in self._rows.values() if not one.is_done)
+
+    def join(self) -> list[RowStep]:
+        return self._lane.take_in(self._rows)
 
 
-def _change(table: SteerTable, untouched: Tensor | None) -> Callable[[Tensor], Tensor]:
-    return lambda hidden: table(hidden, untouched)
+def _step_of(row: RowId, lane: Lane) -> list[RowStep]:
+    steps: list[RowStep] = []
+    failure = failure_of(lambda: steps.extend(lane.decode()))
+    return steps if failure is None else [RowStep(row, -1, error=failure)]
 
 
-def _edit_sum(layer: int, change: Callable[[Tensor], Tensor]) -> list[tuple[Point, Edit]]:
-    resid_pre: list[Tensor] = []
-
-    def remember(tensor: Tensor) -> None:
-        resid_pre[:] = [tensor]
-
-    def edit(attn_out: Tensor) -> Tensor:
-        mid = resid_pre[0] + attn_out
-        return attn_out + (change(mid) - mid)
-
-    return [(Point(layer, RESID_PRE), remember), (Point(layer, ATTN_OUT), edit)]
-
-
-def _untouched(rows: Sequence[RowSpec], width: int, device: torch.device) -> Tensor | None:
-    """[row, pos] of the prompts' positions that steering leaves alone; None where there are none."""
-    if not any(spec.untouched for spec in rows):
-        return None
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for row, spec in enumerate(rows):
-        mask[row, list(spec.untouched)] = True
-    return mask.to(device)
-
-
-def _padded(rows: Sequence[RowSpec], width: int) -> Tensor:
-    """[row, pos] ids, zeros on the right."""
-    return torch.tensor([[*spec.prompt_ids, *[0] * (width - len(spec.prompt_ids))] for spec in rows])
-
-
-@contextmanager
-def _last_of(model: PreTrainedModel, ids: Tensor, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Lets the unembedding run on each row's last position alone; gives the arguments that the forward needs."""
-    if min(lengths) == ids.shape[1]:
-        yield {"logits_to_keep": 1}
-        return
-    head: Any = model.get_output_embeddings()
-    rows, last = torch.arange(len(lengths)), torch.tensor(lengths) - 1
-
-    def cut(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][rows, last][:, None], *args[1:])
-
-    handle = head.register_forward_pre_hook(cut)
-    try:
-        yield {}
-    finally:
-        handle.remove()
+def _not_finite(spec: RowSpec) -> Exception:
+    if spec.steering:
+        return InvalidRequest(
+            "The steered model's output is not finite: the strength is too large. Lower strength or multiplier."
+        )
+    return EngineFailed("The model's output is not finite although nothing steers it: its precision overflows here.")

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.engine.points import Point
-from neuronpedia_inference.errors import InferenceError
 from neuronpedia_inference.steering.plan import SteerMethod
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ class RowStep:
     top: tuple[tuple[int, float], ...] = ()
     """(token id, log-probability) of the likeliest candidates."""
     finish_reason: str | None = None
-    error: InferenceError | None = None
+    error: Exception | None = None
 
     @property
     def ends(self) -> bool:
@@ -90,31 +89,68 @@ class RowStep:
         return self.finish_reason is not None or self.error is not None
 
 
+Captured = Mapping[Point, "Tensor"]
+
+
+class Pass(Protocol):
+    """Prompts on their way through the model."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Of all prompts, padding included."""
+        ...
+
+    @property
+    def is_done(self) -> bool: ...
+
+    def advance(self, n_tokens: int) -> int:
+        """Run about so many tokens more; how many it were. After an exception the pass is of no more use."""
+        ...
+
+
+class Joining(Pass, Protocol):
+    """A pass whose rows go on to decode."""
+
+    def join(self) -> list[RowStep]:
+        """Once it is done: the rows join their lane, with the first token of each. After an exception none has."""
+        ...
+
+
+class Capturing(Pass, Protocol):
+    """A pass that is only read."""
+
+    @property
+    def depth(self) -> float:
+        """Share of the layers that it runs."""
+        ...
+
+    def result(self) -> list[Captured]:
+        """Once it is done: per prompt and point, [pos, width] (pattern and values keep heads)."""
+        ...
+
+
 class Lane(Protocol):
-    """Rows that decode together. They join by prefill, and leave as they end or when they are dropped."""
+    """Rows that decode together. They join once their prompts have been run, and leave as they end or are dropped."""
 
     @property
     def rows(self) -> Sequence[RowId]: ...
 
-    def prefill(self, rows: Sequence[tuple[RowId, RowSpec]]) -> list[RowStep]:
-        """Rows join in one forward pass; the first token of each. After an exception none has joined."""
+    def begin(self, rows: Sequence[tuple[RowId, RowSpec]]) -> Joining:
+        """Rows that will join once their prompts have been run. After an exception nothing has begun."""
         ...
 
     def decode(self) -> list[RowStep]:
-        """One token for every row. After an exception the rows have to be dropped."""
+        """One token for every row. After an exception the rows are as they were: it may be tried again."""
         ...
 
     def drop(self, rows: Collection[RowId]) -> None:
-        """Rows leave; ids of rows that are not here are ignored."""
+        """Rows leave; ids of rows that are not here are ignored. Cannot fail."""
         ...
 
 
-Captured = Mapping[Point, "Tensor"]
-
-
 class Engine(Protocol):
-    def capture(self, prompts: Sequence[Sequence[int]], points: Collection[Point]) -> list[Captured]:
-        """One forward pass over all prompts; per prompt and point, [pos, width] (pattern and values keep heads)."""
+    def begin_capture(self, prompts: Sequence[Sequence[int]], points: Collection[Point]) -> Capturing:
+        """One forward pass over all prompts, ended at the last point."""
         ...
 
     @property

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from neuronpedia_inference.domain import Sampling
-from neuronpedia_inference.errors import InvalidRequest
 
 LEAST_LOGPROB = -100.0
 """Reported in place of minus infinity, which JSON cannot carry (contract 3.8)."""
@@ -17,30 +16,25 @@ LEAST_LOGPROB = -100.0
 class Sampler:
     """The random stream and token counts of one row."""
 
-    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], vocab_size: int) -> None:
+    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
         self.sampling = sampling
         self._generator = torch.Generator().manual_seed(sampling.seed)
-        self._counts: Tensor | None = None
-        if sampling.freq_penalty and sampling.temperature:
-            ids = torch.tensor(prompt_ids, dtype=torch.long)
-            self._counts = torch.bincount(ids, minlength=vocab_size).double()
+        self._seen = list(prompt_ids)
+        """Ids so far, which the penalty counts."""
 
     def draw(self, logits: Tensor) -> int:
-        """logits: [vocab]. Greedy at temperature 0, else softmax(logits / temperature − penalty × count)."""
-        if not bool(torch.isfinite(logits).all()):
-            raise InvalidRequest(
-                "The steered model's output is not finite: the strength is too large. Lower strength or multiplier."
-            )
+        """logits: [vocab], finite. Greedy at temperature 0, else softmax(logits / temperature − penalty × count)."""
         if self.sampling.temperature == 0:
             return int(logits.argmax())
-        scaled = logits.double().cpu()
+        # In float64 on the host: not every device has it.
+        scaled = logits.cpu().double()
         # Shifted before the division, so that a tiny temperature does not overflow.
         scaled = (scaled - scaled.max()) / self.sampling.temperature
-        if self._counts is not None:
-            scaled = scaled - self.sampling.freq_penalty * self._counts[: len(scaled)]
+        if self.sampling.freq_penalty:
+            counts = torch.bincount(torch.tensor(self._seen, dtype=torch.long), minlength=len(scaled))
+            scaled = scaled - self.sampling.freq_penalty * counts[: len(scaled)]
         token = int(torch.multinomial(scaled.softmax(-1), 1, generator=self._generator))
-        if self._counts is not None:
-            self._counts[token] += 1
+        self._seen.append(token)
         return token
 
     def logprobs(self, logits: Tensor, token: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:

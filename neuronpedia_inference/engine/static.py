@@ -22,7 +22,7 @@ from neuronpedia_inference.engine.protocol import RowSpec
 from neuronpedia_inference.steering.plan import SteerMethod
 
 if TYPE_CHECKING:
-    from neuronpedia_inference.engine.generation import Decoder
+    from neuronpedia_inference.engine.decoder import Decoder
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,8 @@ prepend: BOS in front without looking. never: none. A tokenizer that has no BOS 
 
 _WORD_START = "▁"
 _ANCHOR = "a"
+MOST_HELD = 16
+"""Tokens that are held back at the most; a character has up to four bytes."""
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -126,21 +128,36 @@ class TextCodec:
 
 
 class TextStream:
-    """Text of a growing sequence of ids; a character whose bytes are not all there yet is held back."""
+    """Text of a growing sequence of ids. What has been said is never taken back, and costs nothing again.
+
+    A character of several tokens is held back until its last one is there. Bytes that never become a character are
+    said as U+FFFD, those of a run that began with whole characters apart from these.
+    """
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
-        self.ids: list[int] = []
+        self._said: list[int] = []
+        """The ids that were said last: some tokenizers read a token by the one before it."""
+        self._held: list[int] = []
 
     def push(self, token_id: int) -> str:
-        """All text so far that later tokens cannot change."""
-        self.ids.append(token_id)
-        return self.text.rstrip("\ufffd")
+        """What this id adds, which later ones cannot change."""
+        self._held.append(token_id)
+        return self._say(can_hold=len(self._held) < MOST_HELD)
 
-    @property
-    def text(self) -> str:
-        """All text, incomplete characters as U+FFFD."""
-        return self._codec.decode(self.ids)
+    def rest(self) -> str:
+        """What is still held back, incomplete characters as U+FFFD."""
+        return self._say(can_hold=False) if self._held else ""
+
+    def _say(self, *, can_hold: bool) -> str:
+        before = self._codec.decode(self._said)
+        text = self._codec.decode([*self._said, *self._held])
+        if can_hold and text.endswith("\ufffd"):
+            return ""
+        if not text.startswith(before):
+            before, text = "", self._codec.decode(self._held)
+        self._said, self._held = self._held, []
+        return text[len(before) :]
 
 
 def check_text(text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +26,7 @@ from neuronpedia_inference.operations.steer import STEER_COMPLETION, STEER_COMPL
 from neuronpedia_inference.operations.tokenize import TOKENIZE
 from neuronpedia_inference.operations.top_k import ACTIVATION_TOPK_BY_TOKEN, ACTIVATION_TOPK_BY_TOKEN_BATCH
 from neuronpedia_inference.operations.vectors import UTIL_SAE_TOPK_BY_DECODER_COSSIM, UTIL_SAE_VECTOR
+from neuronpedia_inference.scheduler.stay import Stay
 from neuronpedia_inference.schemas.common import Wire
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ async def answer(operation: Operation[Any], body: Body, runtime: Runtime) -> dic
 
     Raises InvalidBody (422) and every other InferenceError.
     """
-    with runtime.metrics.request(operation.name):
+    with runtime.metrics.request(operation.name), closing(Stay()) as stay, stay:
         request = validate(operation, body)
         return await _dictionary(operation, _spelling(operation, body), await operation.run(request, runtime))
 
@@ -123,11 +124,12 @@ async def answer_pieces(operation: Operation[Any], body: Body, runtime: Runtime)
     """
     with ExitStack() as if_refused:
         count = if_refused.enter_context(runtime.metrics.request(operation.name))
-        request = validate(operation, body)
-        reply = await operation.run(request, runtime)
+        with Stay() as stay:
+            request = validate(operation, body)
+            reply = await operation.run(request, runtime)
         if_refused.pop_all()
     pieces = json_pieces(reply, _spelling(operation, body), omit_null=operation.omits_null)
-    return _Counted(paced_items(pieces), _itself, count)
+    return _Counted(paced_items(pieces), _itself, count, stay)
 
 
 async def answer_events(operation: Operation[Any], body: Body, runtime: Runtime) -> Events[Any, dict[str, Any]]:
@@ -147,23 +149,26 @@ async def _events(
         count = if_refused.enter_context(runtime.metrics.request(operation.name))
         if operation.stream is None:
             raise InvalidRequest(f"{operation.name} does not stream")
-        request = validate(operation, body)
-        events = await operation.stream(request, runtime)
+        with Stay() as stay:
+            request = validate(operation, body)
+            events = await operation.stream(request, runtime)
         if_refused.pop_all()
-    return _Counted(events, partial(render, operation, _spelling(operation, body)), count)
+    return _Counted(events, partial(render, operation, _spelling(operation, body)), count, stay)
 
 
 class _Counted(Events[Any, Any]):
-    """Events of one request, which is counted when they end, fail or are closed."""
+    """Events of one request, which is counted, and gives back what it held, when they end, fail or are closed."""
 
     def __init__(
-        self, source: AsyncIterator[Any], render: Callable[[Any], Awaitable[Any]], count: RequestCount
+        self, source: AsyncIterator[Any], render: Callable[[Any], Awaitable[Any]], count: RequestCount, stay: Stay
     ) -> None:
         super().__init__(source, render)
         self._count = count
+        self._stay = stay
 
     async def __anext__(self) -> Any:
         with ExitStack() as at_the_end:
+            at_the_end.callback(self._stay.close)
             at_the_end.push(self._count)
             event = await (await super().__anext__())
             at_the_end.pop_all()
@@ -171,6 +176,7 @@ class _Counted(Events[Any, Any]):
 
     async def aclose(self) -> None:
         self._count.abandon()
+        self._stay.close()
         await super().aclose()
 
 

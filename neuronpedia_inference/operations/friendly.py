@@ -6,16 +6,12 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from neuronpedia_inference.domain import Source
+from neuronpedia_inference.domain import Source, Written
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.activation import activation_all_batch, activation_single_batch
-from neuronpedia_inference.operations.operation import Events, Operation
-from neuronpedia_inference.operations.steer import (
-    steer_completion,
-    steer_completion_chat,
-    steer_completion_chat_events,
-    steer_completion_events,
-)
+from neuronpedia_inference.operations.operation import Events, Operation, last
+from neuronpedia_inference.operations.steer import Chat, chat_story_of, story_of
+from neuronpedia_inference.operations.story import Story, Transcript, logprob_reply
 from neuronpedia_inference.operations.top_k import activation_topk_by_token_batch
 from neuronpedia_inference.schemas.activation import (
     ActivationAllBatchRequest,
@@ -36,9 +32,7 @@ from neuronpedia_inference.schemas.steer import (
     NPSteerFeature,
     NPSteerVector,
     SteerCompletionChatRequest,
-    SteerCompletionChatResponse,
     SteerCompletionRequest,
-    SteerCompletionResponse,
     SteerRequest,
     SteerResponse,
     SteerText,
@@ -80,18 +74,12 @@ async def top_k(request: TopKRequest, rt: Runtime) -> TopKResponse:
 
 async def steer(request: SteerRequest, rt: Runtime) -> SteerResponse:
     """Raises what steer/completion and steer/completion-chat raise."""
-    wire = _steer_wire(request, rt)
-    if isinstance(wire, SteerCompletionRequest):
-        return _from_texts(await steer_completion(wire, rt))
-    return _from_chats(await steer_completion_chat(wire, rt))
+    return await last(_steered(request, rt, stream=False))
 
 
 async def steer_events(request: SteerRequest, rt: Runtime) -> AsyncIterator[SteerResponse]:
-    """As `steer`, growing token by token."""
-    wire = _steer_wire(request, rt)
-    if isinstance(wire, SteerCompletionRequest):
-        return Events(await steer_completion_events(wire, rt), _from_texts)
-    return Events(await steer_completion_chat_events(wire, rt), _from_chats)
+    """As `steer`, growing token by token; with `deltas` only what is new."""
+    return _steered(request, rt, stream=True)
 
 
 def _prompts(prompt: str | list[str]) -> list[str]:
@@ -227,20 +215,43 @@ def _steer_vectors(request: SteerRequest) -> list[NPSteerVector] | None:
     return [NPSteerVector(steering_vector=one.vector, strength=one.strength, hook=one.hook) for one in request.vectors]
 
 
-def _from_texts(answer: SteerCompletionResponse) -> SteerResponse:
-    return _side_by_side([SteerText(text=one.output, logprobs=one.logprobs) for one in answer.outputs])
+def _steered(request: SteerRequest, rt: Runtime, *, stream: bool) -> AsyncIterator[SteerResponse]:
+    """Raises every 4xx before it returns."""
+    if request.deltas and not stream:
+        raise InvalidRequest("deltas: goes with stream, whose events it makes smaller")
+    wire = _steer_wire(request, rt)
+    if isinstance(wire, SteerCompletionRequest):
+        chat, story = None, story_of(wire, rt, stream=stream)
+    else:
+        chat, story = chat_story_of(wire, rt, stream=stream)
+    if request.deltas:
+        return Events(story, lambda news: _side_by_side([_new(chat, story, *pair) for pair in enumerate(news)]))
+    return Events(story, lambda _: _side_by_side([_so_far(chat, row) for row in story.rows]))
 
 
-def _from_chats(answer: SteerCompletionChatResponse) -> SteerResponse:
-    start = len(answer.input.raw)
-    return _side_by_side(
-        [SteerText(text=one.raw[start:], messages=one.chat_template, logprobs=one.logprobs) for one in answer.outputs]
+def _so_far(chat: Chat | None, row: Transcript) -> SteerText:
+    return SteerText.model_construct(
+        text=row.text,
+        messages=None if chat is None else chat.with_answer(row),
+        logprobs=row.logprobs,
+        finish_reason=row.finish_reason,
+    )
+
+
+def _new(chat: Chat | None, story: Story, place: int, written: Written) -> SteerText:
+    """Messages come with the last event: they cannot be told in parts."""
+    row = story.rows[place]
+    return SteerText.model_construct(
+        text=written.text,
+        messages=None if chat is None or not story.has_ended else chat.with_answer(row),
+        logprobs=None if row.logprobs is None else [logprob_reply(one) for one in written.logprobs],
+        finish_reason=row.finish_reason,
     )
 
 
 def _side_by_side(texts: Sequence[SteerText]) -> SteerResponse:
     """Texts in the order that `_steer_wire` asks for."""
-    return SteerResponse(steered=texts[0], default=texts[1] if len(texts) > 1 else None)
+    return SteerResponse.model_construct(steered=texts[0], default=texts[1] if len(texts) > 1 else None)
 
 
 ACTIVATIONS = Operation(

@@ -63,12 +63,12 @@ class Entries(Rows[tuple[str, Any]]):
 class Rendered(Protocol):
     """A value that brings its own JSON."""
 
-    def json(self, spelling: Spelling) -> bytes:
-        """Valid JSON, copied as it is."""
+    def parts(self, spelling: Spelling) -> Iterator[bytes]:
+        """Valid JSON, copied as it is, in parts of little work."""
         ...
 
-    def plain(self, spelling: Spelling) -> Any:
-        """The same as JSON-ready Python values."""
+    def plain(self, spelling: Spelling) -> Generator[None, None, Any]:
+        """The same as JSON-ready Python values, with a yield between small steps of the work."""
         ...
 
 
@@ -180,7 +180,7 @@ class _Writer(_Walk):
         elif isinstance(value, list | tuple | Rows):
             yield from self._array(value)
         else:
-            yield value.json(self.spelling)
+            yield from value.parts(self.spelling)
 
     def _object(self, entries: Iterable[tuple[tuple[bytes, ...], Any]]) -> Iterator[bytes]:
         before = b"{"
@@ -260,7 +260,7 @@ class _Builder(_Walk):
                 built.append((yield from self.build(item)))
                 yield
             return built
-        return value.plain(self.spelling)
+        return (yield from value.plain(self.spelling))
 
     def _model(self, model: BaseModel) -> Generator[None, None, dict[str, Any]]:
         if self.size(model) is None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from neuronpedia_inference.domain import ChatMessage, Completion, Sampling, TokenLogprob, Tokens
+from neuronpedia_inference.domain import ChatMessage, Sampling, Tokens
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.chat import open_reasoning, read_answer, without_reasoning
 from neuronpedia_inference.operations.operation import Events, Operation, last
 from neuronpedia_inference.operations.prompts import check_model
+from neuronpedia_inference.operations.story import Story, Transcript
 from neuronpedia_inference.schemas.steer import (
-    NPLogprob,
-    NPLogprobTop,
     NPSteerChatMessage,
     NPSteerChatResult,
     NPSteerCompletionOutput,
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
 STEER_RULE = "Invalid request data: exactly one of features or vectors must be provided"
-NO_PROBABILITY = -100.0
 
 
 async def steer_completion(request: SteerCompletionRequest, rt: Runtime) -> SteerCompletionResponse:
@@ -58,31 +56,53 @@ async def steer_completion_chat_events(
 
 
 def _complete(request: SteerCompletionRequest, rt: Runtime, *, stream: bool) -> AsyncIterator[SteerCompletionResponse]:
-    """Raises every 4xx before it returns."""
-    plan = _checked_plan(request, rt)
-    prompt = rt.tokenize(request.prompt, "once")
-    completions = _generate(request, prompt, plan, rt, stream=stream)
-    return Events(completions, partial(_texts, request))
+    story = story_of(request, rt, stream=stream)
+    return Events(story, lambda _: _texts(request, story.rows))
 
 
 def _complete_chat(
     request: SteerCompletionChatRequest, rt: Runtime, *, stream: bool
 ) -> AsyncIterator[SteerCompletionChatResponse]:
-    """Raises every 4xx before it returns."""
+    chat, story = chat_story_of(request, rt, stream=stream)
+    return Events(story, lambda _: _chats(request, chat, story.rows))
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat that waits for its answer."""
+
+    messages: list[NPSteerChatMessage]
+    raw: str
+    """As the model reads it, special tokens included."""
+    opened: str
+    """What the template has opened of the answer's reasoning."""
+
+    def with_answer(self, row: Transcript) -> list[NPSteerChatMessage]:
+        """The messages, and the answer once it has content."""
+        content = read_answer(row.text.text, self.opened)
+        return [*self.messages, *([NPSteerChatMessage(role="assistant", content=content)] if content else [])]
+
+
+def story_of(request: SteerCompletionRequest, rt: Runtime, *, stream: bool) -> Story:
+    """A row per requested type, in request order. Raises every 4xx before it returns."""
+    plan = _checked_plan(request, rt)
+    return _generate(request, rt.tokenize(request.prompt, "once"), "", plan, rt, stream=stream)
+
+
+def chat_story_of(request: SteerCompletionChatRequest, rt: Runtime, *, stream: bool) -> tuple[Chat, Story]:
+    """As `story_of`, for the answers to a chat."""
     plan = _checked_plan(request, rt, skip_special_tokens=not request.steer_special_tokens)
     messages = without_reasoning([ChatMessage(one.role, one.content) for one in request.prompt])
     if not messages:
         raise InvalidRequest("At least one message with content is required")
     rendered, prompt = rt.render_chat(messages)
-    chat = NPSteerChatResult(raw=rt.decode(prompt.ids), chat_template=request.prompt)
-    completions = _generate(request, prompt, plan, rt, stream=stream)
-    return Events(completions, partial(_chats, request, chat, open_reasoning(rendered)))
+    chat = Chat(request.prompt, rt.decode(prompt.ids), open_reasoning(rendered))
+    return chat, _generate(request, prompt, chat.raw, plan, rt, stream=stream)
 
 
 def _generate(
-    request: SteerFields, prompt: Tokens, plan: SteerPlan | None, rt: Runtime, *, stream: bool
-) -> AsyncIterator[tuple[Completion, ...]]:
-    """One row per requested type, in request order."""
+    request: SteerFields, prompt: Tokens, raw: str, plan: SteerPlan | None, rt: Runtime, *, stream: bool
+) -> Story:
     if not prompt.ids:
         raise InvalidRequest("Prompt is empty")
     sampling = Sampling(
@@ -93,7 +113,8 @@ def _generate(
         n_logprobs=request.n_logprobs or 0,
     )
     plans = [plan if kind == "STEERED" else None for kind in request.types]
-    return rt.generate(prompt, plans, sampling, stream=stream)
+    rows = [Transcript(raw, has_logprobs=bool(request.n_logprobs)) for _ in plans]
+    return Story(rt.generate(prompt, plans, sampling, stream=stream), rows)
 
 
 def _checked_plan(request: SteerFields, rt: Runtime, *, skip_special_tokens: bool = False) -> SteerPlan | None:
@@ -127,55 +148,25 @@ def _steers(request: SteerFields) -> tuple[Steer, ...]:
     return (*by_feature, *by_vector)
 
 
-def _texts(request: SteerFields, completions: Sequence[Completion]) -> SteerCompletionResponse:
-    return SteerCompletionResponse(
+def _texts(request: SteerFields, rows: Sequence[Transcript]) -> SteerCompletionResponse:
+    return SteerCompletionResponse.model_construct(
         outputs=[
-            NPSteerCompletionOutput(type=kind, output=one.text, logprobs=_logprobs(request, one))
-            for kind, one in zip(request.types, completions, strict=True)
+            NPSteerCompletionOutput.model_construct(type=kind, output=row.text, logprobs=row.logprobs)
+            for kind, row in zip(request.types, rows, strict=True)
         ]
     )
 
 
-def _chats(
-    request: SteerCompletionChatRequest,
-    chat: NPSteerChatResult,
-    opened: str,
-    completions: Sequence[Completion],
-) -> SteerCompletionChatResponse:
-    return SteerCompletionChatResponse(
+def _chats(request: SteerCompletionChatRequest, chat: Chat, rows: Sequence[Transcript]) -> SteerCompletionChatResponse:
+    return SteerCompletionChatResponse.model_construct(
         outputs=[
-            NPSteerChatResult(
-                raw=chat.raw + one.text,
-                chat_template=[*chat.chat_template, *_answer(one.text, opened)],
-                type=kind,
-                logprobs=_logprobs(request, one),
+            NPSteerChatResult.model_construct(
+                raw=row.raw, chat_template=chat.with_answer(row), type=kind, logprobs=row.logprobs
             )
-            for kind, one in zip(request.types, completions, strict=True)
+            for kind, row in zip(request.types, rows, strict=True)
         ],
-        input=chat,
+        input=NPSteerChatResult(raw=chat.raw, chat_template=chat.messages),
     )
-
-
-def _answer(generated: str, opened: str) -> list[NPSteerChatMessage]:
-    content = read_answer(generated, opened)
-    return [NPSteerChatMessage(role="assistant", content=content)] if content else []
-
-
-def _logprobs(request: SteerFields, completion: Completion) -> list[NPLogprob] | None:
-    return [_logprob(one) for one in completion.logprobs] if request.n_logprobs else None
-
-
-def _logprob(one: TokenLogprob) -> NPLogprob:
-    return NPLogprob(
-        token=one.token,
-        logprob=_finite(one.logprob),
-        top_logprobs=[NPLogprobTop(token=token, logprob=_finite(value)) for token, value in one.top],
-    )
-
-
-def _finite(logprob: float) -> float:
-    """JSON has no infinity: a token without probability gets a number that is as good as none."""
-    return logprob if math.isfinite(logprob) else NO_PROBABILITY
 
 
 STEER_COMPLETION = Operation(

@@ -19,10 +19,6 @@ class Ticket:
         self._cancel = threading.Event()
 
     @property
-    def wants_events(self) -> bool:
-        return self._on_event is not None
-
-    @property
     def cancelled(self) -> bool:
         return self._cancel.is_set() or self.future.cancelled()
 
@@ -31,6 +27,7 @@ class Ticket:
         self._cancel.set()
 
     def emit(self, event: Any) -> None:
+        """`on_event` is called on the worker's thread, so it only takes note."""
         if self._on_event is not None and not self.cancelled:
             self._on_event(event)
 
@@ -49,8 +46,9 @@ class Ticket:
         self.future.cancel()
 
 
-Steps = Generator[Future[Any], Any, Any]
-"""Work that may have to wait for weights: yields the future of what it needs, is sent its result, returns its own.
+Steps = Generator[Future[Any] | None, Any, Any]
+"""Work that gives way: yields the future of weights that it needs and is sent what that gives, or yields None where
+others may have a turn; returns its own result.
 
 What a future gives has a `release`, which is called for it if the work ends before it could take it.
 """
@@ -80,12 +78,10 @@ class CaptureWork:
 
 @dataclass(frozen=True)
 class GenerateWork:
-    """Generate rows that share a prompt."""
+    """Generate rows that share a prompt. Events are the engine.protocol.RowStep of some of them; the result is None."""
 
     prepare: Callable[[], Steps]
     """-> engine.protocol.RowSpec per row"""
-    advance: Callable[[Sequence[Any]], Any]
-    """engine.protocol.RowStep of some of the rows -> the event; the last event is the result."""
     n_rows: int
     n_prompt_tokens: int
     n_positions: int
@@ -115,3 +111,5 @@ class Job:
     ticket: Ticket = field(default_factory=Ticket)
     context: Context = field(default_factory=copy_context)
     """Of the caller, so that what is logged about the job carries its request id."""
+    has_ended: bool = False
+    """Its caller has been told, one way or another."""

@@ -17,42 +17,58 @@ class Limits:
     max_cache_positions: int = 2**20
     """Rows that generate × positions of the longest of them."""
     max_prefill_tokens: int = 512
-    """Tokens, padding included, of prompts that are prefilled together: running rows wait for them."""
+    """Tokens, padding included, of prompts that are prefilled together, and of one piece of longer ones."""
     max_capture_tokens: int = 512
-    """Tokens, padding included, of captures that share a forward pass."""
+    """Tokens, padding included, of captures that share a forward pass, and of one piece of longer ones."""
     max_padding: float = 0.25
     """Share of padding in either."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """One turn of the worker. Every waiting job is in at most one of the first four; the rest wait on."""
+    """One turn of the worker. Every waiting job is in at most one of the four; the rest wait on."""
 
     cancelled: tuple[Job, ...] = ()
     """Their callers have gone."""
     expired: tuple[Job, ...] = ()
     """They waited past their deadline."""
     run: tuple[Job, ...] = ()
-    """A call, or captures that share one forward pass."""
+    """A call that begins, or captures that share one forward pass."""
     prefill: tuple[Job, ...] = ()
-    """Generations that begin, and decode from now on with those that run."""
+    """Generations whose prompts begin to run; then they decode with those that run."""
 
 
-def plan_tick(waiting: Sequence[Job], running: Sequence[Job], limits: Limits, now_s: float) -> Tick:
-    """Oldest first; between two decode steps at most one pass of captures and one prefill, so that no stream starves.
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """What has begun and not ended."""
+
+    reading: Sequence[Job] = ()
+    """Calls and captures that can go on. One group at a time."""
+    joining: Sequence[Job] = ()
+    """Generations whose prompts run. One group at a time."""
+    decoding: Sequence[Job] = ()
+    paused: Sequence[Job] = ()
+    """Those who wait for weights, and hold up nobody."""
+
+
+def plan_tick(waiting: Sequence[Job], under_way: UnderWay, limits: Limits, now_s: float) -> Tick:
+    """Oldest first: what may begin beside what is under way.
 
     `waiting` is in order of arrival. A generation whose rows do not fit beside the running ones waits, and those
     behind it wait too: a small request does not overtake a large one for ever. With nothing running, any fits.
     """
-    cancelled = tuple(job for job in (*waiting, *running) if job.ticket.cancelled)
+    begun = (*under_way.reading, *under_way.joining, *under_way.decoding, *under_way.paused)
+    cancelled = tuple(job for job in (*waiting, *begun) if job.ticket.cancelled)
     expired = tuple(job for job in waiting if not job.ticket.cancelled and _is_late(job, now_s))
     gone = {job.id for job in (*cancelled, *expired)}
     ready = [job for job in waiting if job.id not in gone]
-    staying = [job.work for job in running if job.id not in gone and isinstance(job.work, GenerateWork)]
-    return Tick(cancelled, expired, _captured_together(ready, limits), _joining(ready, staying, limits))
+    staying = [job.work for job in under_way.decoding if job.id not in gone and isinstance(job.work, GenerateWork)]
+    reading = () if under_way.reading else _read_together(ready, limits)
+    joining = () if under_way.joining else _joining(ready, staying, limits)
+    return Tick(cancelled, expired, reading, joining)
 
 
-def _captured_together(ready: Sequence[Job], limits: Limits) -> tuple[Job, ...]:
+def _read_together(ready: Sequence[Job], limits: Limits) -> tuple[Job, ...]:
     """The oldest call or capture and, for a capture, the later ones that fit into its forward pass."""
     oldest = next((job for job in ready if not isinstance(job.work, GenerateWork)), None)
     if oldest is None or not isinstance(oldest.work, CaptureWork):

@@ -3,53 +3,32 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import queue
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
 
-from neuronpedia_inference.engine.faults import as_inference_error, free_caches, poisons_device
-from neuronpedia_inference.engine.protocol import Engine, Lane, RowId, RowSpec, RowStep
-from neuronpedia_inference.errors import NotReady, OutOfMemory, Overloaded
+from neuronpedia_inference.engine.protocol import Engine
+from neuronpedia_inference.errors import NotReady, Overloaded
 from neuronpedia_inference.metrics import Metrics
-from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, GenerateWork, Job, Steps, Ticket, Work
-from neuronpedia_inference.scheduler.policy import Limits, Tick, plan_tick
-
-log = logging.getLogger(__name__)
+from neuronpedia_inference.scheduler.ends import Ends
+from neuronpedia_inference.scheduler.generations import Generations
+from neuronpedia_inference.scheduler.jobs import GenerateWork, Job, Ticket, Work
+from neuronpedia_inference.scheduler.pace import Pace
+from neuronpedia_inference.scheduler.policy import Limits, Tick, UnderWay, plan_tick
+from neuronpedia_inference.scheduler.readings import Readings
+from neuronpedia_inference.scheduler.turns import Turns
 
 LINGER_S = 0.01
 """How long those who shared a pass have to ask again, so that they share the next one too."""
-
-
-@dataclass
-class _Generation:
-    """A job whose rows are in a lane."""
-
-    job: Job
-    work: GenerateWork
-    lane: Lane
-    n_left: int
-    """Rows that have not ended."""
-    has_begun: bool = False
-
-
-@dataclass(frozen=True)
-class _Paused:
-    """A job that waits for weights."""
-
-    job: Job
-    steps: Steps
-    awaited: Future[Any]
+TURN_S = 0.25
+"""For how long reductions run before the inbox is looked at again, while nothing decodes."""
 
 
 class Worker:
@@ -63,16 +42,21 @@ class Worker:
         self._limits = limits
         self._n_threads = n_threads
         self._max_wait_s = max_wait_s
-        self._metrics = metrics
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._waiting: list[Job] = []
-        self._rows: dict[int, Sequence[RowSpec]] = {}
-        """Of generations that wait for their turn."""
-        self._paused: dict[int, _Paused] = {}
-        self._in_hand: list[Job] = []
-        self._running: dict[int, _Generation] = {}
+        self._starting: list[Job] = []
+        """Taken from those that wait, and not yet in anyone's hands."""
+        pace = Pace()
+        self._ends = Ends(metrics)
+        self._turns = Turns(self._ends, partial(self._inbox.put, None))
+        self._readings = Readings(engine, self._ends, self._turns, metrics, pace)
+        self._generations = Generations(engine, self._ends, metrics, pace)
+        self._ends.forget = (self._turns.forget, self._readings.forget, self._generations.forget)
+        self._pace = pace
         self._n_expected, self._expected_until_s = 0, 0.0
         """How many may share the next pass of captures, and how long they are waited for."""
+        self._pieces = deque([self._join_piece, self._turn, self._read_piece])
+        """What is not decoding; the first comes first after the next step."""
         self._ids = itertools.count()
         self._closing = False
         self._lock = threading.Lock()
@@ -83,12 +67,12 @@ class Worker:
     @property
     def n_waiting(self) -> int:
         """Jobs that have not begun, or wait for weights."""
-        return len(self._waiting) + len(self._paused) + self._inbox.qsize()
+        return len(self._waiting) + len(self._turns.waiting) + self._inbox.qsize()
 
     @property
     def n_running(self) -> int:
         """Generations under way."""
-        return len(self._running)
+        return len(self._generations.decoding)
 
     @property
     def n_rows(self) -> int:
@@ -113,24 +97,23 @@ class Worker:
         self._inbox.put(None)
         self._thread.join()
 
-    # The loop
-
     def _main(self) -> None:
         torch.set_num_threads(self._n_threads)
         try:
             with torch.inference_mode():
-                while self.healthy and self._drain_inbox():
+                while not self._ends.device_failed and self._drain_inbox():
                     self._linger()
-                    self._resume_paused()
-                    running = [generation.job for generation in self._running.values()]
-                    self._carry_out(plan_tick(self._waiting, running, self._limits, time.monotonic()))
+                    self._turns.resume()
+                    self._carry_out(plan_tick(self._waiting, self._under_way, self._limits, time.monotonic()))
         finally:
             self._fail_everything()
 
+    # The inbox
+
     def _drain_inbox(self) -> bool:
         """Take in new jobs, sleeping while there is nothing at all to do. False when it is time to stop."""
-        idle = not self._waiting and not self._running
-        if idle and self._closing and self._inbox.empty() and not self._paused:
+        idle = not (self._waiting or self._turns.ready or self._readings.jobs or self._generations.inside)
+        if idle and self._closing and self._inbox.empty() and not self._turns.waiting:
             return False
         if idle:
             self._accept(self._inbox.get())
@@ -141,9 +124,9 @@ class Worker:
     def _linger(self) -> None:
         """Callers who were answered together ask again within a moment: the first of them does not run ahead alone.
 
-        A caller who comes alone, or finds a generation running, never waits here.
+        A caller who comes alone, or finds something under way, never waits here.
         """
-        while not self._running and 0 < len(self._waiting) < self._n_expected:
+        while not (self._generations.inside or self._reading) and 0 < len(self._waiting) < self._n_expected:
             left_s = self._expected_until_s - time.monotonic()
             if left_s <= 0:
                 return
@@ -155,190 +138,84 @@ class Worker:
         if job is None:
             return
         if isinstance(job.work, GenerateWork):
-            self._attempt(job, partial(self._go_on, job, job.work.prepare()))
+            self._ends.attempt(job, lambda: self._prepare(job, job.work))
         else:
             self._waiting.append(job)
+
+    def _prepare(self, job: Job, work: Work) -> None:
+        assert isinstance(work, GenerateWork)
+        self._turns.at_once(job, work.prepare(), partial(self._prepared, job))
+
+    def _prepared(self, job: Job, rows: Any) -> None:
+        self._generations.prepared(job, rows)
+        self._waiting.append(job)
+        self._waiting.sort(key=lambda one: one.id)
+
+    # A tick
+
+    @property
+    def _reading(self) -> list[Job]:
+        """Those who have begun, and can go on."""
+        return [*self._readings.jobs, *self._turns.ready]
+
+    @property
+    def _under_way(self) -> UnderWay:
+        inside = self._generations
+        return UnderWay(self._reading, inside.joining, inside.decoding, self._turns.waiting)
 
     def _carry_out(self, tick: Tick) -> None:
         for job in tick.cancelled:
-            self._cancel(job)
+            self._ends.cancel(job)
         for job in tick.expired:
             waited = Overloaded(f"Waited {self._max_wait_s:g} s for a turn, the most allowed. Try again soon.")
-            self._end(job, "expired", partial(job.ticket.fail, waited))
-        self._in_hand = [*tick.run, *tick.prefill]
-        gone = {job.id for job in (*tick.cancelled, *tick.expired, *self._in_hand)}
+            self._ends.end(job, "expired", partial(job.ticket.fail, waited))
+        self._starting = [*tick.run, *tick.prefill]
+        gone = {job.id for job in (*tick.cancelled, *tick.expired, *self._starting)}
         self._waiting = [job for job in self._waiting if job.id not in gone]
-        self._run(tick.run)
-        self._prefill(tick.prefill)
-        self._in_hand = []
-        self._decode()
+        self._readings.begin(tick.run)
+        if tick.prefill:
+            self._generations.begin(tick.prefill)
+        self._starting = []
+        self._run_pieces()
+        self._generations.decode()
 
-    # Calls and captures
+    def _run_pieces(self) -> None:
+        """While rows decode, one piece of what does not, of about a step's time; else one of each kind."""
+        were_reading = bool(self._reading)
+        self._pieces.rotate(1)
+        for piece in self._pieces:
+            if piece() and self._generations.decoding:
+                break
+        if were_reading and not self._reading:
+            self._expect(self._readings.shared_lately)
 
-    def _run(self, jobs: Sequence[Job]) -> None:
-        captures = [(job, job.work) for job in jobs if isinstance(job.work, CaptureWork)]
-        if captures:
-            self._capture(captures)
-        for job in jobs:
-            if isinstance(job.work, CallWork):
-                self._attempt(job, partial(self._go_on, job, job.work.run()))
-
-    def _capture(self, jobs: Sequence[tuple[Job, CaptureWork]]) -> None:
-        """One forward pass for all, the same prompt once; then each job's own reduction."""
-        prompts = list(dict.fromkeys(tuple(prompt) for _, work in jobs for prompt in work.prompts))
-        points = {point for _, work in jobs for point in work.points}
-        shared: dict[tuple[int, ...], Any] = {}
-        failure = _failure_of(lambda: shared.update(zip(prompts, self._engine.capture(prompts, points), strict=True)))
-        if failure is not None:
-            self._one_by_one([job for job, _ in jobs], failure, lambda n: self._capture([jobs[n]]))
-            return
-        lengths = [len(prompt) for prompt in prompts]
-        self._metrics.captured(len(jobs), sum(lengths), len(lengths) * max(lengths) - sum(lengths))
-        for job, work in jobs:
-            self._attempt(job, partial(self._go_on, job, _reduction(work, shared)))
-        # With one who came too late for this pass, the next is larger by one.
-        self._n_expected = len(jobs) + min(1, self.n_waiting) if len(jobs) > 1 else 0
+    def _expect(self, n_shared: int) -> None:
+        """With one who came too late for the last pass, the next is larger by one."""
+        self._n_expected = n_shared + min(1, self.n_waiting) if n_shared > 1 else 0
         self._expected_until_s = time.monotonic() + LINGER_S
 
-    def _one_by_one(self, jobs: Sequence[Job], failure: Exception, again: Callable[[int], None]) -> None:
-        """A merged pass that failed says nothing about whose fault it is: each job runs alone and answers for it."""
-        if len(jobs) == 1:
-            self._fail(jobs[0], failure)
-            return
-        log.warning("a merged forward pass failed, its requests run one by one", exc_info=failure)
-        free_caches()
-        for number in range(len(jobs)):
-            if not poisons_device(failure):
-                again(number)
-            else:
-                self._fail(jobs[number], failure)
+    def _join_piece(self) -> bool:
+        """Whether there was one."""
+        if not self._generations.joining:
+            return False
+        beside_steps = bool(self._generations.decoding)
+        self._generations.advance(self._limits.max_prefill_tokens, beside_steps=beside_steps)
+        return True
 
-    # Generations
+    def _read_piece(self) -> bool:
+        """Whether there was one."""
+        if not self._readings.jobs:
+            return False
+        beside_steps = bool(self._generations.decoding)
+        self._readings.advance(self._limits.max_capture_tokens, beside_steps=beside_steps)
+        return True
 
-    def _prefill(self, jobs: Sequence[Job]) -> None:
-        """One forward pass for the new rows of each lane."""
-        by_lane: dict[int, list[_Generation]] = defaultdict(list)
-        for job in jobs:
-            assert isinstance(job.work, GenerateWork)
-            lane = self._engine.lane(self._rows[job.id])
-            by_lane[id(lane)].append(_Generation(job, job.work, lane, job.work.n_rows))
-        for generations in by_lane.values():
-            self._join(generations)
-
-    def _join(self, generations: Sequence[_Generation]) -> None:
-        lane = generations[0].lane
-        new = [(RowId(g.job.id, n), spec) for g in generations for n, spec in enumerate(self._rows[g.job.id])]
-        steps: list[RowStep] = []
-        failure = _failure_of(lambda: steps.extend(lane.prefill(new)))
-        if failure is not None:
-            jobs = [generation.job for generation in generations]
-            self._one_by_one(jobs, failure, lambda n: self._join([generations[n]]))
-            return
-        lengths = [len(spec.prompt_ids) for _, spec in new]
-        self._metrics.prefilled(len(new), sum(lengths), len(lengths) * max(lengths) - sum(lengths))
-        for generation in generations:
-            del self._rows[generation.job.id]
-            self._running[generation.job.id] = generation
-        self._deliver(steps)
-
-    def _decode(self) -> None:
-        for lane in self._engine.lanes:
-            rows = list(lane.rows)
-            if rows:
-                steps: list[RowStep] = []
-                failure = _failure_of(lambda lane=lane, steps=steps: steps.extend(lane.decode()))
-                if failure is not None:
-                    for number in {row.job for row in rows}:
-                        self._fail(self._running[number].job, failure)
-                else:
-                    self._metrics.decoded(len(rows))
-                    self._deliver(steps)
-
-    def _deliver(self, steps: Sequence[RowStep]) -> None:
-        for number, own in groupby(sorted(steps, key=lambda step: step.row), lambda step: step.row.job):
-            generation = self._running[number]
-            self._attempt(generation.job, partial(self._advance, generation, list(own)))
-
-    def _advance(self, generation: _Generation, steps: Sequence[RowStep]) -> None:
-        """Raises what ended a row, which ends its job."""
-        for step in steps:
-            if step.error is not None:
-                raise step.error
-        job = generation.job
-        if not generation.has_begun:
-            generation.has_begun = True
-            self._metrics.first_token(time.monotonic() - job.submitted_s)
-        event = generation.work.advance(steps)
-        job.ticket.emit(event)
-        generation.n_left -= sum(step.ends for step in steps)
-        if generation.n_left == 0:
-            self._end(job, "answered", partial(job.ticket.resolve, event))
-
-    # Work that waits for weights
-
-    def _go_on(self, job: Job, steps: Steps, awaited: Future[Any] | None = None) -> None:
-        """Run `steps` to the end, or to where it needs what is not there yet. Raises what it raises."""
-        try:
-            while True:
-                needed = next(steps) if awaited is None else _send(steps, awaited)
-                if not needed.done():
-                    self._paused[job.id] = _Paused(job, steps, needed)
-                    needed.add_done_callback(lambda _: self._inbox.put(None))
-                    return
-                awaited = needed
-        except StopIteration as end:
-            self._finish(job, end.value)
-
-    def _finish(self, job: Job, result: Any) -> None:
-        if isinstance(job.work, GenerateWork):
-            self._rows[job.id] = result
-            self._waiting.append(job)
-            self._waiting.sort(key=lambda one: one.id)
-        else:
-            self._end(job, "answered", partial(job.ticket.resolve, result))
-
-    def _resume_paused(self) -> None:
-        for paused in list(self._paused.values()):
-            if paused.job.ticket.cancelled:
-                self._cancel(paused.job)
-            elif paused.awaited.done():
-                del self._paused[paused.job.id]
-                self._attempt(paused.job, partial(self._go_on, paused.job, paused.steps, paused.awaited))
-
-    # Ends
-
-    def _attempt(self, job: Job, work: Callable[[], None]) -> None:
-        """What goes wrong ends this job and no other."""
-        failure = _failure_of(work)
-        if failure is not None:
-            self._fail(job, failure)
-
-    def _fail(self, job: Job, failure: Exception) -> None:
-        error = as_inference_error(failure)
-        if error is not failure:
-            job.context.run(log.error, "job failed", exc_info=failure)
-        self._end(job, "failed", partial(job.ticket.fail, error))
-        if isinstance(error, OutOfMemory):
-            free_caches()
-        if poisons_device(failure):
-            self.healthy = False
-
-    def _cancel(self, job: Job) -> None:
-        self._end(job, "cancelled", job.ticket.abandon)
-
-    def _end(self, job: Job, outcome: str, tell: Callable[[], None]) -> None:
-        """Take the job out of what waits and runs, count it, tell its caller, and free its rows."""
-        self._rows.pop(job.id, None)
-        paused = self._paused.pop(job.id, None)
-        if paused is not None:
-            paused.steps.close()
-            _let_go(paused.awaited)
-        generation = self._running.pop(job.id, None)
-        self._metrics.ended(outcome)
-        tell()
-        # Last, because on a broken device even this may raise, and then the caller has been told.
-        if generation is not None and generation.n_left:
-            generation.lane.drop({RowId(job.id, n) for n in range(generation.work.n_rows)})
+    def _turn(self) -> bool:
+        """Whether there was one."""
+        if not self._turns.ready:
+            return False
+        self._turns.run(self._pace.between_s if self._generations.decoding else TURN_S)
+        return True
 
     def _fail_everything(self) -> None:
         """Nobody waits on a dead worker."""
@@ -348,36 +225,10 @@ class Worker:
             job = self._inbox.get()
             if job is not None:
                 self._waiting.append(job)
-        running = [generation.job for generation in self._running.values()]
-        paused = [one.job for one in self._paused.values()]
-        for job in {job.id: job for job in (*self._in_hand, *self._waiting, *paused, *running)}.values():
+        inside = self._under_way
+        begun = (*inside.reading, *inside.joining, *inside.decoding, *inside.paused)
+        self._ends.forget = ()  # nothing runs here any more, and on a broken device even forgetting may raise
+        for job in (*self._starting, *self._waiting, *begun):
             stopped = NotReady("The server stopped before it could answer. Try again soon.")
-            self._running.pop(job.id, None)  # its rows stay where they are: nothing runs here any more
-            self._end(job, "failed", partial(job.ticket.fail, stopped))
+            self._ends.end(job, "failed", partial(job.ticket.fail, stopped))
         self._waiting.clear()
-
-
-def _reduction(work: CaptureWork, shared: Mapping[tuple[int, ...], Any]) -> Steps:
-    """One job's answer from what was captured for all."""
-    return work.reduce([shared[tuple(prompt)] for prompt in work.prompts])
-
-
-def _send(steps: Steps, awaited: Future[Any]) -> Future[Any]:
-    """Give `steps` what it waited for, or raise in it what went wrong."""
-    error = awaited.exception()
-    return steps.send(awaited.result()) if error is None else steps.throw(error)
-
-
-def _let_go(awaited: Future[Any]) -> None:
-    """Give back what nobody takes any more, now or when it comes."""
-    if not awaited.cancel():
-        awaited.add_done_callback(lambda done: done.exception() or done.result().release())
-
-
-def _failure_of(work: Callable[[], Any]) -> Exception | None:
-    """What `work` raised, if anything. One of the two broad handlers: no request may take the worker with it."""
-    try:
-        work()
-    except Exception as exc:
-        return exc
-    return None

@@ -235,6 +235,11 @@ class SteerRequest(Wire):
     compare: bool = Field(default=True, description="Also generate the same without steering.")
     steer_special_tokens: SteerSpecialTokens = False
     stream: Stream = False
+    deltas: bool = Field(
+        default=False,
+        description="With `stream`: each event holds only what is new since the one before; a chat's `messages` come "
+        "with the last.",
+    )
 
     model_config = ConfigDict(
         json_schema_extra=examples(
@@ -260,6 +265,11 @@ class SteerText(Reply):
         default=None, description="For a chat: its messages with the answer; null for a text."
     )
     logprobs: Annotated[list[NPLogprob] | None, Field(description="Null unless asked for.")] = None
+    finish_reason: Literal["stop", "length"] | None = Field(
+        default=None,
+        description="Why it ended: `stop` at the model's end-of-sequence token, `length` at `max_new_tokens`. "
+        "Null while it goes on.",
+    )
 
 
 class SteerResponse(Reply):

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from neuronpedia_inference import __version__
 from neuronpedia_inference.errors import Conflict, NotReady, Unavailable
-from neuronpedia_inference.operations import OPERATIONS, Operation, answer, answer_events, validate
+from neuronpedia_inference.operations import OPERATIONS, Operation, answer, answer_events_json, validate
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.web.answers import error_response, json_response, problem_of
 from neuronpedia_inference.web.auth import SecretGate
@@ -68,7 +68,7 @@ def _handler(operation: Operation[Any], max_body_bytes: int, get_runtime: GetRun
         body = await read(request)
         runtime = loaded(body)
         if operation.stream is not None and body.get("stream"):
-            return EventStream(await while_connected(request.receive, answer_events(operation, body, runtime)))
+            return EventStream(await while_connected(request.receive, answer_events_json(operation, body, runtime)))
         return json_response(await while_connected(request.receive, answer(operation, body, runtime)))
 
     async def read(request: Request) -> dict[str, Any]:

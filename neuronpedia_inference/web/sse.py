@@ -26,18 +26,19 @@ class ClientLeft(Exception):
     """The caller hung up; there is nobody to answer."""
 
 
-def event(value: Any) -> bytes:
-    return b"data: " + json_bytes(value) + b"\n\n"
+def event(body: bytes) -> bytes:
+    """body: JSON, which holds no line break."""
+    return b"data: %b\n\n" % body
 
 
 def error_event(body: Mapping[str, Any]) -> bytes:
-    return b"event: error\n" + event(body)
+    return b"event: error\n" + event(json_bytes(body))
 
 
 class EventStream(Response):
     """Sends one event per item of `answers`, and closes it as soon as the caller hangs up."""
 
-    def __init__(self, answers: Events[Any, dict[str, Any]]) -> None:
+    def __init__(self, answers: Events[Any, bytes]) -> None:
         # A proxy that buffers would hold events back.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type=EVENT_STREAM)
         del self.headers["content-length"]

@@ -54,7 +54,7 @@ def test_a_generation_stays_within_its_demand(family: str, n_rows: int, n_prompt
             lane.decode()
 
     pattern = engine(family).makes_pattern([])
-    demand = costs(family).generation(n_rows, n_prompt, n_prompt + n_new, pattern=pattern)
+    demand = costs(family).generation(n_rows, n_prompt, n_new, pattern=pattern)
     assert (demand.rows, demand.tokens) == (n_rows, n_rows * n_prompt)
     assert allocated_at_the_peak(run) <= demand.bytes
 

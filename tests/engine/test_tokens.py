@@ -8,11 +8,12 @@ from typing import Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, processors
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from neuronpedia_inference.domain import ChatMessage
-from neuronpedia_inference.engine.tokens import TextCodec, TextStream
+from neuronpedia_inference.engine.tokens import MOST_HELD, TextCodec, TextStream
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from tests import models
 
@@ -87,14 +88,62 @@ def test_text_that_no_tokenizer_should_see(text: str, says: str) -> None:
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=30))
 def test_a_stream_gives_the_whole_text_and_never_takes_a_character_back(text: str) -> None:
-    """Byte tokens split every other character; what is shown only ever grows."""
+    """Byte tokens split every other character; whatever is said is there at once, whole, and stays."""
     source = codec("plain")
     tokens = source.tokenize(text, "never", limit=200)
     stream = TextStream(source)
-    shown = [stream.push(i) for i in tokens.ids]
-    assert all(later.startswith(earlier) for earlier, later in zip(shown, shown[1:], strict=False))
-    assert stream.text == text
-    assert source.decode(tokens.ids) == text
+    said = ""
+    for place, token in enumerate(tokens.ids):
+        said += stream.push(token)
+        assert said == source.decode(tokens.ids[: place + 1]).rstrip("\ufffd") or "\ufffd" in text
+    assert said + stream.rest() == text == source.decode(tokens.ids)
+
+
+def fallback() -> TextCodec:
+    """As Llama 2's tokenizer: words with their space in front, bytes for what is in no word."""
+    pieces = {"<s>": 0, "▁a": 1, "b": 2, "▁": 3} | {f"<0x{byte:02X}>": 4 + byte for byte in range(256)} | {"a": 260}
+    tokenizer = Tokenizer(BPE(pieces, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    return TextCodec(wrapped)
+
+
+WORDS = st.sampled_from(["▁a", "b", "▁", "é", "€", "🙂"])
+
+
+@given(st.lists(WORDS, max_size=20))
+def test_characters_of_several_byte_tokens_never_shrink(words: list[str]) -> None:
+    """Such a decoder reads a run of bytes as a whole: an incomplete one turns all of its characters into U+FFFD."""
+    source = FALLBACK
+    ids = [i for word in words for i in _ids_of(source, word)]
+    stream = TextStream(source)
+    said = "".join([stream.push(i) for i in ids])
+    assert said + stream.rest() == "".join(words).replace("▁", " ") == source.decode(ids)
+    assert "\ufffd" not in said
+
+
+def test_bytes_that_never_become_a_character_are_said_apart_from_those_that_did() -> None:
+    stream = TextStream(FALLBACK)
+    ids = [*_ids_of(FALLBACK, "€"), 4 + 0xFF, *_ids_of(FALLBACK, "▁a"), 4 + 0xE2]
+    assert [stream.push(i) for i in ids] == ["", "", "€", "", "\ufffd a", ""]
+    assert stream.rest() == "\ufffd"
+
+
+def test_a_run_of_broken_bytes_is_not_held_back_for_ever() -> None:
+    stream = TextStream(FALLBACK)
+    said = [stream.push(4 + 0xFF) for _ in range(3 * MOST_HELD)]
+    assert "".join(said) == "\ufffd" * 3 * MOST_HELD
+    assert max(map(len, said)) == MOST_HELD
+
+
+def _ids_of(source: TextCodec, word: str) -> list[int]:
+    known = source._tokenizer.get_vocab()
+    return [known[word]] if word in known else [4 + byte for byte in word.encode()]
+
+
+FALLBACK = fallback()
 
 
 def test_fragments_are_replacement_characters_on_their_own() -> None:

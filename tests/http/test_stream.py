@@ -14,7 +14,7 @@ import httpx
 import pytest
 from served import MODEL, SECRET, SOURCE, WIDTH, Serve, Served, Wrapped, small_settings
 
-from neuronpedia_inference.domain import Completion
+from neuronpedia_inference.domain import Written
 from neuronpedia_inference.errors import EngineFailed, Overloaded
 from neuronpedia_inference.runtime import Runtime
 
@@ -184,13 +184,13 @@ class Endless:
         self.closed = threading.Event()
         self._n_events = n_events
 
-    def __call__(self, _prompt: Any, plans: Any, *_: Any, **__: Any) -> AsyncIterator[tuple[Completion, ...]]:
+    def __call__(self, _prompt: Any, plans: Any, *_: Any, **__: Any) -> AsyncIterator[tuple[Written, ...]]:
         return self._events(len(plans))
 
-    async def _events(self, n_rows: int) -> AsyncIterator[tuple[Completion, ...]]:
+    async def _events(self, n_rows: int) -> AsyncIterator[tuple[Written, ...]]:
         try:
-            for n in range(self._n_events):
-                yield tuple(Completion(text="x" * (n + 1), token_ids=(1,) * (n + 1)) for _ in range(n_rows))
+            for _ in range(self._n_events):
+                yield (Written(text="x", token_ids=(1,)),) * n_rows
             await asyncio.sleep(3600)
         finally:
             self.closed.set()

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-from neuronpedia_inference.domain import Completion
+from neuronpedia_inference.domain import Written
 from neuronpedia_inference.errors import (
     BodyTooLarge,
     EngineFailed,
@@ -37,7 +37,7 @@ from .test_operations_core import BODIES
 from .test_operations_fake import FakeRuntime
 
 STEER = BODIES["steer_completion"]
-TEXTS = tuple((Completion(text=text, token_ids=(1,)),) * 2 for text in (" a", " ab", " abc"))
+TEXTS = tuple((Written(text=text, token_ids=(1,)),) * 2 for text in (" a", "b", "c"))
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 

@@ -26,6 +26,7 @@ from neuronpedia_inference.operations import (
     validate,
 )
 from neuronpedia_inference.operations.rendering import Entries, Rows
+from neuronpedia_inference.operations.story import GrowingList, GrowingText
 from neuronpedia_inference.schemas.tokenize import TokenizeRequest
 
 from .test_operations_fake import FakeRuntime, ask, client_reads
@@ -227,6 +228,10 @@ def realised(value: Any) -> Any:
         return type(value).model_construct(**{name: realised(inner) for name, inner in value.__dict__.items()})
     if isinstance(value, Entries):
         return {key: realised(inner) for key, inner in value}
+    if isinstance(value, GrowingText):
+        return value.text
+    if isinstance(value, GrowingList):
+        return [value._make(item) for item in value._items]
     return [realised(item) for item in value] if isinstance(value, list | Rows) else value
 
 

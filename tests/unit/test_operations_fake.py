@@ -21,7 +21,6 @@ import neuronpedia_inference
 from neuronpedia_inference.domain import (
     ActiveFeature,
     ChatMessage,
-    Completion,
     Dfa,
     FeatureActivations,
     FeatureValue,
@@ -31,6 +30,7 @@ from neuronpedia_inference.domain import (
     Source,
     TokenLogprob,
     Tokens,
+    Written,
 )
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownSource
 from neuronpedia_inference.metrics import Metrics
@@ -70,7 +70,7 @@ class FakeRuntime:
         has_bos: bool = True,
         natural_bos: bool = False,
         sources: tuple[Source, ...] = (*RES, ATT),
-        completions: Sequence[tuple[Completion, ...]] = (),
+        completions: Sequence[tuple[Written, ...]] = (),
         template_tail: str = "<|im_start|>assistant\n",
         value: float | None = None,
         **settings: Any,
@@ -227,12 +227,12 @@ class FakeRuntime:
 
     def generate(
         self, prompt: Tokens, plans: Sequence[SteerPlan | None], sampling: Sampling, *, stream: bool
-    ) -> AsyncIterator[tuple[Completion, ...]]:
+    ) -> AsyncIterator[tuple[Written, ...]]:
         self.calls.append(("generate", (prompt, list(plans), sampling, stream)))
         if sampling.max_new_tokens > self.settings.max_tokens:
             raise LimitExceeded("No room to generate")
         steps = list(self.completions) or [tuple(_said(plan, sampling) for plan in plans)]
-        return Steps(self, steps if stream else steps[-1:])
+        return Steps(self, steps if stream else [_at_once(steps)])
 
     def describe(self) -> dict[str, Any]:
         return {"model": self.model.id}
@@ -243,14 +243,14 @@ class FakeRuntime:
         return arguments
 
 
-class Steps(AsyncIterator[tuple[Completion, ...]]):
+class Steps(AsyncIterator[tuple[Written, ...]]):
     """The given tuples; counts how often it was closed."""
 
-    def __init__(self, runtime: FakeRuntime, steps: Sequence[tuple[Completion, ...]]) -> None:
+    def __init__(self, runtime: FakeRuntime, steps: Sequence[tuple[Written, ...]]) -> None:
         self.runtime = runtime
         self.steps = list(steps)
 
-    async def __anext__(self) -> tuple[Completion, ...]:
+    async def __anext__(self) -> tuple[Written, ...]:
         if not self.steps:
             raise StopAsyncIteration
         return self.steps.pop(0)
@@ -259,11 +259,24 @@ class Steps(AsyncIterator[tuple[Completion, ...]]):
         self.runtime.closed += 1
 
 
-def _said(plan: SteerPlan | None, sampling: Sampling) -> Completion:
+def _said(plan: SteerPlan | None, sampling: Sampling) -> Written:
     text = " plain" if plan is None else " steered"
     top = tuple((f"t{i}", -1.0 - i if i else float("-inf")) for i in range(sampling.n_logprobs))
     logprobs = (TokenLogprob(text, -0.5, top),) if top else ()
-    return Completion(text=text, token_ids=(1,), logprobs=logprobs, finish_reason="length")
+    return Written(text=text, token_ids=(1,), logprobs=logprobs, finish_reason="length")
+
+
+def _at_once(steps: Sequence[tuple[Written, ...]]) -> tuple[Written, ...]:
+    """All that was written, row by row."""
+    return tuple(
+        Written(
+            "".join(one.text for one in row),
+            tuple(i for one in row for i in one.token_ids),
+            tuple(p for one in row for p in one.logprobs),
+            row[-1].finish_reason,
+        )
+        for row in zip(*steps, strict=True)
+    )
 
 
 def ask(name: str, body: dict[str, Any], runtime: Any = None) -> dict[str, Any]:

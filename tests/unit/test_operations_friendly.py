@@ -127,8 +127,8 @@ def test_steer_compares_by_default():
     assert plans == [SteerPlan((SteerFeature("3-att", 2, 3.0),)), None]
     assert sampling == Sampling(32, seed=16)
     assert answer == {
-        "steered": {"text": " steered", "messages": None, "logprobs": None},
-        "default": {"text": " plain", "messages": None, "logprobs": None},
+        "steered": {"text": " steered", "messages": None, "logprobs": None, "finish_reason": "length"},
+        "default": {"text": " plain", "messages": None, "logprobs": None, "finish_reason": "length"},
     }
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronpedia_inference.domain import ChatMessage, Completion, Sampling
+from neuronpedia_inference.domain import ChatMessage, Sampling, TokenLogprob, Written
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
-from neuronpedia_inference.operations import answer_events, by_name
+from neuronpedia_inference.operations import answer_events, answer_events_json, by_name
 from neuronpedia_inference.operations.chat import open_reasoning, read_answer, without_reasoning
 from neuronpedia_inference.operations.operation import Events
+from neuronpedia_inference.operations.story import logprob_reply
 from neuronpedia_inference.schemas.steer import NPSteerMethod
 from neuronpedia_inference.steering.plan import SteerFeature, SteerMethod, SteerPlan, SteerVector
 
@@ -152,7 +154,7 @@ def test_chat_leaves_unset_fields_out():
 
 
 def test_a_chat_is_answered_as_text_and_as_messages():
-    runtime = FakeRuntime(completions=[(Completion(" yes \n<|im_end|>junk"), Completion(""))])
+    runtime = FakeRuntime(completions=[(Written(" yes \n<|im_end|>junk"), Written(""))])
     answer = ask("steer_completion_chat", chat(HELLO), runtime)
     raw = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert answer["input"] == {"raw": raw, "chat_template": [HELLO]}
@@ -197,7 +199,7 @@ def test_a_chat_without_content_is_refused(messages: list[dict[str, str]]):
 
 def test_reasoning_that_the_template_opened_is_closed_in_the_answer():
     runtime = FakeRuntime(
-        template_tail="<|im_start|>assistant\n<think>\n", completions=[(Completion("hm\n</think>\n\nyes<|im_end|>"),)]
+        template_tail="<|im_start|>assistant\n<think>\n", completions=[(Written("hm\n</think>\n\nyes<|im_end|>"),)]
     )
     answer = ask("steer_completion_chat", chat(types=["DEFAULT"]), runtime)
     assert answer["outputs"][0]["chat_template"][-1]["content"] == "<think>\nhm\n</think>\n\nyes"
@@ -252,26 +254,82 @@ def test_stripping_is_linear():
 # Streams
 
 
-def growing(*texts: str) -> list[tuple[Completion, ...]]:
-    return [(Completion(text), Completion("")) for text in texts]
+def growing(*texts: str) -> list[tuple[Written, ...]]:
+    return [(Written(text), Written("")) for text in texts]
 
 
 @pytest.mark.parametrize("name", ["steer_completion", "steer_completion_chat", "steer"])
 def test_events_are_cumulative_and_end_with_the_buffered_answer(name: str):
-    runtime = FakeRuntime(completions=growing("a", "ab", "abc"))
+    runtime = FakeRuntime(completions=growing("a", "b", "c"))
     body = {"steer_completion": completion(), "steer_completion_chat": chat()}.get(
         name, {"prompt": "one", "features": []}
     )
     events = events_of(name, body, runtime)
     assert runtime.called("generate")[3] is True
     assert len(events) == 3
-    assert events[-1] == ask(name, body, FakeRuntime(completions=growing("a", "ab", "abc")))
+    assert events[-1] == ask(name, body, FakeRuntime(completions=growing("a", "b", "c")))
     if name == "steer_completion":
         assert [[one["output"] for one in event["outputs"]] for event in events] == [
             ["a", ""],
             ["ab", ""],
             ["abc", ""],
         ]
+
+
+def told(*tokens: str) -> list[tuple[Written, ...]]:
+    """Both rows say the same, with a log-probability for each token; they end with the last."""
+    steps = []
+    for place, token in enumerate(tokens):
+        logprob = TokenLogprob(token, -0.5, ((token, -0.5), ("é", float("-inf"))))
+        end = "stop" if place == len(tokens) - 1 else None
+        steps.append((Written(token, (place,), (logprob,), end),) * 2)
+    return steps
+
+
+DELTAS = {"prompt": [HELLO], "features": [], "n_logprobs": 2, "deltas": True, "stream": True}
+
+
+def test_deltas_add_up_to_the_buffered_answer():
+    tokens = ("one", ' "two"', " ü<|im_end|>")
+    events = events_of("steer", DELTAS, FakeRuntime(completions=told(*tokens)))
+    whole = ask("steer", {**DELTAS, "deltas": False, "stream": False}, FakeRuntime(completions=told(*tokens)))
+    for side in ("steered", "default"):
+        assert "".join(event[side]["text"] for event in events) == whole[side]["text"]
+        assert sum((event[side]["logprobs"] for event in events), []) == whole[side]["logprobs"]
+        assert [event[side]["text"] for event in events] == list(tokens)
+        assert [event[side]["messages"] for event in events[:-1]] == [None, None]
+        last = {key: events[-1][side][key] for key in ("messages", "finish_reason")}
+        assert last == {key: whole[side][key] for key in last}
+        assert last["finish_reason"] == "stop"
+
+
+def test_deltas_without_a_stream_are_refused():
+    with pytest.raises(InvalidRequest, match="deltas: goes with stream"):
+        ask("steer", {**DELTAS, "stream": False})
+
+
+@pytest.mark.parametrize("name", ["steer_completion", "steer_completion_chat", "steer"])
+def test_what_was_rendered_is_not_rendered_again(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Work for an event is what is new in it: every log-probability is made once, whatever the number of events."""
+    made: list[str] = []
+
+    def counted(one: TokenLogprob) -> Any:
+        made.append(one.token)
+        return logprob_reply(one)
+
+    monkeypatch.setattr("neuronpedia_inference.operations.story.logprob_reply", counted)
+    tokens = [f" {n}" for n in range(20)]
+    bodies = {"steer_completion": completion(n_logprobs=2), "steer_completion_chat": chat(n_logprobs=2)}
+    body = bodies.get(name, {"prompt": "one", "features": [], "n_logprobs": 2})
+    runtime = FakeRuntime(completions=told(*tokens))
+
+    async def collect() -> list[bytes]:
+        events = await answer_events_json(by_name[name], body, runtime)  # pyright: ignore[reportArgumentType]
+        return [event async for event in events]
+
+    texts = asyncio.run(collect())
+    assert sorted(made) == sorted([*tokens, *tokens])
+    assert [json.loads(text) for text in texts] == events_of(name, body, FakeRuntime(completions=told(*tokens)))
 
 
 @pytest.mark.parametrize("change", [{"features": None}, {"types": []}, {"n_completion_tokens": 9999}])
@@ -296,7 +354,7 @@ def test_operations_without_a_stream_say_so():
 @pytest.mark.parametrize("read", [0, 1])
 @pytest.mark.parametrize("name", ["steer_completion", "steer"])
 def test_closing_a_stream_early_closes_the_generation(name: str, read: int):
-    runtime = FakeRuntime(completions=growing("a", "ab"))
+    runtime = FakeRuntime(completions=growing("a", "b"))
     body = completion() if name == "steer_completion" else {"prompt": "one", "features": []}
 
     async def leave() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from neuronpedia_inference.errors import LimitExceeded, Overloaded
 from neuronpedia_inference.scheduler.admission import Admission, Demand
 from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, GenerateWork, Job, Steps
-from neuronpedia_inference.scheduler.policy import Limits, plan_tick
+from neuronpedia_inference.scheduler.policy import Limits, UnderWay, plan_tick
 
 LIMITS = Limits(max_rows=4)
 
@@ -37,7 +37,7 @@ def job(
     n_prompt: int = 5,
     n_positions: int = 9,
 ) -> Job:
-    generation = GenerateWork(at_once(list), lambda steps: steps, n_rows, n_prompt, n_positions)
+    generation = GenerateWork(at_once(list), n_rows, n_prompt, n_positions)
     return Job(number, generation if generates else CallWork(at_once(lambda: None)), 0.0, deadline_s)
 
 
@@ -74,7 +74,7 @@ def positions(jobs: Sequence[Job]) -> int:
 def test_no_job_is_lost_or_taken_twice_and_bounds_hold(jobs: tuple[list[Job], list[Job]]) -> None:
     waiting, running = jobs
     limits = Limits(max_rows=6, max_cache_positions=300, max_prefill_tokens=40)
-    tick = plan_tick(waiting, running, limits, now_s=5.0)
+    tick = plan_tick(waiting, UnderWay(decoding=running), limits, now_s=5.0)
     taken = [*tick.cancelled, *tick.expired, *tick.run, *tick.prefill]
     assert len({j.id for j in taken}) == len(taken)
     assert {j.id for j in taken} <= {j.id for j in (*waiting, *running)}
@@ -99,7 +99,7 @@ def test_everything_ends(jobs: tuple[list[Job], list[Job]]) -> None:
     waiting, running = jobs
     steps = {j.id: 0 for j in running}
     for _ in range(3 * (len(waiting) + len(running)) + 3):
-        tick = plan_tick(waiting, running, LIMITS, now_s=5.0)
+        tick = plan_tick(waiting, UnderWay(decoding=running), LIMITS, now_s=5.0)
         gone = {j.id for j in (*tick.cancelled, *tick.expired, *tick.run, *tick.prefill)}
         waiting = [j for j in waiting if j.id not in gone]
         running = [j for j in running if j.id not in gone] + list(tick.prefill)
@@ -114,19 +114,19 @@ def test_the_oldest_goes_first_and_a_large_one_is_not_overtaken() -> None:
     running = [job(0, generates=True, n_rows=2)]
     large, small = job(1, generates=True, n_rows=3), job(2, generates=True, n_rows=1)
     first, second = job(3, generates=False), job(4, generates=False)
-    tick = plan_tick([large, small, first, second], running, LIMITS, 0.0)
+    tick = plan_tick([large, small, first, second], UnderWay(decoding=running), LIMITS, 0.0)
     assert tick.prefill == ()
     assert tick.run == (first,)
-    assert plan_tick([large, small], [], LIMITS, 0.0).prefill == (large, small)
+    assert plan_tick([large, small], UnderWay(), LIMITS, 0.0).prefill == (large, small)
     too_large = job(5, generates=True, n_rows=9)
-    assert plan_tick([too_large, small], [], LIMITS, 0.0).prefill == (too_large,)
+    assert plan_tick([too_large, small], UnderWay(), LIMITS, 0.0).prefill == (too_large,)
 
 
 def test_generations_of_like_prompts_begin_together() -> None:
     limits = Limits(max_rows=8, max_prefill_tokens=60)
     prompts = [10, 40, 9, 10, 12, 10, 10]
     waiting = [job(n, generates=True, n_prompt=length, n_positions=64) for n, length in enumerate(prompts)]
-    begun = plan_tick(waiting, [], limits, 0.0).prefill
+    begun = plan_tick(waiting, UnderWay(), limits, 0.0).prefill
     assert [j.id for j in begun] == [0, 2, 3, 4, 5]  # 40 would pad the rest; a sixth would pass 60 tokens
 
 
@@ -134,8 +134,8 @@ def test_one_long_row_does_not_widen_the_slots_of_all_without_bound() -> None:
     limits = Limits(max_rows=8, max_cache_positions=400)
     running = [job(n, generates=True, n_positions=50) for n in range(3)]
     long = job(7, generates=True, n_positions=150)
-    assert plan_tick([long], running, limits, 0.0).prefill == ()  # 4 rows × 150
-    assert plan_tick([long], running[:1], limits, 0.0).prefill == (long,)
+    assert plan_tick([long], UnderWay(decoding=running), limits, 0.0).prefill == ()  # 4 rows × 150
+    assert plan_tick([long], UnderWay(decoding=running[:1]), limits, 0.0).prefill == (long,)
 
 
 @dataclass(frozen=True)
@@ -157,17 +157,19 @@ def test_captures_of_like_length_share_a_pass() -> None:
         capture(3, 16, is_residual=False),
         job(4, generates=False),
     )
-    assert plan_tick([short, long, same, other, call], [], limits, 0.0).run == (short, same)
-    assert plan_tick([long, short, same, other, call], [], limits, 0.0).run == (long,)  # padding would waste half
-    assert plan_tick([call, short, same], [], limits, 0.0).run == (call,)
+    assert plan_tick([short, long, same, other, call], UnderWay(), limits, 0.0).run == (short, same)
+    assert plan_tick([long, short, same, other, call], UnderWay(), limits, 0.0).run == (
+        long,
+    )  # padding would waste half
+    assert plan_tick([call, short, same], UnderWay(), limits, 0.0).run == (call,)
     many = [capture(n, 20) for n in range(9)]
-    assert len(plan_tick(many, [], limits, 0.0).run) == 5  # 100 tokens
+    assert len(plan_tick(many, UnderWay(), limits, 0.0).run) == 5  # 100 tokens
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=30))
 def test_a_shared_pass_keeps_its_bounds(lengths: list[int]) -> None:
     limits = Limits(max_rows=4, max_capture_tokens=1000, max_padding=0.25)
-    group = plan_tick([capture(n, length) for n, length in enumerate(lengths)], [], limits, 0.0).run
+    group = plan_tick([capture(n, length) for n, length in enumerate(lengths)], UnderWay(), limits, 0.0).run
     taken = [lengths[j.id] for j in group]
     assert group[0].id == 0
     if len(taken) > 1:

@@ -141,10 +141,12 @@ def test_the_text_is_compact_utf_8() -> None:
 class Growing:
     """Brings its own JSON."""
 
-    def json(self, spelling: Spelling) -> bytes:
-        return f'{{"{spelling}": 1.50}}'.encode()
+    def parts(self, spelling: Spelling) -> Iterator[bytes]:
+        yield f'{{"{spelling}":'.encode()
+        yield b" 1.50}"
 
-    def plain(self, spelling: Spelling) -> Any:
+    def plain(self, spelling: Spelling) -> Generator[None, None, Any]:
+        yield
         return {spelling: 1.5}
 
 

@@ -26,18 +26,57 @@ class CountingEngine:
     def __init__(self) -> None:
         self.steps = 0
         self.passes: list[int] = []
+        self.pieces: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
         self.lanes = [CountingLane(self)]
 
-    def capture(self, prompts: Sequence[Sequence[int]], points: object) -> list[Any]:
+    def begin_capture(self, prompts: Sequence[Sequence[int]], points: object) -> SummingPass:
         self.passes.append(len(prompts))
-        if [-1] in map(list, prompts):
-            raise ZeroDivisionError("bug")
-        return [{"sum": sum(prompt)} for prompt in prompts]
+        return SummingPass(self, prompts)
 
     def lane(self, rows: Sequence[RowSpec]) -> CountingLane:
         return self.lanes[0]
+
+
+class CountingPass:
+    """Runs prompts of one length."""
+
+    depth = 1.0
+
+    def __init__(self, engine: CountingEngine, prompts: Sequence[Sequence[int]]) -> None:
+        self.engine = engine
+        self.prompts = prompts
+        self.n_tokens = sum(map(len, prompts))
+        self.n_done = 0
+        self.pieces: list[int] = []
+
+    @property
+    def is_done(self) -> bool:
+        return self.n_done == self.n_tokens
+
+    def advance(self, n_tokens: int) -> int:
+        if any(list(prompt) == [-1] for prompt in self.prompts):
+            raise ZeroDivisionError("bug")
+        n_run = min(n_tokens, self.n_tokens - self.n_done)
+        self.n_done += n_run
+        self.engine.pieces.append(n_run)
+        return n_run
+
+
+class SummingPass(CountingPass):
+    def result(self) -> list[Any]:
+        return [{"sum": sum(prompt)} for prompt in self.prompts]
+
+
+class CountingJoining(CountingPass):
+    def __init__(self, lane: CountingLane, rows: Sequence[tuple[RowId, RowSpec]]) -> None:
+        super().__init__(lane.engine, [spec.prompt_ids for _, spec in rows])
+        self.lane, self.rows = lane, rows
+
+    def join(self) -> list[RowStep]:
+        self.lane.left |= {id_: spec.prompt_ids[0] for id_, spec in self.rows}
+        return self.lane.steps([id_ for id_, _ in self.rows])
 
 
 class CountingLane:
@@ -52,23 +91,20 @@ class CountingLane:
     def rows(self) -> list[RowId]:
         return list(self.left)
 
-    def prefill(self, rows: Sequence[tuple[RowId, RowSpec]]) -> list[RowStep]:
+    def begin(self, rows: Sequence[tuple[RowId, RowSpec]]) -> CountingJoining:
         self.prefills.append(len(rows))
-        if any(spec.prompt_ids == (-1,) for _, spec in rows):
-            raise ZeroDivisionError("bug")
-        self.left |= {id_: spec.prompt_ids[0] for id_, spec in rows}
-        return self._steps([id_ for id_, _ in rows])
+        return CountingJoining(self, rows)
 
     def decode(self) -> list[RowStep]:
         self.batches.append(len(self.left))
         if self.is_broken:
             raise ZeroDivisionError("bug")
-        return self._steps(self.rows)
+        return self.steps(self.rows)
 
     def drop(self, rows: Collection[RowId]) -> None:
         self.left = {id_: n for id_, n in self.left.items() if id_ not in rows}
 
-    def _steps(self, rows: Sequence[RowId]) -> list[RowStep]:
+    def steps(self, rows: Sequence[RowId]) -> list[RowStep]:
         self.engine.gate.wait(10)
         self.engine.steps += 1
         steps = []
@@ -100,23 +136,42 @@ def worker(engine: CountingEngine):
 
 
 def counts(worker: Worker) -> dict[str, int]:
-    return worker._metrics.counts()
+    return worker._ends._metrics.counts()
 
 
 def generation(*numbers: int) -> GenerateWork:
-    """One row per number, as many tokens as the number says; the result is the last token of every row."""
+    """One row per number, as many tokens as the number says."""
     rows = [RowSpec((number,), Sampling(number)) for number in numbers]
-    latest: dict[int, int] = {}
-
-    def advance(steps: Sequence[RowStep]) -> list[int]:
-        latest.update({step.row.place: step.token_id for step in steps})
-        return [latest[place] for place in sorted(latest)]
-
-    return GenerateWork(at_once(lambda: rows), advance, len(numbers), 1, 1 + max(numbers))
+    return GenerateWork(at_once(lambda: rows), len(numbers), 1, 1 + max(numbers))
 
 
-def generate(worker: Worker, n_steps: int, on_event: Callable[[Any], None] | None = None) -> Ticket:
-    return worker.submit(generation(n_steps), on_event=on_event)
+class Asked:
+    """A ticket whose future gives the last token of every row."""
+
+    def __init__(self, worker: Worker, work: GenerateWork, on_event: Callable[[Any], None] | None = None) -> None:
+        self._on_event = on_event
+        self._latest: dict[int, int] = {}
+        self.future: Future[list[int]] = Future()
+        self._ticket = worker.submit(work, on_event=self._take)
+        self.cancel = self._ticket.cancel
+        self._ticket.future.add_done_callback(self._end)
+
+    def _take(self, steps: Sequence[RowStep]) -> None:
+        self._latest.update({step.row.place: step.token_id for step in steps})
+        if self._on_event is not None:
+            self._on_event(steps)
+
+    def _end(self, ended: Future[None]) -> None:
+        if ended.cancelled():
+            self.future.cancel()
+        elif ended.exception() is not None:
+            self.future.set_exception(ended.exception())
+        else:
+            self.future.set_result([self._latest[place] for place in sorted(self._latest)])
+
+
+def generate(worker: Worker, n_steps: int, on_event: Callable[[Any], None] | None = None) -> Asked:
+    return Asked(worker, generation(n_steps), on_event)
 
 
 def summing(*prompts: Sequence[int]) -> CaptureWork:
@@ -200,10 +255,10 @@ def test_a_failing_member_of_a_merged_pass_fails_alone(worker: Worker, engine: C
 
 
 def test_a_cancelled_generation_leaves_at_the_next_step(worker: Worker, engine: CountingEngine) -> None:
-    events: list[int] = []
+    events: list[Any] = []
     first = threading.Event()
 
-    def on_event(event: int) -> None:
+    def on_event(event: Any) -> None:
         events.append(event)
         engine.gate.clear()
         first.set()
@@ -222,7 +277,7 @@ def test_a_cancelled_generation_leaves_at_the_next_step(worker: Worker, engine: 
 
 def test_closing_finishes_what_is_inside_and_refuses_what_comes(engine: CountingEngine) -> None:
     worker = start(engine)
-    tickets = [generate(worker, 5), worker.submit(summing([7]))]
+    tickets: list[Any] = [generate(worker, 5), worker.submit(summing([7]))]
     worker.close()
     assert [ticket.future.result(0) for ticket in tickets][1] == 7
     with pytest.raises(NotReady):
@@ -251,7 +306,7 @@ def test_a_device_on_which_nothing_works_any_more_leaves_nobody_waiting(
     engine.gate.clear()
     tickets = [generate(worker, 50) for _ in range(3)]
     _until(lambda: engine.lanes[0].prefills != [])
-    tickets.append(worker.submit(generation(*[40] * 4)))  # waits for room
+    tickets.append(Asked(worker, generation(*[40] * 4)))  # waits for room
     monkeypatch.setattr(engine.lanes[0], "drop", lambda rows: rows and _raise(RuntimeError("assert")))
     engine.lanes[0].is_broken = True
     engine.gate.set()
@@ -281,7 +336,7 @@ def test_generations_that_come_together_decode_together_and_each_leaves_at_its_e
     engine.gate.clear()
     first = generate(worker, 9)
     _until(lambda: engine.lanes[0].prefills == [1])
-    others = [worker.submit(generation(n)) for n in (2, 4)]
+    others = [Asked(worker, generation(n)) for n in (2, 4)]
     engine.gate.set()
     assert [ticket.future.result(10) for ticket in (first, *others)] == [[0], [0], [0]]
     assert engine.lanes[0].prefills == [1, 2]
@@ -292,7 +347,7 @@ def test_generations_that_come_together_decode_together_and_each_leaves_at_its_e
 
 def test_a_generation_waits_until_its_rows_fit(worker: Worker, engine: CountingEngine) -> None:
     engine.gate.clear()
-    tickets = [worker.submit(generation(3, 3)) for _ in range(4)]
+    tickets = [Asked(worker, generation(3, 3)) for _ in range(4)]
     engine.gate.set()
     assert [ticket.future.result(10) for ticket in tickets] == [[0, 0]] * 4
     assert max(engine.lanes[0].batches) <= LIMITS.max_rows
@@ -300,7 +355,7 @@ def test_a_generation_waits_until_its_rows_fit(worker: Worker, engine: CountingE
 
 def test_a_row_that_fails_takes_its_own_request_with_it_and_no_other(worker: Worker, engine: CountingEngine) -> None:
     engine.gate.clear()
-    bad, good = worker.submit(generation(666, 9)), worker.submit(generation(5))
+    bad, good = Asked(worker, generation(666, 9)), Asked(worker, generation(5))
     engine.gate.set()
     with pytest.raises(InvalidRequest, match="too strong"):
         bad.future.result(10)
@@ -312,9 +367,7 @@ def test_a_failing_member_of_a_merged_prefill_fails_alone(worker: Worker, engine
     engine.gate.clear()
     busy = generate(worker, 2)
     _until(lambda: engine.lanes[0].prefills == [1])
-    bad = worker.submit(
-        GenerateWork(at_once(lambda: [RowSpec((-1,), Sampling(3))]), lambda steps: steps[-1].token_id, 1, 1, 4)
-    )
+    bad = worker.submit(GenerateWork(at_once(lambda: [RowSpec((-1,), Sampling(3))]), 1, 1, 4))
     good = generate(worker, 3)
     engine.gate.set()
     assert (busy.future.result(10), good.future.result(10)) == ([0], [0])
@@ -365,7 +418,7 @@ def test_work_that_waits_for_weights_does_not_keep_others_waiting(worker: Worker
         yield from waiting_for(loading[2], used)
         return [RowSpec((4,), Sampling(4))]
 
-    slow_generation = worker.submit(GenerateWork(prepare, lambda steps: steps[-1].token_id, 1, 1, 5))
+    slow_generation = Asked(worker, GenerateWork(prepare, 1, 1, 5))
     assert worker.submit(summing([3, 4])).future.result(10) == 7
     assert generate(worker, 3).future.result(10) == [0]
     _until(lambda: worker.n_waiting == 3)
@@ -374,7 +427,7 @@ def test_work_that_waits_for_weights_does_not_keep_others_waiting(worker: Worker
     for future in loading:
         future.set_result(weights)
     assert slow_call.future.result(10) == slow_capture.future.result(10) == "done"
-    assert slow_generation.future.result(10) == 0
+    assert slow_generation.future.result(10) == [0]
     assert weights.n_released == 3
 
 
@@ -392,7 +445,7 @@ def test_weights_of_a_cancelled_request_are_let_go(worker: Worker, is_late: bool
     loading.set_running_or_notify_cancel()  # a load under way cannot be called off
     weights, used = Weights(), []
     ticket = worker.submit(CallWork(lambda: waiting_for(loading, used)))
-    _until(lambda: len(worker._paused) == 1)
+    _until(lambda: len(worker._turns.waiting) == 1)
     ticket.cancel()
     if is_late:
         worker.submit(summing([1])).future.result(10)

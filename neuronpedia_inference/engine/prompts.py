@@ -1,0 +1,136 @@
+"""Prompts on their way through the model: in one pass, or a piece of positions at a time beside rows that decode.
+
+A piece attends to the keys and values of those before it, which is what decoding does with one position. So the pieces
+give what the whole gives, up to rounding, in any causal model whose cache holds every position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from neuronpedia_inference.engine.cache import PromptCache
+from neuronpedia_inference.engine.decoder import Decoder, ends
+from neuronpedia_inference.engine.hooks import Capture
+from neuronpedia_inference.engine.points import PATTERN, Point
+from neuronpedia_inference.engine.protocol import RowSpec
+from neuronpedia_inference.engine.steered import steering_edits
+
+
+class PromptPass:
+    """Prompts that will be continued; at the end, the logits of each one's last position."""
+
+    def __init__(self, decoder: Decoder, specs: Sequence[RowSpec], cache: Cache) -> None:
+        """`cache` gets the keys and values."""
+        self._decoder = decoder
+        self.cache = cache
+        self._lengths = [len(spec.prompt_ids) for spec in specs]
+        self._ids = padded([spec.prompt_ids for spec in specs])
+        self._untouched = _untouched(specs, self.width, decoder.model.device)
+        self._n_done = 0
+        self._piece = slice(0, 0)
+        self._changes = steering_edits(specs, self._untouched_now)
+        self._logits: list[Tensor | None] = [None] * len(specs)
+
+    @property
+    def width(self) -> int:
+        """Positions of the longest prompt."""
+        return max(self._lengths)
+
+    @property
+    def is_done(self) -> bool:
+        return self._n_done == self.width
+
+    def advance(self, n_positions: int) -> int:
+        """Run the next positions of every prompt; how many. After an exception the pass is of no more use."""
+        self._piece = slice(self._n_done, min(self._n_done + n_positions, self.width))
+        first, behind = self._piece.start, self._piece.stop
+        wanted = [(row, at - first) for row, at in ends(self._lengths) if first <= at < behind]
+        inputs = {"past_key_values": self.cache}
+        logits = self._decoder.forward(self._ids[:, self._piece], inputs, self._changes, wanted)
+        for (row, _), of_row in zip(wanted, logits, strict=True):
+            self._logits[row] = of_row
+        self._n_done = behind
+        return behind - first
+
+    def logits(self) -> list[Tensor]:
+        """[vocab] of every prompt, float32."""
+        return [logits for logits in self._logits if logits is not None]
+
+    def _untouched_now(self) -> Tensor | None:
+        return None if self._untouched is None else self._untouched[:, self._piece]
+
+
+class CapturePass:
+    """Prompts that are only read, at points of one module tree. The pass ends at the last of them."""
+
+    def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], points: Collection[Point]) -> None:
+        self._decoder = decoder
+        self._points = frozenset(points)
+        self._ids = padded(prompts).to(decoder.model.device)
+        self._cache: PromptCache | None = None
+        self._n_done = 0
+        self.seen: dict[Point, Tensor] = {}
+        """[prompt, pos, ...], patterns [prompt, head, pos, pos]; once it is done."""
+
+    @property
+    def width(self) -> int:
+        """Positions of the longest prompt."""
+        return self._ids.shape[1]
+
+    @property
+    def is_done(self) -> bool:
+        return self._n_done == self.width
+
+    def advance(self, n_positions: int) -> int:
+        """Run the next positions of every prompt; how many. After an exception the pass is of no more use."""
+        if not self._n_done and n_positions >= self.width:
+            self.seen = self._run(self._ids, {"use_cache": False})
+            self._n_done = self.width
+            return self.width
+        if self._cache is None:
+            self._cache = PromptCache(self._decoder.model.config, self.width)
+        piece = slice(self._n_done, min(self._n_done + n_positions, self.width))
+        found = self._run(self._ids[:, piece], {"past_key_values": self._cache, "use_cache": True})
+        for point, tensor in found.items():
+            self._keep(point, tensor, piece)
+        self._n_done = piece.stop
+        if self.is_done:
+            self._cache = None
+        return piece.stop - piece.start
+
+    def _run(self, ids: Tensor, inputs: dict[str, Any]) -> dict[Point, Tensor]:
+        capture = Capture(self._points)
+        with capture.on(self._decoder.site):
+            self._decoder.model(input_ids=ids, **inputs)
+        return capture.seen
+
+    def _keep(self, point: Point, tensor: Tensor, piece: slice) -> None:
+        if point.place == PATTERN:
+            if point not in self.seen:
+                self.seen[point] = tensor.new_zeros(*tensor.shape[:2], self.width, self.width)
+            self.seen[point][:, :, piece, : piece.stop] = tensor
+            return
+        if point not in self.seen:
+            self.seen[point] = tensor.new_empty(len(tensor), self.width, *tensor.shape[2:])
+        self.seen[point][:, piece] = tensor
+
+
+def padded(prompts: Sequence[Sequence[int]]) -> Tensor:
+    """[prompt, pos] ids, zeros on the right."""
+    width = max(map(len, prompts))
+    return torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], dtype=torch.long)
+
+
+def _untouched(specs: Sequence[RowSpec], width: int, device: torch.device) -> Tensor | None:
+    """[row, pos] of the prompts' positions that steering leaves alone; None where there are none."""
+    if not any(spec.untouched for spec in specs):
+        return None
+    mask = torch.zeros(len(specs), width, dtype=torch.bool)
+    for row, spec in enumerate(specs):
+        mask[row, list(spec.untouched)] = True
+    return mask.to(device)

@@ -1,0 +1,185 @@
+"""Generations: prompts that run, rows that decode, and their tokens on the way to whoever asked."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+from neuronpedia_inference.engine.faults import failure_of
+from neuronpedia_inference.engine.protocol import Engine, Joining, Lane, RowId, RowSpec, RowStep
+from neuronpedia_inference.metrics import Metrics
+from neuronpedia_inference.scheduler.ends import Ends
+from neuronpedia_inference.scheduler.jobs import Job
+from neuronpedia_inference.scheduler.pace import Pace
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Generation:
+    """A job whose rows decode."""
+
+    job: Job
+    n_left: int
+    """Rows that have not ended."""
+    has_begun: bool = False
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Jobs whose prompts run in one pass of one lane."""
+
+    lane: Lane
+    jobs: Sequence[Job]
+    running: Joining | None = None
+
+
+class Generations:
+    """What is known of rows is in their lanes; here is only whose they are."""
+
+    def __init__(self, engine: Engine, ends: Ends, metrics: Metrics, pace: Pace) -> None:
+        self._engine = engine
+        self._ends = ends
+        self._metrics = metrics
+        self._pace = pace
+        self._rows: dict[int, Sequence[RowSpec]] = {}
+        """Of jobs that have not joined."""
+        self._groups: deque[_Group] = deque()
+        self._decoding: dict[int, _Generation] = {}
+
+    @property
+    def joining(self) -> list[Job]:
+        return [job for group in self._groups for job in group.jobs]
+
+    @property
+    def decoding(self) -> list[Job]:
+        return [generation.job for generation in self._decoding.values()]
+
+    @property
+    def inside(self) -> bool:
+        return bool(self._groups or self._decoding)
+
+    def prepared(self, job: Job, rows: Sequence[RowSpec]) -> None:
+        """What the job wants to have generated, once it is its turn."""
+        self._rows[job.id] = rows
+
+    def begin(self, jobs: Sequence[Job]) -> None:
+        """The prompts of these jobs, which are prepared, run in one pass of each lane."""
+        by_lane: dict[int, list[Job]] = {}
+        lanes: dict[int, Lane] = {}
+        for job in jobs:
+            lane = self._engine.lane(self._rows[job.id])
+            lanes[id(lane)] = lane
+            by_lane.setdefault(id(lane), []).append(job)
+        self._groups.extend(_Group(lanes[key], group) for key, group in by_lane.items())
+
+    def advance(self, most: int, *, beside_steps: bool) -> None:
+        """One piece of the oldest group, of at most so many tokens; fewer where rows wait for it to decode."""
+        group = self._groups.popleft()
+        failure = failure_of(lambda: self._piece(group, most, beside_steps=beside_steps))
+        if failure is not None:
+            self._one_by_one(group, failure)
+
+    def decode(self) -> None:
+        """One token for every row."""
+        for lane in self._engine.lanes:
+            self._drop_strangers(lane)
+            if lane.rows:
+                self._step(lane)
+
+    def forget(self, job: Job) -> None:
+        """Its rows leave at once; prompts that nobody waits for any more are not run on."""
+        self._rows.pop(job.id, None)
+        if self._decoding.pop(job.id, None) is not None:
+            for lane in self._engine.lanes:
+                lane.drop({row for row in lane.rows if row.job == job.id})
+        self._groups = deque(group for group in self._groups if not all(one.has_ended for one in group.jobs))
+
+    # Prompts
+
+    def _piece(self, group: _Group, most: int, *, beside_steps: bool) -> None:
+        running = group.running or group.lane.begin(self._new_rows(group))
+        started = time.perf_counter()
+        n_run = running.advance(self._pace.tokens(1.0, most) if beside_steps else most)
+        self._pace.passed(n_run, 1.0, time.perf_counter() - started)
+        if running.is_done:
+            self._join(group, running.join())
+        else:
+            self._groups.appendleft(_Group(group.lane, group.jobs, running))
+
+    def _new_rows(self, group: _Group) -> list[tuple[RowId, RowSpec]]:
+        jobs = [job for job in group.jobs if not job.has_ended]
+        return [(RowId(job.id, n), spec) for job in jobs for n, spec in enumerate(self._rows[job.id])]
+
+    def _join(self, group: _Group, steps: Sequence[RowStep]) -> None:
+        jobs = [job for job in group.jobs if not job.has_ended]
+        lengths = [len(spec.prompt_ids) for job in jobs for spec in self._rows[job.id]]
+        if lengths:
+            self._metrics.prefilled(len(lengths), sum(lengths), len(lengths) * max(lengths) - sum(lengths))
+        for job in jobs:
+            self._decoding[job.id] = _Generation(job, n_left=len(self._rows.pop(job.id)))
+        self._deliver(steps)
+
+    def _one_by_one(self, group: _Group, failure: Exception) -> None:
+        """A merged pass that failed says nothing about whose fault it is: each job runs alone and answers for it."""
+        jobs = [job for job in group.jobs if not job.has_ended]
+        if len(jobs) < 2:
+            for job in jobs:
+                self._ends.fail(job, failure)
+            return
+        log.warning("a merged forward pass failed, its requests run one by one", exc_info=failure)
+        if self._ends.give_up(failure):
+            self._groups.extendleft(_Group(group.lane, [job]) for job in reversed(jobs))
+            return
+        for job in jobs:
+            self._ends.fail(job, failure)
+
+    # Steps
+
+    def _step(self, lane: Lane) -> None:
+        """A step that fails is tried once more: what ran out of memory beside it may have left."""
+        steps: list[RowStep] = []
+        for is_last in (False, True):
+            started = time.perf_counter()
+            failure = failure_of(lambda: steps.extend(lane.decode()))
+            if failure is None:
+                self._pace.stepped(time.perf_counter() - started)
+                self._metrics.decoded(len(steps))
+                self._deliver(steps)
+                return
+            if is_last or not self._ends.give_up(failure):
+                for number in {row.job for row in lane.rows}:
+                    self._ends.fail(self._decoding[number].job, failure)
+                return
+            log.warning("a decode step failed and is tried once more", exc_info=failure)
+
+    def _drop_strangers(self, lane: Lane) -> None:
+        """Rows of jobs that are not here any more, if there should ever be any."""
+        strangers = {row for row in lane.rows if row.job not in self._decoding}
+        if strangers:
+            lane.drop(strangers)
+
+    def _deliver(self, steps: Sequence[RowStep]) -> None:
+        for number, own in groupby(sorted(steps, key=lambda step: step.row), lambda step: step.row.job):
+            generation = self._decoding.get(number)
+            if generation is not None:
+                self._ends.attempt(generation.job, partial(self._take, generation, list(own)))
+
+    def _take(self, generation: _Generation, steps: Sequence[RowStep]) -> None:
+        """Raises what ended a row, which ends its job."""
+        for step in steps:
+            if step.error is not None:
+                raise step.error
+        job = generation.job
+        if not generation.has_begun:
+            generation.has_begun = True
+            self._metrics.first_token(time.monotonic() - job.submitted_s)
+        job.ticket.emit(steps)
+        generation.n_left -= sum(step.ends for step in steps)
+        if generation.n_left == 0:
+            self._ends.answer(job)

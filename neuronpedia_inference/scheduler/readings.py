@@ -1,0 +1,132 @@
+"""Captures and calls: forward passes that are only read, and what is made of them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from neuronpedia_inference.engine.faults import failure_of
+from neuronpedia_inference.engine.protocol import Capturing, Engine
+from neuronpedia_inference.metrics import Metrics
+from neuronpedia_inference.scheduler.ends import Ends
+from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, Job, Steps
+from neuronpedia_inference.scheduler.pace import Pace
+from neuronpedia_inference.scheduler.turns import Turns
+
+log = logging.getLogger(__name__)
+
+Prompt = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass for several jobs, the same prompt once."""
+
+    jobs: Sequence[Job]
+    prompts: Sequence[Prompt]
+    running: Capturing
+
+
+class Readings:
+    """One pass at a time; every job's reduction runs on its own, in turns."""
+
+    def __init__(self, engine: Engine, ends: Ends, turns: Turns, metrics: Metrics, pace: Pace) -> None:
+        self._engine = engine
+        self._ends = ends
+        self._turns = turns
+        self._metrics = metrics
+        self._pace = pace
+        self._groups: deque[Sequence[Job]] = deque()
+        """Whose passes have yet to begin."""
+        self._pass: _Pass | None = None
+        self.shared_lately = 0
+        """Jobs of the last pass, if they were several."""
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Those of passes; reductions are the turns' business."""
+        passing = () if self._pass is None else self._pass.jobs
+        return [job for group in (*self._groups, passing) for job in group]
+
+    def begin(self, jobs: Sequence[Job]) -> None:
+        """A call, or captures that share a pass."""
+        for job in jobs:
+            if isinstance(job.work, CallWork):
+                self._turns.add(job, job.work.run(), partial(self._ends.answer, job))
+        captures = [job for job in jobs if isinstance(job.work, CaptureWork)]
+        if captures:
+            self._groups.append(captures)
+
+    def advance(self, most: int, *, beside_steps: bool) -> None:
+        """One piece of the oldest pass, of at most so many tokens; fewer where rows wait for it to decode."""
+        jobs: Sequence[Job] = ()
+        if self._pass is None:
+            jobs = self._groups.popleft()
+            failure = failure_of(lambda: self._start(jobs))
+        else:
+            jobs = self._pass.jobs
+            failure = failure_of(lambda: self._piece(most, beside_steps=beside_steps))
+        if failure is not None:
+            self._pass = None
+            self._one_by_one(jobs, failure)
+
+    def forget(self, job: Job) -> None:
+        """A pass that nobody waits for any more is not run on."""
+        groups = ([one for one in group if one is not job] for group in self._groups)
+        self._groups = deque(group for group in groups if group)
+        if self._pass is not None and all(one.has_ended for one in self._pass.jobs):
+            self._pass = None
+
+    def _start(self, jobs: Sequence[Job]) -> None:
+        prompts = list(dict.fromkeys(tuple(prompt) for job in jobs for prompt in _work(job).prompts))
+        points = {point for job in jobs for point in _work(job).points}
+        self._pass = _Pass(jobs, prompts, self._engine.begin_capture(prompts, points))
+
+    def _piece(self, most: int, *, beside_steps: bool) -> None:
+        assert self._pass is not None
+        running = self._pass.running
+        n_tokens = self._pace.tokens(running.depth, most) if beside_steps else most
+        started = time.perf_counter()
+        n_run = running.advance(n_tokens)
+        if running.is_done:
+            self._reduce(self._pass)
+        self._pace.passed(n_run, running.depth, time.perf_counter() - started)
+
+    def _reduce(self, done: _Pass) -> None:
+        self._pass = None
+        shared: Mapping[Prompt, Any] = dict(zip(done.prompts, done.running.result(), strict=True))
+        lengths = [len(prompt) for prompt in done.prompts]
+        self._metrics.captured(len(done.jobs), sum(lengths), len(lengths) * max(lengths) - sum(lengths))
+        for job in done.jobs:
+            if not job.has_ended:
+                self._turns.add(job, _reduction(_work(job), shared), partial(self._ends.answer, job))
+        self.shared_lately = len(done.jobs) if len(done.jobs) > 1 else 0
+
+    def _one_by_one(self, jobs: Sequence[Job], failure: Exception) -> None:
+        """A merged pass that failed says nothing about whose fault it is: each job runs alone and answers for it."""
+        jobs = [job for job in jobs if not job.has_ended]
+        if len(jobs) < 2:
+            for job in jobs:
+                self._ends.fail(job, failure)
+            return
+        log.warning("a merged forward pass failed, its requests run one by one", exc_info=failure)
+        if self._ends.give_up(failure):
+            self._groups.extendleft([job] for job in reversed(jobs))
+            return
+        for job in jobs:
+            self._ends.fail(job, failure)
+
+
+def _work(job: Job) -> CaptureWork:
+    assert isinstance(job.work, CaptureWork)
+    return job.work
+
+
+def _reduction(work: CaptureWork, shared: Mapping[Prompt, Any]) -> Steps:
+    """One job's answer from what was captured for all."""
+    return work.reduce([shared[tuple(prompt)] for prompt in work.prompts])

@@ -1,0 +1,48 @@
+"""How long a request keeps what it was admitted with: until its answer has gone, however slowly that is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import ExitStack
+from contextvars import ContextVar, Token
+from types import TracebackType
+from typing import Any, Self
+
+
+class Stay:
+    """One request. Inside `with stay`, what is admitted is held until `close`; a `with` that fails closes it."""
+
+    def __init__(self) -> None:
+        self._held = ExitStack()
+        self._before: Token[Stay | None] | None = None
+
+    def __enter__(self) -> Self:
+        self._before = _STAY.set(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, at: TracebackType | None) -> None:
+        assert self._before is not None
+        _STAY.reset(self._before)
+        if exc is not None:
+            self.close()
+
+    def close(self) -> None:
+        """May be called again without effect."""
+        self._held.close()
+
+    def at_the_end(self, work: Future[Any], release: Callable[[], None]) -> None:
+        """Of the stay, and of the work: rows of a caller who has left are inside a little longer."""
+        self._held.callback(lambda: work.add_done_callback(lambda _: release()))
+
+
+def at_the_end(work: Future[Any], release: Callable[[], None]) -> None:
+    """Call `release` at the end of the stay that we are in, if any, and of the work."""
+    stay = _STAY.get()
+    if stay is None:
+        work.add_done_callback(lambda _: release())
+    else:
+        stay.at_the_end(work, release)
+
+
+_STAY: ContextVar[Stay | None] = ContextVar("stay", default=None)
