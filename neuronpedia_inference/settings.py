@@ -101,6 +101,13 @@ class Settings(BaseSettings):
         description="Seconds that a request may wait for its turn; 0 waits for ever.",
     )
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Bytes in a request body.")
+    send_timeout_s: float = Field(
+        60.0,
+        ge=0.1,
+        le=86400,
+        validation_alias="SEND_TIMEOUT",
+        description="Seconds for which a caller may take nothing of an answer before it is cut off.",
+    )
     strict_model: bool = Field(False, description="Refuse requests whose `model` is not the one served.")
     chatml_fallback: bool = Field(False, description="Render chats as ChatML when the model has no template.")
 
