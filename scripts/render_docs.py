@@ -227,9 +227,9 @@ CONVENTIONS = f"""\
   What is wrong with a request is said before the stream begins, with an ordinary status. A failure after the first
   event ends the stream with `event: error` and `data: {{"error": "...", "code": "...", "request_id": "..."}}`: a reader
   that ignores event names recognises it by its key `error`. Hanging up stops the generation.
-- Answers of 1000 bytes and more are compressed for clients that accept gzip, streams never. Large answers come in pieces
-  of 16 to 64 KiB, without `Content-Length`, as fast as they are read; who reads nothing for `SEND_TIMEOUT` is cut off. Any
-  origin may call (CORS), without credentials.
+- Answers of 1000 bytes and more are compressed for clients that accept gzip, streams never. Large answers come in
+  pieces of 16 to 64 KiB, without `Content-Length`, as fast as they are read; who reads nothing for `SEND_TIMEOUT` is
+  cut off. Any origin may call (CORS), without credentials.
 - `GET /health` says that the process lives, `GET /ready` that the model answers (503 until then), `GET
   /v1/capabilities` what is served and within which limits, `GET /metrics` how busy it is. `POST /initialize` is
   refused with 409."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from neuronpedia_inference.domain import Source
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.activation import activation_all_batch, activation_single_batch
 from neuronpedia_inference.operations.operation import Events, Operation
+from neuronpedia_inference.operations.rendering import Rows
 from neuronpedia_inference.operations.steer import (
     steer_completion,
     steer_completion_chat,
@@ -19,6 +20,7 @@ from neuronpedia_inference.operations.steer import (
 from neuronpedia_inference.operations.top_k import activation_topk_by_token_batch
 from neuronpedia_inference.schemas.activation import (
     ActivationAllBatchRequest,
+    ActivationAllFeature,
     ActivationSingleBatchRequest,
     ActivationsRequest,
     ActivationsResponse,
@@ -47,6 +49,9 @@ from neuronpedia_inference.schemas.steer import (
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
+T = TypeVar("T")
+U = TypeVar("U")
+
 
 async def activations(request: ActivationsRequest, rt: Runtime) -> ActivationsResponse:
     """Raises InvalidRequest where source or set must be named, and what activation/all or /single raise."""
@@ -66,12 +71,12 @@ async def top_k(request: TopKRequest, rt: Runtime) -> TopKResponse:
         ignore_bos=request.ignore_bos,
     )
     answer = await activation_topk_by_token_batch(wire, rt)
-    return TopKResponse(
+    return TopKResponse.model_construct(
         results=[
-            TopKResult(
+            TopKResult.model_construct(
                 source=source,
                 tokens=result.tokens,
-                positions=[_labelled_token(one, source, rt) for one in result.results],
+                positions=_each(result.results, lambda one: _labelled_token(one, source, rt)),
             )
             for result in answer.results
         ]
@@ -132,14 +137,10 @@ async def _strongest(request: ActivationsRequest, rt: Runtime) -> ActivationsRes
         num_results=request.num_results,
     )
     answer = await activation_all_batch(wire, rt)
-    return ActivationsResponse(
+    return ActivationsResponse.model_construct(
         results=[
-            ActivationsResult(
-                tokens=result.tokens,
-                features=[
-                    LabelledFeature(**one.model_dump(exclude={"sum_values"}), label=rt.label(one.source, one.index))
-                    for one in result.activations
-                ],
+            ActivationsResult.model_construct(
+                tokens=result.tokens, features=_each(result.activations, lambda one: _labelled(one, rt))
             )
             for result in answer.results
         ]
@@ -167,18 +168,23 @@ async def _one_feature(request: ActivationsRequest, index: int, rt: Runtime) -> 
     )
 
 
+def _each(items: Sequence[T], turn: Callable[[T], U]) -> Rows[U]:
+    """`turn` of every item, made when it is asked for."""
+    return Rows(len(items), lambda place: turn(items[place]))
+
+
+def _labelled(one: ActivationAllFeature, rt: Runtime) -> LabelledFeature:
+    fields = {name: value for name, value in one.__dict__.items() if name != "sum_values"}
+    return LabelledFeature(**fields, label=rt.label(one.source, one.index))
+
+
 def _labelled_token(one: ActivationTopkByTokenResult, source: str, rt: Runtime) -> LabelledToken:
     return LabelledToken(
         token_position=one.token_position,
         token=one.token,
         is_special=one.is_special,
         top_features=[
-            LabelledTopFeature(
-                feature_index=top.feature_index,
-                activation_value=top.activation_value,
-                label=rt.label(source, top.feature_index),
-            )
-            for top in one.top_features
+            LabelledTopFeature(**top.__dict__, label=rt.label(source, top.feature_index)) for top in one.top_features
         ],
     )
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from neuronpedia_inference.domain import FeatureValue, Tokens
+from neuronpedia_inference.domain import Tokens, TopFeatures
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model, tokenize_prompts
+from neuronpedia_inference.operations.rendering import Rows
 from neuronpedia_inference.schemas.activation import (
     ActivationTopkByTokenBatchRequest,
     ActivationTopkByTokenBatchResponse,
-    ActivationTopkByTokenFeature,
     ActivationTopkByTokenRequest,
     ActivationTopkByTokenResponse,
     ActivationTopkByTokenResult,
@@ -34,7 +34,7 @@ async def activation_topk_by_token_batch(
     request: ActivationTopkByTokenBatchRequest, rt: Runtime
 ) -> ActivationTopkByTokenBatchResponse:
     """The strongest features per token, per prompt. Raises UnknownSource, LimitExceeded."""
-    return ActivationTopkByTokenBatchResponse(results=await _top_k(request, request.prompts, rt))
+    return ActivationTopkByTokenBatchResponse.model_construct(results=await _top_k(request, request.prompts, rt))
 
 
 async def _top_k(request: TopkFields, prompts: Sequence[str], rt: Runtime) -> list[ActivationTopkByTokenResponse]:
@@ -47,23 +47,24 @@ async def _top_k(request: TopkFields, prompts: Sequence[str], rt: Runtime) -> li
     return [_result(tokens, top, start) for tokens, top in zip(batch, found, strict=True)]
 
 
-def _result(tokens: Tokens, top: Sequence[Sequence[FeatureValue]], start: int) -> ActivationTopkByTokenResponse:
+def _result(tokens: Tokens, top: TopFeatures, start: int) -> ActivationTopkByTokenResponse:
     """Tokens from `start` on; their positions still count from the beginning of the prompt."""
     assert len(top) == len(tokens), (len(top), len(tokens))
-    return ActivationTopkByTokenResponse(
-        results=[
-            ActivationTopkByTokenResult(
-                token_position=position,
-                token=tokens.strings[position],
-                is_special=tokens.is_special[position],
-                top_features=[
-                    ActivationTopkByTokenFeature(feature_index=one.index, activation_value=one.value)
-                    for one in top[position]
-                ],
-            )
-            for position in range(start, len(tokens))
-        ],
-        tokens=list(tokens.strings[start:]),
+
+    def at(place: int) -> ActivationTopkByTokenResult:
+        position = start + place
+        pairs = zip(top.indices[position].tolist(), top.values[position].tolist(), strict=True)
+        return ActivationTopkByTokenResult.model_validate(
+            {
+                "token_position": position,
+                "token": tokens.strings[position],
+                "is_special": tokens.is_special[position],
+                "top_features": [{"feature_index": index, "activation_value": value} for index, value in pairs],
+            }
+        )
+
+    return ActivationTopkByTokenResponse.model_construct(
+        results=Rows(len(tokens) - start, at), tokens=list(tokens.strings[start:])
     )
 
 

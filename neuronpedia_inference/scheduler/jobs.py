@@ -49,8 +49,9 @@ class Ticket:
         self.future.cancel()
 
 
-Steps = Generator[Future[Any], Any, Any]
-"""Work that may have to wait for weights: yields the future of what it needs, is sent its result, returns its own.
+Steps = Generator[Future[Any] | None, Any, Any]
+"""Work that gives way: yields the future of weights that it needs and is sent what that gives, or yields None where
+others may have a turn; returns its own result.
 
 What a future gives has a `release`, which is called for it if the work ends before it could take it.
 """

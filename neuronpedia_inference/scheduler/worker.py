@@ -281,7 +281,7 @@ class Worker:
         try:
             while True:
                 needed = next(steps) if awaited is None else _send(steps, awaited)
-                if not needed.done():
+                if needed is not None and not needed.done():
                     self._paused[job.id] = _Paused(job, steps, needed)
                     needed.add_done_callback(lambda _: self._inbox.put(None))
                     return
@@ -362,7 +362,7 @@ def _reduction(work: CaptureWork, shared: Mapping[tuple[int, ...], Any]) -> Step
     return work.reduce([shared[tuple(prompt)] for prompt in work.prompts])
 
 
-def _send(steps: Steps, awaited: Future[Any]) -> Future[Any]:
+def _send(steps: Steps, awaited: Future[Any]) -> Future[Any] | None:
     """Give `steps` what it waited for, or raise in it what went wrong."""
     error = awaited.exception()
     return steps.send(awaited.result()) if error is None else steps.throw(error)

@@ -251,7 +251,7 @@ def test_position_zero_counts_as_bos_only_where_there_is_one(has_bos: bool, igno
 def test_sorting_by_tokens_is_passed_on_with_duplicates():
     runtime = FakeRuntime()
     answer = ask("activation_all", all_(sort_by_token_indexes=[2, 2, 1]), runtime)
-    assert runtime.called("ranked_features")[1].token_indexes == (2, 2, 1)
+    assert runtime.called("ranked_features")[1].weights == {2: 2, 1: 1}
     sums = [row["sum_values"] for row in answer["activations"]]
     assert sums == sorted(sums, reverse=True)
     assert sums[0] > 0
