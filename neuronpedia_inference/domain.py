@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 Numbers = NDArray[np.number[Any]]
 
+MAX_STEERS = 512
+"""Steers of one request: each costs a little at every step of decoding."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:

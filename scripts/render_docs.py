@@ -65,9 +65,10 @@ EXPLAINED: dict[str, Explained] = {
         "Use TransformerLens's names, such as `blocks.15.hook_resid_post`, with a layer that the model has.",
     ),
     "limit_exceeded": Explained(
-        "A bound of the server was passed: tokens in a prompt, tokens of prompt and completion together.",
+        "A bound of the server was passed: tokens in a prompt, tokens of prompt and completion together, items of a "
+        "list, `top_k`, activations in an answer.",
         "Text too long: 312 tokens, max is 200",
-        "Send less, or raise the limit that the message names (`TOKEN_LIMIT`, `MAX_TOKENS`) and restart.",
+        "Send less, or raise the limit that the message names (such as `TOKEN_LIMIT` or `MAX_TOP_K`) and restart.",
     ),
     "invalid_body": Explained(
         'The body is not JSON, not an object, or does not fit the schema. Types are strict: `"5"` is not a number.',

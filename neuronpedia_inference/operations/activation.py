@@ -16,9 +16,9 @@ from neuronpedia_inference.domain import (
     Source,
     Tokens,
 )
-from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownSource
+from neuronpedia_inference.errors import InvalidRequest, UnknownSource
 from neuronpedia_inference.operations.operation import Operation
-from neuronpedia_inference.operations.prompts import check_model, tokenize_prompts
+from neuronpedia_inference.operations.prompts import check_model, check_size, tokenize_prompts
 from neuronpedia_inference.operations.rendering import Entries, Rows
 from neuronpedia_inference.schemas.activation import (
     ActivationAllBatchRequest,
@@ -154,10 +154,11 @@ async def _all(request: RankingFields, prompts: Sequence[str], rt: Runtime) -> l
     batch = tokenize_prompts(rt, prompts, "once")
     _check_sort_indexes(request.sort_by_token_indexes, batch)
     ranking = Ranking(
-        limit=_limit(request.num_results, sources, rt),
+        limit=min(rt.settings.max_results, DEFAULT_NUM_RESULTS if request.num_results is None else request.num_results),
         ignore_first=request.ignore_bos and batch[0].has_bos,
         weights=Counter(request.sort_by_token_indexes),
     )
+    check_size(min(ranking.limit, sum(source.n_features for source in sources)), batch, "features", rt)
     if ranking.limit == 0:
         return [ActivationAllResponse(activations=[], tokens=list(tokens.strings)) for tokens in batch]
     ranked = await rt.ranked_features(batch, sources, ranking)
@@ -167,14 +168,6 @@ async def _all(request: RankingFields, prompts: Sequence[str], rt: Runtime) -> l
         )
         for tokens, found in zip(batch, ranked, strict=True)
     ]
-
-
-def _limit(wanted: int | None, sources: Sequence[Source], rt: Runtime) -> int:
-    """Refuses to leave out any of what was asked for because of MAX_RESULTS; more than there is may be asked for."""
-    most = rt.settings.max_results
-    if wanted is not None and min(wanted, sum(source.n_features for source in sources)) > most:
-        raise LimitExceeded(f"num_results is {wanted}, the most is {most}. Ask for fewer or raise MAX_RESULTS.")
-    return min(DEFAULT_NUM_RESULTS if wanted is None else wanted, most)
 
 
 def _selected(request: RankingFields, rt: Runtime) -> tuple[Source, ...]:

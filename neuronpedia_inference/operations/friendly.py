@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from neuronpedia_inference.domain import Source
-from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from neuronpedia_inference.operations.activation import activation_all_batch, activation_single_batch
 from neuronpedia_inference.operations.operation import Events, Operation
 from neuronpedia_inference.operations.rendering import Rows
@@ -127,6 +127,9 @@ def _choose_set(request: ActivationsRequest, rt: Runtime) -> tuple[str, list[str
 
 async def _strongest(request: ActivationsRequest, rt: Runtime) -> ActivationsResponse:
     source_set, selected = _choose_set(request, rt)
+    most, wanted = rt.settings.max_results, request.num_results
+    if "num_results" in request.model_fields_set and wanted is not None and wanted > most:
+        raise LimitExceeded(f"num_results is {wanted}, the most is {most}. Ask for fewer or raise MAX_RESULTS.")
     wire = ActivationAllBatchRequest(
         prompts=_prompts(request.prompt),
         model=rt.model.id,

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from neuronpedia_inference.domain import Tokens, TopFeatures
+from neuronpedia_inference.errors import LimitExceeded
 from neuronpedia_inference.operations.operation import Operation
-from neuronpedia_inference.operations.prompts import check_model, tokenize_prompts
+from neuronpedia_inference.operations.prompts import check_model, check_size, tokenize_prompts
 from neuronpedia_inference.operations.rendering import Rows
 from neuronpedia_inference.schemas.activation import (
     ActivationTopkByTokenBatchRequest,
@@ -41,10 +42,18 @@ async def _top_k(request: TopkFields, prompts: Sequence[str], rt: Runtime) -> li
     check_model(request.model, rt)
     source = rt.source(request.source)
     batch = tokenize_prompts(rt, prompts, "once")
-    wanted = DEFAULT_TOP_K if request.top_k is None else request.top_k
-    found = await rt.top_features(batch, source, min(wanted, source.n_features))
+    k = min(DEFAULT_TOP_K if request.top_k is None else _checked(request.top_k, rt), source.n_features)
+    check_size(k, batch, "features", rt)
+    found = await rt.top_features(batch, source, k)
     start = 1 if request.ignore_bos and batch[0].has_bos else 0
     return [_result(tokens, top, start) for tokens, top in zip(batch, found, strict=True)]
+
+
+def _checked(top_k: int, rt: Runtime) -> int:
+    most = rt.settings.max_top_k
+    if top_k > most:
+        raise LimitExceeded(f"top_k is {top_k}, the most is {most}. Ask for fewer or raise MAX_TOP_K.")
+    return top_k
 
 
 def _result(tokens: Tokens, top: TopFeatures, start: int) -> ActivationTopkByTokenResponse:
