@@ -1,8 +1,22 @@
-"""Plain values that cross between operations, runtime, scheduler and engine. No tensors, no HTTP."""
+"""Plain values that cross between operations, runtime, scheduler and engine. No tensors, no HTTP.
+
+Results about features are columns: arrays on the host, because millions of Python numbers would take gigabytes, and
+making them holds the interpreter's lock.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Numbers = NDArray[np.number[Any]]
+
+MAX_STEERS = 512
+"""Steers of one request: each costs a little at every step of decoding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,39 +70,109 @@ class Source:
         return self.architecture.endswith("transcoder")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Dfa:
     """Direct feature attribution of one feature at its top position (full-prompt coordinates)."""
 
-    values: tuple[float, ...]
-    """One per source position."""
+    values: Numbers
+    """[pos]: one per source position."""
     target_index: int
 
-    @property
-    def max_value(self) -> float:
-        return max(self.values)
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class FeatureActivations:
     """One feature over one prompt."""
 
-    values: tuple[float, ...]
-    """One per token of the full prompt, BOS included and not masked unless asked for."""
+    values: Numbers
+    """[pos]: one per token of the full prompt, BOS included and not masked unless asked for."""
     dfa: Dfa | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RankedFeature:
     """One row of "which features fire most on this prompt"."""
 
     source: str
     index: int
-    values: tuple[float, ...]
-    max_value: float
+    values: Numbers
+    """[pos]"""
     max_value_index: int
+    """First position of the largest of `values`."""
     sum_values: float
     dfa: Dfa | None = None
+
+    @property
+    def max_value(self) -> float:
+        return float(self.values[self.max_value_index])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankedFeatures:
+    """The features that fire most on one prompt, best first, in columns."""
+
+    sources: tuple[str, ...]
+    source_numbers: Numbers
+    """[feature]: places in `sources`."""
+    indices: Numbers
+    """[feature]"""
+    values: Numbers
+    """[feature, pos]"""
+    max_value_indices: Numbers
+    """[feature]"""
+    sum_values: Numbers
+    """[feature]"""
+    dfa: Mapping[int, Dfa] = field(default_factory=dict)
+    """By row, where the source has attributions."""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, row: int) -> RankedFeature:
+        return RankedFeature(
+            source=self.sources[self.source_numbers[row]],
+            index=int(self.indices[row]),
+            values=self.values[row],
+            max_value_index=int(self.max_value_indices[row]),
+            sum_values=float(self.sum_values[row]),
+            dfa=self.dfa.get(row),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TopFeatures:
+    """The strongest features at every position of one prompt, strongest first."""
+
+    indices: Numbers
+    """[pos, k]"""
+    values: Numbers
+    """[pos, k]"""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ActiveFeatures:
+    """Every non-zero activation of one prompt, feature by feature, in order of first firing."""
+
+    indices: Numbers
+    """[feature]"""
+    starts: Numbers
+    """[feature]: where a feature's entries begin in `positions` and `values`."""
+    ends: Numbers
+    """[feature]: where they end."""
+    positions: Numbers
+    """[entry]: ascending within a feature."""
+    values: Numbers
+    """[entry]"""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, row: int) -> tuple[int, list[int], list[float]]:
+        """A feature's index, positions and activations."""
+        entries = slice(self.starts[row], self.ends[row])
+        return int(self.indices[row]), self.positions[entries].tolist(), self.values[entries].tolist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,21 +182,12 @@ class Ranking:
     limit: int
     ignore_first: bool = True
     """Set position 0 to zero for every feature before anything else."""
-    token_indexes: tuple[int, ...] = ()
-    """Rank by the sum over these positions instead of by the maximum; duplicates count twice."""
+    weights: Mapping[int, int] = field(default_factory=dict)
+    """Position → how often it counts in the sum that ranks; without any, the maximum ranks."""
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureValue:
-    index: int
-    value: float
-
-
-@dataclass(frozen=True, slots=True)
-class ActiveFeature:
-    """A non-zero activation."""
-
-    position: int
     index: int
     value: float
 

@@ -12,15 +12,17 @@ import torch
 
 from neuronpedia_inference.demand import Costs
 from neuronpedia_inference.domain import (
-    ActiveFeature,
+    ActiveFeatures,
     ChatMessage,
     FeatureActivations,
     FeatureValue,
-    RankedFeature,
+    Numbers,
+    RankedFeatures,
     Ranking,
     Sampling,
     Source,
     Tokens,
+    TopFeatures,
     Written,
 )
 from neuronpedia_inference.engine.completions import Completions
@@ -179,10 +181,8 @@ class Runtime:
         self._check_prompts(prompts, at_least=dfa_from + 1)
         return await self._ask(self._questions.activations(prompts, source, index, dfa_from))
 
-    async def projections(
-        self, prompts: Sequence[Tokens], hook: str, vector: Sequence[float]
-    ) -> list[tuple[float, ...]]:
-        """h·v at every position of a hook."""
+    async def projections(self, prompts: Sequence[Tokens], hook: str, vector: Sequence[float]) -> list[Numbers]:
+        """h·v at every position of a hook: [pos] per prompt."""
         point = Point.parse(hook)
         self._engine.check(point)
         check_vector(vector, self._engine.width(point), hook)
@@ -191,22 +191,23 @@ class Runtime:
 
     async def ranked_features(
         self, prompts: Sequence[Tokens], sources: Sequence[Source], ranking: Ranking
-    ) -> list[tuple[RankedFeature, ...]]:
+    ) -> list[RankedFeatures]:
         """The features that fire most (contract 2.10)."""
-        self._check_prompts(prompts, at_least=max(ranking.token_indexes, default=0) + 1)
+        self._check_prompts(prompts, at_least=max(ranking.weights, default=0) + 1)
         return await self._ask(self._questions.ranked(prompts, sources, ranking))
 
-    async def top_features(
-        self, prompts: Sequence[Tokens], source: Source, k: int
-    ) -> list[tuple[tuple[FeatureValue, ...], ...]]:
-        """The k strongest features at every position: [prompt][position][k]."""
+    async def top_features(self, prompts: Sequence[Tokens], source: Source, k: int) -> list[TopFeatures]:
+        """The k strongest features at every position."""
         self._check_prompts(prompts)
         return await self._ask(self._questions.top(prompts, source, k))
 
-    async def active_features(self, prompts: Sequence[Tokens], source: Source) -> list[tuple[ActiveFeature, ...]]:
-        """All non-zero activations, by position, then feature."""
+    async def active_features(
+        self, prompts: Sequence[Tokens], source: Source, *, first: int = 0
+    ) -> list[ActiveFeatures]:
+        """All non-zero activations from position `first` on. Raises LimitExceeded beyond MAX_RESULT_VALUES."""
         self._check_prompts(prompts)
-        return await self._ask(self._questions.active(prompts, source))
+        most = self.settings.max_result_values
+        return await self._ask(self._questions.active(prompts, source, first=first, most=most))
 
     async def encoder_column(self, source: Source, index: int) -> tuple[float, ...]:
         """W_enc[:, index] after folding: [width]."""

@@ -83,6 +83,10 @@ class Settings(BaseSettings):
     token_limit: int = Field(200, ge=1, description="Tokens in a prompt, BOS included; a batch gets a quarter each.")
     max_tokens: int = Field(4096, ge=2, description="Tokens of prompt and completion together.")
     max_results: int = Field(1000, ge=1, description="Upper bound of `num_results`.")
+    max_top_k: int = Field(256, ge=1, description="Upper bound of `top_k`.")
+    max_result_values: int = Field(
+        2**22, ge=1, description="Activations in one answer: results or `top_k` times tokens, or all that are not zero."
+    )
     max_concurrent_requests: int = Field(32, ge=1, description="Requests admitted at once; more get a 503.")
     max_rows: int = Field(16, ge=1, le=256, description="Completions that decode together; more wait their turn.")
     max_queued_tokens: int = Field(
@@ -101,6 +105,13 @@ class Settings(BaseSettings):
         description="Seconds that a request may wait for its turn; 0 waits for ever.",
     )
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Bytes in a request body.")
+    send_timeout_s: float = Field(
+        60.0,
+        ge=0.1,
+        le=86400,
+        validation_alias="SEND_TIMEOUT",
+        description="Seconds for which a caller may take nothing of an answer before it is cut off.",
+    )
     strict_model: bool = Field(False, description="Refuse requests whose `model` is not the one served.")
     chatml_fallback: bool = Field(False, description="Render chats as ChatML when the model has no template.")
 

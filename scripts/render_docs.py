@@ -65,9 +65,10 @@ EXPLAINED: dict[str, Explained] = {
         "Use TransformerLens's names, such as `blocks.15.hook_resid_post`, with a layer that the model has.",
     ),
     "limit_exceeded": Explained(
-        "A bound of the server was passed: tokens in a prompt, tokens of prompt and completion together.",
+        "A bound of the server was passed: tokens in a prompt, tokens of prompt and completion together, items of a "
+        "list, `top_k`, activations in an answer.",
         "Text too long: 312 tokens, max is 200",
-        "Send less, or raise the limit that the message names (`TOKEN_LIMIT`, `MAX_TOKENS`) and restart.",
+        "Send less, or raise the limit that the message names (such as `TOKEN_LIMIT` or `MAX_TOP_K`) and restart.",
     ),
     "invalid_body": Explained(
         'The body is not JSON, not an object, or does not fit the schema. Types are strict: `"5"` is not a number.',
@@ -227,8 +228,9 @@ CONVENTIONS = f"""\
   What is wrong with a request is said before the stream begins, with an ordinary status. A failure after the first
   event ends the stream with `event: error` and `data: {{"error": "...", "code": "...", "request_id": "..."}}`: a reader
   that ignores event names recognises it by its key `error`. Hanging up stops the generation.
-- Answers of 1000 bytes and more are compressed for clients that accept gzip, streams never. Any origin may call
-  (CORS), without credentials.
+- Answers of 1000 bytes and more are compressed for clients that accept gzip, streams never. Large answers come in
+  pieces of 16 to 64 KiB, without `Content-Length`, as fast as they are read; who reads nothing for `SEND_TIMEOUT` is
+  cut off. Any origin may call (CORS), without credentials.
 - `GET /health` says that the process lives, `GET /ready` that the model answers (503 until then), `GET
   /v1/capabilities` what is served and within which limits, `GET /metrics` how busy it is. `POST /initialize` is
   refused with 409."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from neuronpedia_inference.domain import (
-    ActiveFeature,
+    ActiveFeatures,
     Dfa,
     FeatureActivations,
     RankedFeature,
@@ -15,9 +16,10 @@ from neuronpedia_inference.domain import (
     Source,
     Tokens,
 )
-from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownSource
+from neuronpedia_inference.errors import InvalidRequest, UnknownSource
 from neuronpedia_inference.operations.operation import Operation
-from neuronpedia_inference.operations.prompts import check_model, tokenize_prompts
+from neuronpedia_inference.operations.prompts import check_model, check_size, tokenize_prompts
+from neuronpedia_inference.operations.rendering import Entries, Rows
 from neuronpedia_inference.schemas.activation import (
     ActivationAllBatchRequest,
     ActivationAllBatchResponse,
@@ -63,7 +65,7 @@ async def activation_all(request: ActivationAllRequest, rt: Runtime) -> Activati
 
 async def activation_all_batch(request: ActivationAllBatchRequest, rt: Runtime) -> ActivationAllBatchResponse:
     """One ranking per prompt. Raises InvalidRequest (sort positions), UnknownSource (set, members), LimitExceeded."""
-    return ActivationAllBatchResponse(results=await _all(request, request.prompts, rt))
+    return ActivationAllBatchResponse.model_construct(results=await _all(request, request.prompts, rt))
 
 
 async def activation_source(request: ActivationSourceRequest, rt: Runtime) -> ActivationSourceResponse:
@@ -71,10 +73,10 @@ async def activation_source(request: ActivationSourceRequest, rt: Runtime) -> Ac
     check_model(request.model, rt)
     source = rt.source(request.source)
     prompts = tokenize_prompts(rt, request.prompts, "once")
-    found = await rt.active_features(prompts, source)
-    return ActivationSourceResponse(
+    found = await rt.active_features(prompts, source, first=1 if prompts[0].has_bos else 0)
+    return ActivationSourceResponse.model_construct(
         results=[
-            ActivationSourceResult(tokens=list(tokens.strings), activeFeatures=_by_feature(tokens, active))
+            ActivationSourceResult.model_construct(tokens=list(tokens.strings), activeFeatures=_pairs(active))
             for tokens, active in zip(prompts, found, strict=True)
         ]
     )
@@ -120,11 +122,11 @@ async def _projection(
 
 def _result(tokens: Tokens, found: FeatureActivations, start: int) -> ActivationSingleResponse:
     """The part from position `start` on, in coordinates of its own."""
-    values = found.values[start:]
+    values: list[float] = found.values[start:].tolist()
     top = max(values)
     return ActivationSingleResponse(
         activation=ActivationValues(
-            values=list(values),
+            values=values,
             max_value=top,
             max_value_index=values.index(top),
             **_dfa(found.dfa, start),
@@ -138,9 +140,9 @@ def _dfa(dfa: Dfa | None, start: int = 0) -> dict[str, Any]:
     """Attribution from position `start` on, as the wire's three fields; the maximum is of what remains."""
     if dfa is None:
         return {}
-    values = dfa.values[start:]
+    values: list[float] = dfa.values[start:].tolist()
     return {
-        "dfa_values": list(values),
+        "dfa_values": values,
         "dfa_target_index": dfa.target_index - start,
         "dfa_max_value": max(values),
     }
@@ -152,25 +154,20 @@ async def _all(request: RankingFields, prompts: Sequence[str], rt: Runtime) -> l
     batch = tokenize_prompts(rt, prompts, "once")
     _check_sort_indexes(request.sort_by_token_indexes, batch)
     ranking = Ranking(
-        limit=_limit(request.num_results, sources, rt),
+        limit=min(rt.settings.max_results, DEFAULT_NUM_RESULTS if request.num_results is None else request.num_results),
         ignore_first=request.ignore_bos and batch[0].has_bos,
-        token_indexes=tuple(request.sort_by_token_indexes),
+        weights=Counter(request.sort_by_token_indexes),
     )
+    check_size(min(ranking.limit, sum(source.n_features for source in sources)), batch, "features", rt)
     if ranking.limit == 0:
         return [ActivationAllResponse(activations=[], tokens=list(tokens.strings)) for tokens in batch]
     ranked = await rt.ranked_features(batch, sources, ranking)
     return [
-        ActivationAllResponse(activations=[_ranked(row) for row in rows], tokens=list(tokens.strings))
-        for tokens, rows in zip(batch, ranked, strict=True)
+        ActivationAllResponse.model_construct(
+            activations=Rows(len(found), lambda row, found=found: _ranked(found[row])), tokens=list(tokens.strings)
+        )
+        for tokens, found in zip(batch, ranked, strict=True)
     ]
-
-
-def _limit(wanted: int | None, sources: Sequence[Source], rt: Runtime) -> int:
-    """Refuses to leave out any of what was asked for because of MAX_RESULTS; more than there is may be asked for."""
-    most = rt.settings.max_results
-    if wanted is not None and min(wanted, sum(source.n_features for source in sources)) > most:
-        raise LimitExceeded(f"num_results is {wanted}, the most is {most}. Ask for fewer or raise MAX_RESULTS.")
-    return min(DEFAULT_NUM_RESULTS if wanted is None else wanted, most)
 
 
 def _selected(request: RankingFields, rt: Runtime) -> tuple[Source, ...]:
@@ -195,7 +192,7 @@ def _ranked(row: RankedFeature) -> ActivationAllFeature:
     return ActivationAllFeature(
         source=row.source,
         index=row.index,
-        values=list(row.values),
+        values=row.values.tolist(),
         max_value=row.max_value,
         max_value_index=row.max_value_index,
         sum_values=row.sum_values,
@@ -203,13 +200,14 @@ def _ranked(row: RankedFeature) -> ActivationAllFeature:
     )
 
 
-def _by_feature(tokens: Tokens, active: Sequence[ActiveFeature]) -> dict[str, list[tuple[int, float]]]:
-    """Feature → (position, value) pairs in order of first firing; a BOS token in front is skipped."""
-    pairs: dict[str, list[tuple[int, float]]] = {}
-    for one in active:
-        if one.position > 0 or not tokens.has_bos:
-            pairs.setdefault(str(one.index), []).append((one.position, round(one.value, 3)))
-    return pairs
+def _pairs(active: ActiveFeatures) -> Entries:
+    """Feature → (position, value) pairs."""
+
+    def entry(row: int) -> tuple[str, list[tuple[int, float]]]:
+        index, positions, values = active[row]
+        return str(index), [(position, round(value, 3)) for position, value in zip(positions, values, strict=True)]
+
+    return Entries(len(active), entry)
 
 
 ACTIVATION_SINGLE = Operation(

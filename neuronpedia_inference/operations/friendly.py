@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from neuronpedia_inference.domain import Source, Written
-from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from neuronpedia_inference.operations.activation import activation_all_batch, activation_single_batch
 from neuronpedia_inference.operations.operation import Events, Operation, last
+from neuronpedia_inference.operations.rendering import Rows
 from neuronpedia_inference.operations.steer import Chat, chat_story_of, story_of
 from neuronpedia_inference.operations.story import Story, Transcript, logprob_reply
 from neuronpedia_inference.operations.top_k import activation_topk_by_token_batch
 from neuronpedia_inference.schemas.activation import (
     ActivationAllBatchRequest,
+    ActivationAllFeature,
     ActivationSingleBatchRequest,
     ActivationsRequest,
     ActivationsResponse,
@@ -41,6 +43,9 @@ from neuronpedia_inference.schemas.steer import (
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
+T = TypeVar("T")
+U = TypeVar("U")
+
 
 async def activations(request: ActivationsRequest, rt: Runtime) -> ActivationsResponse:
     """Raises InvalidRequest where source or set must be named, and what activation/all or /single raise."""
@@ -60,12 +65,12 @@ async def top_k(request: TopKRequest, rt: Runtime) -> TopKResponse:
         ignore_bos=request.ignore_bos,
     )
     answer = await activation_topk_by_token_batch(wire, rt)
-    return TopKResponse(
+    return TopKResponse.model_construct(
         results=[
-            TopKResult(
+            TopKResult.model_construct(
                 source=source,
                 tokens=result.tokens,
-                positions=[_labelled_token(one, source, rt) for one in result.results],
+                positions=_each(result.results, lambda one: _labelled_token(one, source, rt)),
             )
             for result in answer.results
         ]
@@ -110,6 +115,9 @@ def _choose_set(request: ActivationsRequest, rt: Runtime) -> tuple[str, list[str
 
 async def _strongest(request: ActivationsRequest, rt: Runtime) -> ActivationsResponse:
     source_set, selected = _choose_set(request, rt)
+    most, wanted = rt.settings.max_results, request.num_results
+    if "num_results" in request.model_fields_set and wanted is not None and wanted > most:
+        raise LimitExceeded(f"num_results is {wanted}, the most is {most}. Ask for fewer or raise MAX_RESULTS.")
     wire = ActivationAllBatchRequest(
         prompts=_prompts(request.prompt),
         model=rt.model.id,
@@ -120,14 +128,10 @@ async def _strongest(request: ActivationsRequest, rt: Runtime) -> ActivationsRes
         num_results=request.num_results,
     )
     answer = await activation_all_batch(wire, rt)
-    return ActivationsResponse(
+    return ActivationsResponse.model_construct(
         results=[
-            ActivationsResult(
-                tokens=result.tokens,
-                features=[
-                    LabelledFeature(**one.model_dump(exclude={"sum_values"}), label=rt.label(one.source, one.index))
-                    for one in result.activations
-                ],
+            ActivationsResult.model_construct(
+                tokens=result.tokens, features=_each(result.activations, lambda one: _labelled(one, rt))
             )
             for result in answer.results
         ]
@@ -155,18 +159,23 @@ async def _one_feature(request: ActivationsRequest, index: int, rt: Runtime) -> 
     )
 
 
+def _each(items: Sequence[T], turn: Callable[[T], U]) -> Rows[U]:
+    """`turn` of every item, made when it is asked for."""
+    return Rows(len(items), lambda place: turn(items[place]))
+
+
+def _labelled(one: ActivationAllFeature, rt: Runtime) -> LabelledFeature:
+    fields = {name: value for name, value in one.__dict__.items() if name != "sum_values"}
+    return LabelledFeature(**fields, label=rt.label(one.source, one.index))
+
+
 def _labelled_token(one: ActivationTopkByTokenResult, source: str, rt: Runtime) -> LabelledToken:
     return LabelledToken(
         token_position=one.token_position,
         token=one.token,
         is_special=one.is_special,
         top_features=[
-            LabelledTopFeature(
-                feature_index=top.feature_index,
-                activation_value=top.activation_value,
-                label=rt.label(source, top.feature_index),
-            )
-            for top in one.top_features
+            LabelledTopFeature(**top.__dict__, label=rt.label(source, top.feature_index)) for top in one.top_features
         ],
     )
 

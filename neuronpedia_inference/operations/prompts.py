@@ -11,8 +11,6 @@ from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
-MAX_BATCH = 4
-
 
 def check_model(model: str, rt: Runtime) -> None:
     """In strict mode only: refuses a model that is not the one served."""
@@ -23,11 +21,9 @@ def check_model(model: str, rt: Runtime) -> None:
 def tokenize_prompts(
     rt: Runtime, prompts: Sequence[str], bos: Literal["once", "natural"], *, allow_empty: bool = True
 ) -> list[Tokens]:
-    """1 to 4 prompts as tokens, each at least one; refuses others. More than one share the length limit."""
+    """Prompts as tokens, each at least one; refuses others. More than one share the length limit."""
     if not prompts:
         raise InvalidRequest("At least one prompt is required")
-    if len(prompts) > MAX_BATCH:
-        raise LimitExceeded(f"Batch size {len(prompts)} exceeds maximum of {MAX_BATCH}")
     if not allow_empty and not all(prompts):
         raise InvalidRequest("Prompt is empty")
     return [_tokenize(rt, prompt, bos, batch=len(prompts) > 1) for prompt in prompts]
@@ -38,3 +34,14 @@ def _tokenize(rt: Runtime, prompt: str, bos: Literal["once", "natural"], *, batc
     if not tokens.ids:
         raise InvalidRequest("Prompt is empty")
     return tokens
+
+
+def check_size(per_token: int, batch: Sequence[Tokens], what: str, rt: Runtime) -> None:
+    """Refuses an answer of so many activations for each token, `what` says of what, that it exceeds its bound."""
+    n_tokens = sum(map(len, batch))
+    most = rt.settings.max_result_values
+    if per_token * n_tokens > most:
+        raise LimitExceeded(
+            f"{per_token} {what} for {n_tokens} tokens are {per_token * n_tokens} activations, the most in one answer "
+            f"is {most}. Ask for fewer, send shorter prompts, or raise MAX_RESULT_VALUES."
+        )

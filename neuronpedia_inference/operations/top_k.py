@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from neuronpedia_inference.domain import FeatureValue, Tokens
+from neuronpedia_inference.domain import Tokens, TopFeatures
+from neuronpedia_inference.errors import LimitExceeded
 from neuronpedia_inference.operations.operation import Operation
-from neuronpedia_inference.operations.prompts import check_model, tokenize_prompts
+from neuronpedia_inference.operations.prompts import check_model, check_size, tokenize_prompts
+from neuronpedia_inference.operations.rendering import Rows
 from neuronpedia_inference.schemas.activation import (
     ActivationTopkByTokenBatchRequest,
     ActivationTopkByTokenBatchResponse,
-    ActivationTopkByTokenFeature,
     ActivationTopkByTokenRequest,
     ActivationTopkByTokenResponse,
     ActivationTopkByTokenResult,
@@ -34,36 +35,45 @@ async def activation_topk_by_token_batch(
     request: ActivationTopkByTokenBatchRequest, rt: Runtime
 ) -> ActivationTopkByTokenBatchResponse:
     """The strongest features per token, per prompt. Raises UnknownSource, LimitExceeded."""
-    return ActivationTopkByTokenBatchResponse(results=await _top_k(request, request.prompts, rt))
+    return ActivationTopkByTokenBatchResponse.model_construct(results=await _top_k(request, request.prompts, rt))
 
 
 async def _top_k(request: TopkFields, prompts: Sequence[str], rt: Runtime) -> list[ActivationTopkByTokenResponse]:
     check_model(request.model, rt)
     source = rt.source(request.source)
     batch = tokenize_prompts(rt, prompts, "once")
-    wanted = DEFAULT_TOP_K if request.top_k is None else request.top_k
-    found = await rt.top_features(batch, source, min(wanted, source.n_features))
+    k = min(DEFAULT_TOP_K if request.top_k is None else _checked(request.top_k, rt), source.n_features)
+    check_size(k, batch, "features", rt)
+    found = await rt.top_features(batch, source, k)
     start = 1 if request.ignore_bos and batch[0].has_bos else 0
     return [_result(tokens, top, start) for tokens, top in zip(batch, found, strict=True)]
 
 
-def _result(tokens: Tokens, top: Sequence[Sequence[FeatureValue]], start: int) -> ActivationTopkByTokenResponse:
+def _checked(top_k: int, rt: Runtime) -> int:
+    most = rt.settings.max_top_k
+    if top_k > most:
+        raise LimitExceeded(f"top_k is {top_k}, the most is {most}. Ask for fewer or raise MAX_TOP_K.")
+    return top_k
+
+
+def _result(tokens: Tokens, top: TopFeatures, start: int) -> ActivationTopkByTokenResponse:
     """Tokens from `start` on; their positions still count from the beginning of the prompt."""
     assert len(top) == len(tokens), (len(top), len(tokens))
-    return ActivationTopkByTokenResponse(
-        results=[
-            ActivationTopkByTokenResult(
-                token_position=position,
-                token=tokens.strings[position],
-                is_special=tokens.is_special[position],
-                top_features=[
-                    ActivationTopkByTokenFeature(feature_index=one.index, activation_value=one.value)
-                    for one in top[position]
-                ],
-            )
-            for position in range(start, len(tokens))
-        ],
-        tokens=list(tokens.strings[start:]),
+
+    def at(place: int) -> ActivationTopkByTokenResult:
+        position = start + place
+        pairs = zip(top.indices[position].tolist(), top.values[position].tolist(), strict=True)
+        return ActivationTopkByTokenResult.model_validate(
+            {
+                "token_position": position,
+                "token": tokens.strings[position],
+                "is_special": tokens.is_special[position],
+                "top_features": [{"feature_index": index, "activation_value": value} for index, value in pairs],
+            }
+        )
+
+    return ActivationTopkByTokenResponse.model_construct(
+        results=Rows(len(tokens) - start, at), tokens=list(tokens.strings[start:])
     )
 
 

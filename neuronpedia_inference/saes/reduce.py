@@ -1,4 +1,4 @@
-"""From activations of one prompt to plain values. NaN and infinity raise EngineFailed.
+"""From activations of one prompt to columns of plain numbers. NaN and infinity raise EngineFailed.
 
 Features are computed in blocks, so wide sources do not need memory for all of them. At the peak, for a prompt of `pos`
 tokens and a source of F features, in float32:
@@ -7,21 +7,26 @@ block   4 bytes × min(pos × F, max(2²², 256 × pos))
 peak    6 × block + 16 × pos × width bytes; 8 × pos × F more for architectures that compare features (TopK and others),
         16 MiB more for gated ones
 
-The results come on top: 8 bytes for every value kept.
+The results come on top (`features.py`). What goes over blocks is a generator that pauses between them, so that others
+may have a turn on the device.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Generator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from neuronpedia_inference.domain import ActiveFeature, Dfa, FeatureValue, RankedFeature, Ranking, Source
+from neuronpedia_inference.domain import ActiveFeatures, Dfa, Numbers, RankedFeatures, Ranking, Source, TopFeatures
 from neuronpedia_inference.errors import EngineFailed
 from neuronpedia_inference.saes.encode import COPIED_NUMBERS, FeatureReader, encodes_by_column
 from neuronpedia_inference.saes.order import merge_topk, stable_topk
+
+T = TypeVar("T")
+Pauses = Generator[None, None, T]
+"""Work that may be left between two steps; returns its result."""
 
 BLOCK_ELEMENTS = 2**22
 """Activations computed at once: 16 MiB in float32."""
@@ -36,12 +41,14 @@ def peak_bytes(source: Source, n_positions: int) -> int:
     return 24 * block + 16 * n_positions * source.width + compared + copied
 
 
-def feature_values(reader: FeatureReader, x: Tensor, index: int) -> tuple[float, ...]:
-    """One feature at every position: [pos, width] -> pos values."""
-    return tuple(_plain(reader.encode_feature(x, index), reader))
+def feature_values(reader: FeatureReader, x: Tensor, index: int) -> Numbers:
+    """One feature at every position: [pos, width] -> [pos]."""
+    values = reader.encode_feature(x, index)
+    _require_finite(values, reader)
+    return on_host(values)
 
 
-def top_features(reader: FeatureReader, x: Tensor, k: int) -> tuple[tuple[FeatureValue, ...], ...]:
+def top_features(reader: FeatureReader, x: Tensor, k: int) -> Pauses[TopFeatures]:
     """The k largest features of every position, zeros included, ties by index; k is cut to what there is."""
     k = min(k, reader.source.n_features)
     best: tuple[Tensor, Tensor] | None = None
@@ -51,35 +58,53 @@ def top_features(reader: FeatureReader, x: Tensor, k: int) -> tuple[tuple[Featur
         found = (values, indices + first)
         best = found if best is None else merge_topk(best, found, k)
         del acts  # or two blocks would be held while the next is made
+        yield
     assert best is not None, reader.source
-    rows = zip(best[1].tolist(), best[0].tolist(), strict=True)
-    return tuple(tuple(FeatureValue(i, v) for i, v in zip(*row, strict=True)) for row in rows)
+    return TopFeatures(indices=on_host(best[1].int()), values=on_host(best[0]))
 
 
-def active_features(reader: FeatureReader, x: Tensor) -> tuple[ActiveFeature, ...]:
-    """Every non-zero activation, by position, then feature."""
-    found: list[ActiveFeature] = []
-    for first, acts in reader.blocks(x, _block(x)):
-        where = acts.nonzero(as_tuple=True)
-        values = _plain(acts[where], reader)
-        places = zip(where[0].tolist(), where[1].tolist(), values, strict=True)
-        found.extend(ActiveFeature(position, first + index, value) for position, index, value in places)
-        del acts
-    return tuple(sorted(found, key=lambda active: (active.position, active.index)))
+def active_features(
+    reader: FeatureReader, x: Tensor, *, first: int = 0, most: int
+) -> Pauses[tuple[int, ActiveFeatures | None]]:
+    """How many activations are not zero from position `first` on; and all of them, unless they are more than `most`."""
+    n_found = 0
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    for start, acts in reader.blocks(x, _block(x)):
+        _require_finite(acts, reader)
+        by_feature = acts[first:].T
+        indices, positions = by_feature.nonzero(as_tuple=True)
+        n_found += len(indices)
+        if n_found <= most:
+            kept.append((indices.int() + start, positions.int() + first, by_feature[indices, positions]))
+        else:
+            kept.clear()
+        del acts, by_feature
+        yield
+    if n_found > most:
+        return n_found, None
+    indices, positions, values = (torch.cat(column) for column in zip(*kept, strict=True))
+    return n_found, _by_first_firing(indices, positions, values)
 
 
-def rank_features(readers: Iterable[tuple[FeatureReader, Tensor]], ranking: Ranking) -> tuple[RankedFeature, ...]:
-    """The features of all sources that fire most on one prompt; `readers` is consumed one by one."""
-    ranker = FeatureRanker(ranking)
-    for reader, x in readers:
-        ranker.add(reader, x)
-    return ranker.result()
+def _by_first_firing(indices: Tensor, positions: Tensor, values: Tensor) -> ActiveFeatures:
+    """Entries by feature, then position -> the features in the order in which a reader of the prompt meets them."""
+    found, counts = indices.unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0)
+    starts = ends - counts
+    order = positions[starts].sort(stable=True).indices
+    return ActiveFeatures(
+        indices=on_host(found[order]),
+        starts=on_host(starts[order]),
+        ends=on_host(ends[order]),
+        positions=on_host(positions),
+        values=on_host(values),
+    )
 
 
 class FeatureRanker:
     """Ranks sources as they come, so that each may leave memory before the next arrives.
 
-    Order: by the sum over `ranking.token_indexes`, or the maximum where there are none, descending; ties keep
+    Order: by the weighted sum over positions, or the maximum where no position has a weight, descending; ties keep
     the order of the sources, then of the features. Zeros are ranked too.
     """
 
@@ -89,9 +114,9 @@ class FeatureRanker:
         self._offsets: list[int] = []
         self._n_features = 0
         self._best: tuple[Tensor, Tensor] | None = None
-        self._rows = torch.empty(0)
+        self._rows = torch.empty(0, 0)
 
-    def add(self, reader: FeatureReader, x: Tensor) -> None:
+    def add(self, reader: FeatureReader, x: Tensor) -> Pauses[None]:
         """Take in one source: x [pos, width], the same number of positions each time."""
         self._names.append(reader.source.name)
         self._offsets.append(self._n_features)
@@ -101,14 +126,22 @@ class FeatureRanker:
             del acts
             self._add_block(self._n_features + first, kept)
             del kept
+            yield
         self._n_features += reader.source.n_features
 
-    def result(self) -> tuple[RankedFeature, ...]:
-        if self._best is None:
-            return ()
-        keys, places = (part.tolist() for part in self._best)
-        rows = zip(keys, places, self._rows.tolist(), strict=True)
-        return tuple(self._ranked(key, place, row) for key, place, row in rows)
+    def result(self) -> RankedFeatures:
+        keys, places = self._best if self._best is not None else (torch.empty(0), torch.empty(0, dtype=torch.long))
+        offsets = torch.tensor(self._offsets, dtype=torch.long, device=places.device)
+        numbers = torch.bucketize(places, offsets, right=True) - 1
+        values = on_host(self._rows)
+        return RankedFeatures(
+            sources=tuple(self._names),
+            source_numbers=on_host(numbers.int()),
+            indices=on_host((places - offsets[numbers]).int()),
+            values=values,
+            max_value_indices=values.argmax(axis=1) if len(values) else on_host(places),
+            sum_values=on_host(keys if self.ranking.weights else torch.zeros_like(keys)),
+        )
 
     def _add_block(self, place: int, acts: Tensor) -> None:
         """Merge the winners of acts [pos, block], whose first feature has this place among all features."""
@@ -127,20 +160,11 @@ class FeatureRanker:
 
     def _keys(self, acts: Tensor) -> Tensor:
         """[pos, feature] -> [feature]"""
-        chosen = list(self.ranking.token_indexes)
-        return acts[chosen].sum(dim=0) if chosen else acts.amax(dim=0)
-
-    def _ranked(self, key: float, place: int, row: list[float]) -> RankedFeature:
-        number = bisect_right(self._offsets, place) - 1
-        largest = max(row)
-        return RankedFeature(
-            source=self._names[number],
-            index=place - self._offsets[number],
-            values=tuple(row),
-            max_value=largest,
-            max_value_index=row.index(largest),
-            sum_values=key if self.ranking.token_indexes else 0.0,
-        )
+        if not self.ranking.weights:
+            return acts.amax(dim=0)
+        times = torch.tensor(list(self.ranking.weights.values()), dtype=acts.dtype, device=acts.device)
+        # Not a matrix product, whose rounding would depend on where a feature lies in its block.
+        return acts[list(self.ranking.weights)].mul_(times[:, None]).sum(dim=0)
 
 
 def dfa(pattern: Tensor, v: Tensor, encoder_column: Tensor, target: int) -> Dfa:
@@ -160,17 +184,17 @@ def dfa(pattern: Tensor, v: Tensor, encoder_column: Tensor, target: int) -> Dfa:
     values = torch.einsum("kgs,skd,kgd->s", attention, v.to(dtype), weights)
     if not bool(values.isfinite().all()):
         raise EngineFailed("Direct feature attribution gave a value that is not finite.")
-    return Dfa(tuple(values.tolist()), target)
+    return Dfa(on_host(values), target)
+
+
+def on_host(values: Tensor) -> Numbers:
+    """A copy or a view as an array, compact and without a tensor's history."""
+    return values.detach().cpu().contiguous().numpy()
 
 
 def _block(x: Tensor) -> int:
     """Features per block for a prompt [pos, width]."""
     return max(256, BLOCK_ELEMENTS // max(1, len(x)))
-
-
-def _plain(values: Tensor, reader: FeatureReader) -> list[float]:
-    _require_finite(values, reader)
-    return values.tolist()
 
 
 def _require_finite(acts: Tensor, reader: FeatureReader) -> None:

@@ -7,6 +7,10 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from neuronpedia_inference.schemas.common import (
+    MAX_NAMES,
+    MAX_NUMBERS,
+    AtMost,
+    AtMostABatch,
     Many,
     ModelName,
     Name,
@@ -113,8 +117,10 @@ class RankingFields(Wire):
 
     model: ModelName
     source_set: SourceSetName
-    selected_sources: Many[Name] = Field(description="Sources of the set to look at; `[]` means all of them.")
-    sort_by_token_indexes: Many[int] = Field(
+    selected_sources: Annotated[Many[Name], AtMost(MAX_NAMES)] = Field(
+        description="Sources of the set to look at; `[]` means all of them."
+    )
+    sort_by_token_indexes: Annotated[Many[int], AtMost(MAX_NUMBERS)] = Field(
         description="Rank by the sum of activations at these positions (BOS counts); `[]`: by the maximum."
     )
     ignore_bos: bool = Field(description="Count activations on a leading BOS token as zero.")
@@ -275,7 +281,7 @@ class ActivationsRequest(Wire):
     Without `index` this is `activation/all`, with it `activation/single`.
     """
 
-    prompt: str | Many[str] = Field(description="A text, or 1 to 4 texts.")
+    prompt: str | Annotated[Many[str], AtMostABatch] = Field(description="A text, or 1 to 4 texts.")
     source: SourceName | None = Field(
         default=None, description="Source to look at; may be left out where the choice is clear."
     )
@@ -283,7 +289,9 @@ class ActivationsRequest(Wire):
         default=None, description="Source set to look at; may be left out when only one is loaded."
     )
     index: int | None = Field(default=None, description="Show this feature only.")
-    num_results: NumResults = 25
+    num_results: Annotated[int, Field(ge=0)] | None = Field(
+        default=25, description="Features returned at most; null means 25. More than MAX_RESULTS are refused."
+    )
     ignore_bos: bool = Field(
         default=True, description="Count activations on a leading BOS token as zero; must be true with `index`."
     )
@@ -318,7 +326,7 @@ class ActivationsResponse(Reply):
 class TopKRequest(Wire):
     """The strongest features at each token of one prompt or several."""
 
-    prompt: str | Many[str] = Field(description="A text, or 1 to 4 texts.")
+    prompt: str | Annotated[Many[str], AtMostABatch] = Field(description="A text, or 1 to 4 texts.")
     source: SourceName | None = Field(
         default=None, description="Source to look at; may be left out when only one is loaded."
     )

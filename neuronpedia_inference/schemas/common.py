@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, TypeVar
 
+from annotated_types import GroupedMetadata, MaxLen
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     WithJsonSchema,
 )
 from pydantic.alias_generators import to_camel
+
+from neuronpedia_inference.errors import LimitExceeded
 
 SEED_LIMIT = 2**63
 
@@ -82,7 +86,33 @@ Item = TypeVar("Item")
 Many = Annotated[list[Item], Field(fail_fast=True)]
 """A caller's list. Only its first bad item is reported: millions of them would block the server for seconds."""
 
-Vector = Many[float]
+
+class AtMost(GroupedMetadata):
+    """Bound of a list, looked at before any of its items. Beyond it LimitExceeded leaves the validation as it is."""
+
+    def __init__(self, most: int, refusal: str = "{field}: {n} items are too many, the most is {most}. Send fewer."):
+        self.most = most
+        self.refusal = refusal
+
+    def __iter__(self) -> Iterator[Any]:
+        yield MaxLen(self.most)  # for the schema
+        yield BeforeValidator(self._check)
+
+    def _check(self, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, list | tuple) and len(value) > self.most:
+            raise LimitExceeded(self.refusal.format(field=info.field_name, n=len(value), most=self.most))
+        return value
+
+
+MAX_BATCH = 4
+"""Prompts of one request."""
+MAX_NUMBERS = 2**16
+"""Numbers in a vector, and positions to rank by."""
+MAX_NAMES = 4096
+"""Sources that are picked from a set."""
+
+AtMostABatch = AtMost(MAX_BATCH, "Batch size {n} exceeds maximum of {most}")
+Vector = Annotated[Many[float], AtMost(MAX_NUMBERS)]
 
 ModelName = Annotated[
     Name,
@@ -102,11 +132,14 @@ SourceSetName = Annotated[
 ]
 NumResults = Annotated[
     Annotated[int, Field(ge=0)] | None,
-    Field(description="Features returned at most; null means 25. The server's MAX_RESULTS is the ceiling."),
+    Field(description="Features returned at most; null means 25. What exceeds the server's MAX_RESULTS is cut to it."),
 ]
 TopK = Annotated[
     Annotated[int, Field(ge=1)] | None,
-    Field(description="Features per token; null means 5. The number of features is the ceiling."),
+    Field(
+        description="Features per token; null means 5. More than the server's MAX_TOP_K are refused; up to it, the "
+        "number of features is the ceiling."
+    ),
 ]
 Seed = Annotated[
     int,
@@ -126,7 +159,7 @@ class OnePrompt(Wire):
 class SeveralPrompts(Wire):
     """The prompts of a batch request."""
 
-    prompts: Many[str] = Field(
+    prompts: Annotated[Many[str], AtMostABatch] = Field(
         description="1 to 4 texts to run through the model. With more than one, each may be a quarter as long as a "
         "single text."
     )

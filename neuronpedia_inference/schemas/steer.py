@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import ConfigDict, Field
 
+from neuronpedia_inference.domain import MAX_STEERS
 from neuronpedia_inference.schemas.common import (
     ALSO_SNAKE,
+    AtMost,
     EchoedText,
     Many,
     ModelName,
@@ -21,6 +23,11 @@ from neuronpedia_inference.schemas.common import (
     examples,
 )
 
+MAX_MESSAGES = 1024
+"""Messages of a chat."""
+AtMostSteers = AtMost(MAX_STEERS)
+AtMostMessages = AtMost(MAX_MESSAGES)
+
 NPSteerMethod = Literal["SIMPLE_ADDITIVE", "ORTHOGONAL_DECOMP", "PROJECTION_CAP"]
 NPSteerType = Literal["STEERED", "DEFAULT"]
 
@@ -32,13 +39,17 @@ Method = Annotated[
         "PROJECTION_CAP h + (min(h·v̂, c) − h·v̂)v̂."
     ),
 ]
-Temperature = Annotated[float, Field(ge=0, description="0 takes the likeliest token; higher values draw more freely.")]
+Temperature = Annotated[
+    float, Field(ge=0, le=100, description="0 takes the likeliest token; higher values draw more freely.")
+]
 NewTokens = Annotated[int, Field(ge=1, description="Tokens to generate at most.")]
 FreqPenalty = Annotated[
     float,
     Field(
+        ge=-100,
+        le=100,
         description="Subtracted from a token's logit for each earlier occurrence, after the temperature; "
-        "no effect at temperature 0."
+        "no effect at temperature 0.",
     ),
 ]
 NLogprobs = Annotated[
@@ -49,8 +60,13 @@ Stream = Annotated[
     bool | None,
     Field(description="Answer with server-sent events, each the whole response so far."),
 ]
-StrengthMultiplier = Annotated[float, Field(description="Every strength is multiplied by this.")]
-Strength = Annotated[float, Field(description="How strongly; negative values steer away.")]
+MAX_STRENGTH = 1e6
+StrengthMultiplier = Annotated[
+    float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH, description="Every strength is multiplied by this.")
+]
+Strength = Annotated[
+    float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH, description="How strongly; negative values steer away.")
+]
 SteerSpecialTokens = Annotated[
     bool,
     Field(description="Steer the special tokens of the rendered chat too; generated tokens always are."),
@@ -101,12 +117,16 @@ class SteerFields(Wire):
     model: ModelName
     steer_method: Method
     normalize_steering: bool = Field(description="Scale every direction to unit length first.")
-    types: Many[NPSteerType] = Field(
+    types: Annotated[Many[NPSteerType], AtMost(len(get_args(NPSteerType)))] = Field(
         min_length=1,
         description="Outputs wanted, each at most once: STEERED, or DEFAULT for the same without steering.",
     )
-    features: Many[NPSteerFeature] | None = Field(default=None, description="Features to steer with, in order.")
-    vectors: Many[NPSteerVector] | None = Field(default=None, description="Vectors to steer with, in order.")
+    features: Annotated[Many[NPSteerFeature], AtMostSteers] | None = Field(
+        default=None, description="Features to steer with, in order."
+    )
+    vectors: Annotated[Many[NPSteerVector], AtMostSteers] | None = Field(
+        default=None, description="Vectors to steer with, in order."
+    )
     n_completion_tokens: NewTokens
     temperature: Temperature
     strength_multiplier: StrengthMultiplier
@@ -125,7 +145,9 @@ class SteerCompletionRequest(SteerFields, OnePrompt):
 class SteerCompletionChatRequest(SteerFields):
     """Answer a chat, steered."""
 
-    prompt: Many[NPSteerChatMessage] = Field(description="The chat so far, oldest message first.")
+    prompt: Annotated[Many[NPSteerChatMessage], AtMostMessages] = Field(
+        description="The chat so far, oldest message first."
+    )
     steer_special_tokens: SteerSpecialTokens
     is_assistant_axis: bool | None = Field(
         default=False, description="Accepted; no persona asset is served, so the answer has no `assistant_axis`."
@@ -222,9 +244,15 @@ class SteerRequest(Wire):
     Give `features` or `vectors`; an empty list steers nothing.
     """
 
-    prompt: str | Many[NPSteerChatMessage] = Field(description="A text, or the messages of a chat.")
-    features: Many[SteerByFeature] | None = Field(default=None, description="Features to steer with, in order.")
-    vectors: Many[SteerByVector] | None = Field(default=None, description="Vectors to steer with, in order.")
+    prompt: str | Annotated[Many[NPSteerChatMessage], AtMostMessages] = Field(
+        description="A text, or the messages of a chat."
+    )
+    features: Annotated[Many[SteerByFeature], AtMostSteers] | None = Field(
+        default=None, description="Features to steer with, in order."
+    )
+    vectors: Annotated[Many[SteerByVector], AtMostSteers] | None = Field(
+        default=None, description="Vectors to steer with, in order."
+    )
     method: Method = "SIMPLE_ADDITIVE"
     strength_multiplier: StrengthMultiplier = 1.0
     max_new_tokens: NewTokens = 32

@@ -50,13 +50,15 @@ def _type(about: dict[str, Any]) -> str:
         return "object"
     kind = about.get("type", "any")
     if kind == "array":
-        return f"list of {_type(about.get('items', {}))}"
+        return f"list of {_type(about.get('items', {}))}{_bounds(about)}"
     return kind + _bounds(about)
 
 
 def _bounds(about: dict[str, Any]) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {about[key]}" for key, sign in signs.items() if key in about]
+    known = [(sign, about[key]) for key, sign in signs.items() if key in about]
+    bounds = [f"{sign} {int(bound) if bound == int(bound) else bound}" for sign, bound in known]
+    bounds += [f"{sign} {about[key]} items" for key, sign in (("minItems", "≥"), ("maxItems", "≤")) if key in about]
     return f" ({', '.join(bounds)})" if bounds else ""
 
 

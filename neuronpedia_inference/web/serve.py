@@ -83,7 +83,7 @@ def serve(settings: Settings, say: Say, on_ready: Callable[[Runtime, float], Non
     started = time.perf_counter()
     start_logging(settings)
     start_sentry(settings)
-    listener = listen(settings.server_host, settings.server_port)
+    listener = listen(settings.server_host, settings.server_port, settings.send_timeout_s)
     loading = LoadingRuntime(settings, say)
     config = uvicorn.Config(
         create_app(settings, loading),
@@ -124,13 +124,16 @@ def _run(server: uvicorn.Server, listener: socket.socket) -> None:
             signal.signal(number, handler)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises StartupError when the address cannot be had."""
+def listen(host: str, port: int, send_timeout_s: float = 60) -> socket.socket:
+    """A bound socket, whose connections end once a peer takes nothing for so long; StartupError if it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With the protocol left open asyncio does not see TCP, keeps Nagle's algorithm on, and answers come 40 ms late.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+            # A closed connection keeps its buffer until the peer reads it, which one that never reads does not do.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * send_timeout_s))
         listener.bind((host, port))
         listener.listen(2048)
     except OSError as exc:

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from neuronpedia_inference.errors import EngineFailed
 from neuronpedia_inference.operations import Events
 from neuronpedia_inference.web.answers import json_bytes
+from neuronpedia_inference.web.sending import in_time
 
 EVENT_STREAM = "text/event-stream"
 T = TypeVar("T")
@@ -38,16 +39,18 @@ def error_event(body: Mapping[str, Any]) -> bytes:
 class EventStream(Response):
     """Sends one event per item of `answers`, and closes it as soon as the caller hangs up."""
 
-    def __init__(self, answers: Events[Any, bytes]) -> None:
+    def __init__(self, answers: Events[Any, bytes], send_timeout_s: float) -> None:
+        """send_timeout_s: how long a caller may take nothing before it is cut off."""
         # A proxy that buffers would hold events back.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type=EVENT_STREAM)
         del self.headers["content-length"]
         self._answers = answers
+        self._send_timeout_s = send_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Closed here and not by the task that sends: a task cancelled before its first step would close nothing.
         async with aclosing(self._answers):
-            await while_connected(receive, self._send_events(send))
+            await while_connected(receive, self._send_events(in_time(send, self._send_timeout_s)))
 
     async def _send_events(self, send: Send) -> None:
         """Headers leave with the first event, so that a failure before it has its own status."""
@@ -58,6 +61,7 @@ class EventStream(Response):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": body, "more_body": True})
             is_first = False
+            await asyncio.sleep(0)  # neither an event nor a send need wait, and others have their turns only where one does
         if is_first:
             raise EngineFailed("The stream ended without an event")
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -22,11 +22,12 @@ async def answers(runtime: Runtime) -> dict[str, Any]:
     source = runtime.sources[-1]
     plan = SteerPlan((SteerFeature(source.name, 3, 40.0),))
     texts = runtime.generate(prompt, [plan, None], Sampling(8), stream=False)
+    [ranked] = await runtime.ranked_features([prompt], runtime.sources, Ranking(4))
     return {
         "ids": prompt.ids,
         "sources": [asdict(s) for s in runtime.sources],
-        "values": (await runtime.feature_activations([prompt], source, 3))[0].values,
-        "ranked": [asdict(r) for r in (await runtime.ranked_features([prompt], runtime.sources, Ranking(4)))[0]],
+        "values": (await runtime.feature_activations([prompt], source, 3))[0].values.tolist(),
+        "ranked": [(row.source, row.index, row.values.tolist()) for row in map(ranked.__getitem__, range(4))],
         "generated": [row.token_ids for row in await anext(texts)],
         "known_names": runtime.model.known_names,
     }

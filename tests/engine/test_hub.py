@@ -102,9 +102,9 @@ def test_numbers_equal_a_plain_hook_and_saelens(answered: dict[str, Any]) -> Non
     both = torch.cat([expected[1], expected[2]], dim=1)
     both[0] = 0
     best = both.amax(0).topk(4)
-    got = [(r["source"], r["index"]) for r in answered["ranked"]]
+    got = [(source, index) for source, index, _ in answered["ranked"]]
     assert got == [(f"{i // D_SAE + 1}-res-jb", i % D_SAE) for i in best.indices.tolist()]
-    assert [r["max_value"] for r in answered["ranked"]] == pytest.approx(best.values.tolist(), rel=1e-4)
+    assert [max(values) for _, _, values in answered["ranked"]] == pytest.approx(best.values.tolist(), rel=1e-4)
 
 
 def test_steering_with_a_feature_is_its_unit_decoder_row(answered: dict[str, Any]) -> None:

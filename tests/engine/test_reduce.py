@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from sae_lens import (
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
-from neuronpedia_inference.domain import ActiveFeature, FeatureValue, Ranking, Source
+from neuronpedia_inference.domain import RankedFeature, Ranking, Source
 from neuronpedia_inference.errors import EngineFailed
 from neuronpedia_inference.saes import reduce
 from neuronpedia_inference.saes.encode import FeatureReader, LoadedSae, NeuronReader
@@ -35,10 +36,10 @@ from neuronpedia_inference.saes.reduce import (
     active_features,
     dfa,
     feature_values,
-    rank_features,
     top_features,
 )
 from tests.allocation import allocated_at_the_peak
+from tests.steps import result_of
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +94,15 @@ class TestStableTopK:
             assert torch.equal(part, whole)
 
 
+def rank_features(readers: Iterable[tuple[FeatureReader, Tensor]], ranking: Ranking) -> list[RankedFeature]:
+    """Source by source, as the worker does it."""
+    ranker = FeatureRanker(ranking)
+    for reader, x in readers:
+        result_of(ranker.add(reader, x))
+    found = ranker.result()
+    return [found[row] for row in range(len(found))]
+
+
 def naive_ranking(pairs: Sequence[tuple[str, Tensor]], ranking: Ranking) -> list[tuple[str, int, list[float], float]]:
     """(source, feature, values, key) by a sort of every row of every source, in Python."""
     rows = []
@@ -101,7 +111,7 @@ def naive_ranking(pairs: Sequence[tuple[str, Tensor]], ranking: Ranking) -> list
             values = acts[:, index].tolist()
             if ranking.ignore_first:
                 values[0] = 0.0
-            chosen = [values[position] for position in ranking.token_indexes]
+            chosen = [times * values[position] for position, times in ranking.weights.items()]
             rows.append((name, index, values, math.fsum(chosen) if chosen else max(values)))
     return sorted(rows, key=lambda row: -row[3])[: ranking.limit]
 
@@ -120,14 +130,14 @@ def test_ranking_equals_a_full_sort(
 ) -> None:
     """Values are quarters, so that sums are exact and ties are real."""
     columns = data.draw(st.lists(st.integers(0, n_pos - 1), max_size=5))
-    ranking = Ranking(limit, ignore_first, tuple(columns))
+    ranking = Ranking(limit, ignore_first, Counter(columns))
     acts = [(f"{n}-t", sparse(n_pos, size, seed + n)) for n, size in enumerate(sizes)]
     block = data.draw(st.integers(1, 50))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reduce, "_block", lambda x: block)
         found = rank_features(((reader_of(name, a.shape[1]), a) for name, a in acts), ranking)
     expected = naive_ranking(acts, ranking)
-    assert [(row.source, row.index, list(row.values)) for row in found] == [row[:3] for row in expected]
+    assert [(row.source, row.index, row.values.tolist()) for row in found] == [row[:3] for row in expected]
     for row, (_, _, values, key) in zip(found, expected, strict=True):
         assert row.max_value == max(values)
         assert row.max_value_index == values.index(max(values))
@@ -139,9 +149,9 @@ class TestRanking:
     def test_negative_neurons_lose_to_the_zeroed_first_position(self) -> None:
         x = torch.tensor([[9.0, 9.0], [-1.0, 2.0]])
         found = rank_features([(reader_of("3", 2), x)], Ranking(2))
-        assert [(row.index, row.values, row.max_value, row.max_value_index) for row in found] == [
-            (1, (0.0, 2.0), 2.0, 1),
-            (0, (0.0, -1.0), 0.0, 0),
+        assert [(row.index, row.values.tolist(), row.max_value, row.max_value_index) for row in found] == [
+            (1, [0.0, 2.0], 2.0, 1),
+            (0, [0.0, -1.0], 0.0, 0),
         ]
 
     def test_the_first_position_counts_when_kept(self) -> None:
@@ -155,10 +165,20 @@ class TestRanking:
 
     def test_duplicates_count_twice(self) -> None:
         x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.5]])
-        once = rank_features([(reader_of("3", 2), x)], Ranking(1, token_indexes=(1, 2)))
-        twice = rank_features([(reader_of("3", 2), x)], Ranking(1, token_indexes=(1, 1, 2)))
+        once = rank_features([(reader_of("3", 2), x)], Ranking(1, weights=Counter((1, 2))))
+        twice = rank_features([(reader_of("3", 2), x)], Ranking(1, weights=Counter((1, 1, 2))))
         assert (once[0].index, once[0].sum_values) == (1, 1.5)
         assert (twice[0].index, twice[0].sum_values) == (0, 2.0)
+
+    def test_many_repeats_are_weights_and_cost_nothing(self) -> None:
+        x = torch.rand(200, 4096)
+        repeats = Counter(dict.fromkeys(range(1, 4), 60000))
+        ranker = FeatureRanker(Ranking(10, weights=repeats))
+        assert allocated_at_the_peak(lambda: result_of(ranker.add(reader_of("3", 4096), x))) < 4 * x.nbytes
+        found = ranker.result()
+        expected = (60_000 * x[1:4]).sum(dim=0).sort(descending=True, stable=True)
+        assert found.indices.tolist() == expected.indices[:10].tolist()
+        assert found.sum_values.tolist() == pytest.approx(expected.values[:10].tolist(), rel=1e-6)
 
     def test_sources_are_taken_one_by_one(self) -> None:
         alive: list[str] = []
@@ -178,13 +198,18 @@ class TestRanking:
         rankers = [FeatureRanker(Ranking(12)) for _ in prompts]
         for n, reader in enumerate(readers):
             for prompt, ranker in zip(prompts, rankers, strict=True):
-                ranker.add(reader, prompt[n])
+                result_of(ranker.add(reader, prompt[n]))
         for prompt, ranker in zip(prompts, rankers, strict=True):
-            assert ranker.result() == rank_features(zip(readers, prompt, strict=True), Ranking(12))
+            alone = rank_features(zip(readers, prompt, strict=True), Ranking(12))
+            found = ranker.result()
+            assert len(found) == len(alone) == 12
+            for row, expected in enumerate(alone):
+                assert (found[row].source, found[row].index) == (expected.source, expected.index)
+                assert found[row].values.tolist() == expected.values.tolist()
 
     def test_nothing_in_nothing_out(self) -> None:
-        assert rank_features([], Ranking(5)) == ()
-        assert rank_features([(reader_of("3", 4), torch.ones(2, 4))], Ranking(0)) == ()
+        assert rank_features([], Ranking(5)) == []
+        assert rank_features([(reader_of("3", 4), torch.ones(2, 4))], Ranking(0)) == []
 
     def test_only_blocks_are_held(self) -> None:
         """A wide source is never encoded whole."""
@@ -213,38 +238,64 @@ class TestTopFeatures:
     @pytest.mark.parametrize("k", [1, 5, 29, 30, 500])
     def test_equals_a_stable_sort_of_every_position(self, k: int) -> None:
         x = sparse(6, 30, seed=4)
-        found = top_features(reader_of("3", 30), x, k)
-        for row, values in zip(found, x.tolist(), strict=True):
-            expected = sorted(range(30), key=lambda i: -values[i])[:k]
-            assert row == tuple(FeatureValue(i, values[i]) for i in expected)
+        found = result_of(top_features(reader_of("3", 30), x, k))
+        for indices, values, row in zip(found.indices.tolist(), found.values.tolist(), x.tolist(), strict=True):
+            assert indices == sorted(range(30), key=lambda i: -row[i])[:k]
+            assert values == [row[i] for i in indices]
 
     def test_zero_features_give_empty_rows(self) -> None:
-        assert top_features(reader_of("3", 8), torch.ones(2, 8), 0) == ((), ())
+        found = result_of(top_features(reader_of("3", 8), torch.ones(2, 8), 0))
+        assert found.indices.shape == found.values.shape == (2, 0)
+
+    def test_numbers_are_as_small_as_they_came(self) -> None:
+        found = result_of(top_features(reader_of("3", 30), sparse(6, 30, seed=4), 5))
+        assert (found.indices.dtype, found.values.dtype) == ("int32", "float32")
 
 
 @pytest.mark.usefixtures("_small_blocks")
-def test_active_features_come_in_scan_order() -> None:
+@pytest.mark.parametrize("first", [0, 1, 4])
+def test_active_features_come_in_order_of_first_firing(first: int) -> None:
     x = sparse(6, 30, seed=5)
     x[2, 3] = -0.5
-    expected = [
-        ActiveFeature(position, index, x[position, index].item())
-        for position in range(6)
-        for index in range(30)
-        if x[position, index] != 0
-    ]
-    assert 10 < len(expected) < 120
-    assert list(active_features(reader_of("3", 30), x)) == expected
+    expected: dict[int, list[tuple[int, float]]] = {}
+    for position in range(first, 6):
+        for index in range(30):
+            if x[position, index] != 0:
+                expected.setdefault(index, []).append((position, x[position, index].item()))
+    n_found, active = result_of(active_features(reader_of("3", 30), x, first=first, most=1000))
+    assert active is not None
+    rows = [active[row] for row in range(len(active))]
+    assert [(index, list(zip(places, values, strict=True))) for index, places, values in rows] == [*expected.items()]
+    assert 5 < n_found == sum(map(len, expected.values())) < 120
+
+
+@pytest.mark.usefixtures("_small_blocks")
+def test_too_many_active_features_are_counted_and_not_kept() -> None:
+    x = torch.ones(6, 30)
+    for most, kept in ((179, False), (180, True)):
+        n_found, active = result_of(active_features(reader_of("3", 30), x, most=most))
+        assert (n_found, active is not None) == (180, kept)
 
 
 def test_no_active_features() -> None:
-    assert active_features(reader_of("3", 4), torch.zeros(3, 4)) == ()
+    n_found, active = result_of(active_features(reader_of("3", 4), torch.zeros(3, 4), most=10))
+    assert active is not None
+    assert (n_found, len(active)) == (0, 0)
 
 
-def test_feature_values_are_plain_floats() -> None:
+def test_feature_values_are_float32_of_whatever_came() -> None:
     x = torch.tensor([[1.0, 0.1], [2.0, 0.2]], dtype=torch.float16)
     found = feature_values(reader_of("3", 2), x, 1)
-    assert found == tuple(x[:, 1].float().tolist())
-    assert all(type(value) is float for value in found)
+    assert found.tolist() == x[:, 1].float().tolist()
+    assert found.dtype == "float32"
+
+
+@pytest.mark.usefixtures("_small_blocks")
+def test_others_may_have_a_turn_after_every_block() -> None:
+    x = torch.ones(3, 30)  # five blocks
+    assert len(list(top_features(reader_of("3", 30), x, 2))) == 5
+    assert len(list(active_features(reader_of("3", 30), x, most=1000))) == 5
+    assert len(list(FeatureRanker(Ranking(2)).add(reader_of("3", 30), x))) == 5
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
@@ -258,14 +309,14 @@ class TestNotFinite:
         x, reader = self.x(bad), reader_of("3", 20)
         for ask in (
             lambda: feature_values(reader, x, 11),
-            lambda: top_features(reader, x, 2),
-            lambda: active_features(reader, x),
+            lambda: result_of(top_features(reader, x, 2)),
+            lambda: result_of(active_features(reader, x, most=1000)),
             lambda: rank_features([(reader, x)], Ranking(2)),
-            lambda: rank_features([(reader, x)], Ranking(2, token_indexes=(1,))),
+            lambda: rank_features([(reader, x)], Ranking(2, weights={1: 1})),
         ):
             with pytest.raises(EngineFailed, match="'3' gave a value that is not finite"):
                 ask()
-        assert feature_values(reader, x, 10) == (1.0, 1.0, 1.0)
+        assert feature_values(reader, x, 10).tolist() == [1.0, 1.0, 1.0]
 
     def test_attribution_refuses(self, bad: float) -> None:
         pattern, v, column = torch.ones(2, 3, 3), torch.ones(3, 2, 2), torch.ones(4)
@@ -302,7 +353,6 @@ class TestAttribution:
         assert found.target_index == target
         assert len(found.values) == 6
         assert all(value == 0 for value in found.values[target + 1 :])
-        assert found.max_value == max(found.values)
 
     def test_sums_to_the_activation_of_the_heads(self) -> None:
         """Adding over source positions gives the encoder column times the mixed values at the target."""
@@ -365,11 +415,11 @@ class TestMemory:
 
         def rank() -> None:
             ranker = reduce.FeatureRanker(Ranking(25))
-            ranker.add(reader, x)
+            result_of(ranker.add(reader, x))
             ranker.result()
 
         assert allocated_at_the_peak(rank) <= bound + kept
-        assert allocated_at_the_peak(lambda: reduce.top_features(reader, x, 25)) <= bound + kept
+        assert allocated_at_the_peak(lambda: result_of(top_features(reader, x, 25))) <= bound + kept
         everything = 4 * n_pos * n_features
         if architecture != "topk" and everything > 2**24:
             assert bound < 2 * everything  # all features at once would take more than four times `everything`

@@ -22,7 +22,8 @@ from neuronpedia_inference.saes import reduce
 from neuronpedia_inference.saes.catalogue import CONFIG_NAME, WEIGHTS_NAME, SourceSpec
 from neuronpedia_inference.saes.encode import FeatureReader, LoadedSae, NeuronReader
 from neuronpedia_inference.saes.load import SERVED, load_sae
-from neuronpedia_inference.saes.reduce import active_features, rank_features, top_features
+from neuronpedia_inference.saes.reduce import FeatureRanker, active_features, top_features
+from tests.steps import result_of
 
 D_IN, D_SAE, N_POS = 16, 48, 9
 
@@ -308,17 +309,23 @@ def test_reductions_in_blocks_equal_those_of_the_whole(
     whole = sae.encode(x)
     monkeypatch.setattr(reduce, "_block", lambda x: 7)
     expected = whole.sort(dim=1, descending=True, stable=True)
-    found = top_features(sae, x, 6)
-    assert [[value.index for value in row] for row in found] == expected.indices[:, :6].tolist()
-    close(torch.tensor([[value.value for value in row] for row in found]), expected.values[:, :6])
-    active = active_features(sae, x)
-    assert [[place.position, place.index] for place in active] == whole.nonzero().tolist()
-    close(torch.tensor([place.value for place in active]), whole[whole != 0])
-    ranked = rank_features([(sae, x)], Ranking(10))
+    found = result_of(top_features(sae, x, 6))
+    assert found.indices.tolist() == expected.indices[:, :6].tolist()
+    close(torch.tensor(found.values), expected.values[:, :6])
+    n_active, active = result_of(active_features(sae, x, most=whole.numel()))
+    assert active is not None
+    assert n_active == int((whole != 0).sum())
+    for index, positions, values in map(active.__getitem__, range(len(active))):
+        assert positions == whole[:, index].nonzero()[:, 0].tolist()
+        close(torch.tensor(values), whole[positions, index])
+    ranker = FeatureRanker(Ranking(10))
+    result_of(ranker.add(sae, x))
+    ranked = ranker.result()
     order = whole[1:].amax(dim=0).clamp(min=0).sort(descending=True, stable=True)
-    assert [row.index for row in ranked] == order.indices[:10].tolist()
-    assert [row.max_value for row in ranked] == sorted((max(row.values) for row in ranked), reverse=True)
-    close(torch.tensor([row.values[1:] for row in ranked]), whole[1:, order.indices[:10]].T.contiguous())
+    assert ranked.indices.tolist() == order.indices[:10].tolist()
+    largest = [ranked[row].max_value for row in range(10)]
+    assert largest == sorted(ranked.values.max(axis=1).tolist(), reverse=True)
+    close(torch.tensor(ranked.values[:, 1:]), whole[1:, order.indices[:10]].T.contiguous())
 
 
 class TestNearestRows:

@@ -46,13 +46,19 @@ def small_settings(**changes: Any) -> Settings:
 @contextmanager
 def running(settings: Settings, get_runtime: Callable[[], Any]) -> Iterator[Served]:
     """A uvicorn server in a thread of its own, on a free port."""
-    listener = listen("127.0.0.1", 0)
-    config = uvicorn.Config(create_app(settings, get_runtime), log_config=None, lifespan="off", ws="none")
-    server = uvicorn.Server(config)
+    with on_a_port(create_app(settings, get_runtime), settings.send_timeout_s) as (_, url):
+        yield Served(url, settings)
+
+
+@contextmanager
+def on_a_port(app: Any, send_timeout_s: float) -> Iterator[tuple[uvicorn.Server, str]]:
+    """Any ASGI application likewise: its server and its address."""
+    listener = listen("127.0.0.1", 0, send_timeout_s)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
-        yield Served(url_of(listener), settings)
+        yield server, url_of(listener)
     finally:
         server.should_exit = True
         thread.join(10)

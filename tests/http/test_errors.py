@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import pytest
-from served import MODEL, SOURCE, TEXT, WIDTH, Serve, Wrapped, small_settings
+from served import MODEL, SOURCE, TEXT, WIDTH, Serve, Wrapped, running, small_settings
 
 from neuronpedia_inference.runtime import Runtime
 
@@ -352,10 +353,21 @@ def test_too_many_neighbours_are_cut_to_what_exists(http: httpx.Client, count: i
     assert len(nearest.json()["topk_decoder_cossim_features"]) == min(count, 128)
 
 
-def test_top_k_is_cut_to_the_features_there_are(http: httpx.Client) -> None:
-    answer = http.post("/v1/activation/topk-by-token", json={**TOPK, "prompt": "Hi", "top_k": 10**9})
-    assert answer.status_code == 200
-    assert len(answer.json()["results"][0]["top_features"]) == 4096
+def test_top_k_is_cut_to_the_features_there_are(runtime: Runtime, serve: Serve) -> None:
+    wide = small_settings(max_top_k=5000)
+    with serve(wide, lambda: Wrapped(runtime, settings=wide)).client() as http:
+        answer = http.post("/v1/activation/topk-by-token", json={**TOPK, "prompt": "Hi", "top_k": 5000})
+        assert answer.status_code == 200
+        assert len(answer.json()["results"][0]["top_features"]) == 4096
+
+
+def test_too_much_that_fires_is_counted_and_refused(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = runtime.settings.model_copy(update={"max_result_values": 10})
+    monkeypatch.setattr(runtime, "settings", few)
+    with running(few, lambda: runtime) as served, served.client() as http:
+        error = check(http.post("/v1/activation/source", json=ACTIVE), 400, "limit_exceeded")
+    assert re.search(r"\b\d{2,} activations of 15-res-4k are not zero, the most in one answer is 10\b", error)
+    assert "MAX_RESULT_VALUES" in error
 
 
 @pytest.mark.parametrize(
@@ -386,10 +398,12 @@ def test_initialize_is_refused(http: httpx.Client) -> None:
     assert "restart it" in check(http.post("/initialize?custom_hf_model_id=x/y"), 409, "conflict")
 
 
-def test_more_results_than_the_server_gives_are_refused_with_the_bound(http: httpx.Client) -> None:
+def test_more_results_than_the_server_gives_are_cut_or_refused_with_the_bound(http: httpx.Client) -> None:
     most = small_settings().max_results
-    assert len(http.post("/v1/activation/all", json={**ALL, "num_results": most}).json()["activations"]) == most
-    refused = http.post("/v1/activation/all", json={**ALL, "num_results": most + 1})
+    for wanted in (most, most + 1, 10**9):
+        answer = http.post("/v1/activation/all", json={**ALL, "num_results": wanted})
+        assert len(answer.json()["activations"]) == most
+    refused = http.post("/v1/activations", json={"prompt": TEXT, "num_results": most + 1})
     assert refused.status_code == 400
     assert refused.json()["code"] == "limit_exceeded"
     assert f"{most + 1}, the most is {most}" in refused.json()["error"]
@@ -405,10 +419,10 @@ def test_a_vector_whose_products_overflow_is_the_caller_s_mistake(http: httpx.Cl
 def test_steers_are_bounded_in_number(http: httpx.Client) -> None:
     refused = http.post("/v1/steer/completion", json={**STEER, "features": [FEATURE] * 513})
     assert refused.status_code == 400
-    assert "513 steers are too many, the most is 512" in refused.json()["error"]
+    assert "features: 513 items are too many, the most is 512" in refused.json()["error"]
 
 
-@pytest.mark.parametrize(("route", "field"), [("all", "selected_sources"), ("steer", "features"), ("steer", "types")])
+@pytest.mark.parametrize(("route", "field"), [("all", "selected_sources"), ("steer", "features")])
 def test_a_list_is_judged_by_its_first_bad_item(http: httpx.Client, route: str, field: str) -> None:
     """Judging millions of them would keep every other caller waiting."""
     path, body = PATHS[route]

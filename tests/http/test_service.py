@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from served import MODEL, SECRET, SOURCE, TEXT, Serve, Served, Wrapped, raising, small_settings
 
@@ -193,7 +194,7 @@ def test_a_fault_is_answered_and_the_next_request_served(
 
 def test_numbers_that_json_cannot_say(runtime: Runtime, serve: Serve) -> None:
     async def not_a_number(prompts: Any, *_: Any, **__: Any) -> list[FeatureActivations]:
-        return [FeatureActivations((float("nan"),) * len(prompt)) for prompt in prompts]
+        return [FeatureActivations(np.full(len(prompt), np.nan)) for prompt in prompts]
 
     broken = Wrapped(runtime, feature_activations=not_a_number)
     with serve(small_settings(), lambda: broken).client() as client:

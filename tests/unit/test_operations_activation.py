@@ -225,8 +225,8 @@ def test_neurons_are_a_set():
     assert [row["source"] for row in answer["activations"]] == ["1", "1"]
 
 
-@pytest.mark.parametrize(("asked", "most", "limit"), [(None, 40, 25), (None, 9, 9), (7, 40, 7)])
-def test_num_results(asked: int | None, most: int, limit: int):
+@pytest.mark.parametrize(("asked", "most", "limit"), [(None, 40, 25), (None, 9, 9), (7, 40, 7), (10**9, 9, 9)])
+def test_num_results_are_cut_to_their_bound(asked: int | None, most: int, limit: int):
     runtime = FakeRuntime(max_results=most)
     ask("activation_all", all_(num_results=asked), runtime)
     assert runtime.called("ranked_features")[1] == Ranking(limit=limit)
@@ -251,7 +251,7 @@ def test_position_zero_counts_as_bos_only_where_there_is_one(has_bos: bool, igno
 def test_sorting_by_tokens_is_passed_on_with_duplicates():
     runtime = FakeRuntime()
     answer = ask("activation_all", all_(sort_by_token_indexes=[2, 2, 1]), runtime)
-    assert runtime.called("ranked_features")[1].token_indexes == (2, 2, 1)
+    assert runtime.called("ranked_features")[1].weights == {2: 2, 1: 1}
     sums = [row["sum_values"] for row in answer["activations"]]
     assert sums == sorted(sums, reverse=True)
     assert sums[0] > 0
@@ -297,11 +297,32 @@ def test_top_k_positions_count_from_the_beginning(has_bos: bool, ignore_bos: boo
         assert values[0] == max(runtime.at(tokens, row["token_position"], f) for f in range(N_FEATURES))
 
 
-@pytest.mark.parametrize(("asked", "k"), [(None, 5), (1, 1), (10**9, N_FEATURES)])
+@pytest.mark.parametrize(("asked", "k"), [(None, 5), (1, 1), (99, N_FEATURES)])
 def test_top_k_is_five_unless_asked_and_at_most_all(asked: int | None, k: int):
-    runtime = FakeRuntime()
+    runtime = FakeRuntime(max_top_k=99)
     ask("activation_topk_by_token", topk(top_k=asked), runtime)
     assert runtime.called("top_features") == ("1-res", k)
+
+
+def test_top_k_beyond_its_bound_is_refused():
+    runtime = FakeRuntime(max_top_k=99)
+    with pytest.raises(LimitExceeded, match=r"top_k is 100, the most is 99\. .*MAX_TOP_K"):
+        ask("activation_topk_by_token", topk(top_k=100), runtime)
+    assert runtime.calls == []
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "counted"),
+    [
+        ("activation_topk_by_token", topk(top_k=99), "6 features for 4 tokens are 24 activations"),
+        ("activation_all", all_(num_results=5), "5 features for 4 tokens are 20 activations"),
+    ],
+)
+def test_an_answer_too_large_is_refused_before_it_is_computed(name: str, body: dict[str, Any], counted: str):
+    runtime = FakeRuntime(max_result_values=19)
+    with pytest.raises(LimitExceeded, match=rf"{counted}, the most in one answer is 19\. .*MAX_RESULT_VALUES"):
+        ask(name, body, runtime)
+    assert runtime.calls == []
 
 
 # activation/source

@@ -14,22 +14,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from neuronpedia_inference_client import models
 from pydantic.alias_generators import to_pascal
 
 import neuronpedia_inference
 from neuronpedia_inference.domain import (
-    ActiveFeature,
+    ActiveFeatures,
     ChatMessage,
     Dfa,
     FeatureActivations,
     FeatureValue,
-    RankedFeature,
+    Numbers,
+    RankedFeatures,
     Ranking,
     Sampling,
     Source,
     TokenLogprob,
     Tokens,
+    TopFeatures,
     Written,
 )
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownSource
@@ -163,55 +166,62 @@ class FakeRuntime:
     def _feature(self, tokens: Tokens, source: Source, index: int, dfa_from: int) -> FeatureActivations:
         values = self.column(tokens, index)
         if not source.has_dfa:
-            return FeatureActivations(values)
+            return FeatureActivations(np.array(values))
         target = max(range(dfa_from, len(values)), key=lambda place: (values[place], -place))
-        shares = tuple(50.0 if place == 0 else place / 10 for place in range(len(values)))
-        return FeatureActivations(values, Dfa(shares, target))
+        shares = [50.0 if place == 0 else place / 10 for place in range(len(values))]
+        return FeatureActivations(np.array(values), Dfa(np.array(shares), target))
 
-    async def projections(
-        self, prompts: Sequence[Tokens], hook: str, vector: Sequence[float]
-    ) -> list[tuple[float, ...]]:
+    async def projections(self, prompts: Sequence[Tokens], hook: str, vector: Sequence[float]) -> list[Numbers]:
         self.calls.append(("projections", (hook, tuple(vector))))
-        return [self.column(tokens, 0) for tokens in prompts]
+        return [np.array(self.column(tokens, 0)) for tokens in prompts]
 
     async def ranked_features(
         self, prompts: Sequence[Tokens], sources: Sequence[Source], ranking: Ranking
-    ) -> list[tuple[RankedFeature, ...]]:
+    ) -> list[RankedFeatures]:
         self.calls.append(("ranked_features", ([source.name for source in sources], ranking)))
         return [self._ranked(tokens, sources, ranking) for tokens in prompts]
 
-    def _ranked(self, tokens: Tokens, sources: Sequence[Source], ranking: Ranking) -> tuple[RankedFeature, ...]:
+    def _ranked(self, tokens: Tokens, sources: Sequence[Source], ranking: Ranking) -> RankedFeatures:
         rows = []
-        for source in sources:
+        for number, source in enumerate(sources):
             for index in range(source.n_features):
                 found = self._feature(tokens, source, index, 0)
-                values = (0.0, *found.values[1:]) if ranking.ignore_first else found.values
-                top = max(values)
-                total = sum(values[i] for i in ranking.token_indexes)
-                rows.append(RankedFeature(source.name, index, values, top, values.index(top), total, found.dfa))
-        rows.sort(key=lambda row: -(row.sum_values if ranking.token_indexes else row.max_value))
-        return tuple(rows[: ranking.limit])
+                values: list[float] = found.values.tolist()
+                if ranking.ignore_first:
+                    values[0] = 0.0
+                total = sum(times * values[place] for place, times in ranking.weights.items())
+                rows.append((number, index, values, values.index(max(values)), total, found.dfa))
+        rows.sort(key=lambda row: -(row[4] if ranking.weights else max(row[2])))
+        columns = list(zip(*rows[: ranking.limit], strict=True))
+        dfa = {row: dfa for row, dfa in enumerate(columns[5]) if dfa is not None}
+        names = tuple(source.name for source in sources)
+        numbers, indices, rows_of_values, largest, sums = (np.array(column) for column in columns[:5])
+        return RankedFeatures(names, numbers, indices, rows_of_values, largest, sums, dfa)
 
-    async def top_features(
-        self, prompts: Sequence[Tokens], source: Source, k: int
-    ) -> list[tuple[tuple[FeatureValue, ...], ...]]:
+    async def top_features(self, prompts: Sequence[Tokens], source: Source, k: int) -> list[TopFeatures]:
         self.calls.append(("top_features", (source.name, k)))
-        return [tuple(self._top(tokens, position, k) for position in range(len(tokens))) for tokens in prompts]
+        return [self._top(tokens, k) for tokens in prompts]
 
-    def _top(self, tokens: Tokens, position: int, k: int) -> tuple[FeatureValue, ...]:
-        values = [FeatureValue(index, self.at(tokens, position, index)) for index in range(N_FEATURES)]
-        return tuple(sorted(values, key=lambda one: -one.value)[:k])
+    def _top(self, tokens: Tokens, k: int) -> TopFeatures:
+        values = np.array([[self.at(tokens, place, i) for i in range(N_FEATURES)] for place in range(len(tokens))])
+        indices = np.argsort(-values, axis=1, kind="stable")[:, :k]
+        return TopFeatures(indices, np.take_along_axis(values, indices, axis=1))
 
-    async def active_features(self, prompts: Sequence[Tokens], source: Source) -> list[tuple[ActiveFeature, ...]]:
-        return [
-            tuple(
-                ActiveFeature(position, index, self.at(tokens, position, index) + 0.00049)
-                for position in range(len(tokens))
-                for index in range(N_FEATURES)
-                if self.at(tokens, position, index)
-            )
-            for tokens in prompts
-        ]
+    async def active_features(
+        self, prompts: Sequence[Tokens], source: Source, *, first: int = 0
+    ) -> list[ActiveFeatures]:
+        return [self._active(tokens, first) for tokens in prompts]
+
+    def _active(self, tokens: Tokens, first: int) -> ActiveFeatures:
+        found: dict[int, list[tuple[int, float]]] = {}
+        for place in range(first, len(tokens)):
+            for index in range(N_FEATURES):
+                if self.at(tokens, place, index):
+                    found.setdefault(index, []).append((place, self.at(tokens, place, index) + 0.00049))
+        ends = np.cumsum([len(entries) for entries in found.values()], dtype=int)
+        starts = np.concatenate(([0], ends[:-1])).astype(int)
+        places, values = zip(*(pair for entries in found.values() for pair in entries), strict=True)
+        return ActiveFeatures(np.array(list(found)), starts, ends, np.array(places), np.array(values))
 
     async def encoder_column(self, source: Source, index: int) -> tuple[float, ...]:
         return tuple(float(index + place) for place in range(source.width))

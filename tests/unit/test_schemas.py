@@ -11,8 +11,13 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 from pydantic.alias_generators import to_camel
 
+from neuronpedia_inference.errors import LimitExceeded
 from neuronpedia_inference.operations import OPERATIONS
-from neuronpedia_inference.schemas.activation import ActivationAllRequest, ActivationSingleRequest
+from neuronpedia_inference.schemas.activation import (
+    ActivationAllRequest,
+    ActivationSingleBatchRequest,
+    ActivationSingleRequest,
+)
 from neuronpedia_inference.schemas.common import SEED_LIMIT, Reply, Wire
 from neuronpedia_inference.schemas.service import Capabilities, ErrorBody, Health, Ready
 from neuronpedia_inference.schemas.steer import SteerCompletionChatRequest, SteerCompletionRequest, SteerRequest
@@ -57,9 +62,9 @@ def refused(model: type[Wire], body: dict[str, Any]) -> set[str]:
     ("field", "good", "bad"),
     [
         ("n_completion_tokens", [1, 10**6], [0, -1, 1.0, "1", True, None, [1]]),
-        ("temperature", [0, 0.0, 1, 2.5], [-0.1, "1", True, None, float("nan"), float("inf"), 10**400]),
-        ("strength_multiplier", [-1, 0, 1e300], ["1", False, float("-inf")]),
-        ("freq_penalty", [-2, 1.5], ["0", None]),
+        ("temperature", [0, 0.0, 1, 100], [-0.1, 101, "1", True, None, float("nan"), float("inf"), 10**400]),
+        ("strength_multiplier", [-1, 0, 1e6, -1e6], ["1", False, float("-inf"), 1.1e6, -1.1e6]),
+        ("freq_penalty", [-100, 1.5, 100], ["0", None, -1e308, -101, 101]),
         ("normalize_steering", [True, False], [0, 1, "true", None]),
         ("stream", [True, False, None], [0, "false"]),
         ("n_logprobs", [0, 10, None], [-1, 11, 1.0, "5", True]),
@@ -126,8 +131,54 @@ def test_echoed_text_must_be_text():
 
 def test_a_long_bad_vector_gives_one_problem():
     with pytest.raises(ValidationError) as caught:
-        ActivationSingleRequest.model_validate({"prompt": "p", "model": "m", "vector": ["x"] * 100_000})
+        ActivationSingleRequest.model_validate({"prompt": "p", "model": "m", "vector": ["x"] * 60_000})
     assert caught.value.error_count() == 1
+
+
+BOUNDED: list[tuple[type[Wire], str, Any, int]] = [
+    (ActivationSingleRequest, "vector", 1.0, 65536),
+    (ActivationAllRequest, "selected_sources", "1-res", 4096),
+    (ActivationAllRequest, "sort_by_token_indexes", 1, 65536),
+    (SteerCompletionRequest, "features", {"model": "m", "source": "s", "index": 1, "strength": 1}, 512),
+    (SteerCompletionRequest, "vectors", {"steering_vector": [1.0], "strength": 1, "hook": "h"}, 512),
+    (SteerCompletionRequest, "types", "STEERED", 2),
+    (SteerCompletionChatRequest, "prompt", {"role": "user", "content": "x"}, 1024),
+    (SteerRequest, "prompt", {"role": "user", "content": "x"}, 1024),
+    (SteerRequest, "features", {"index": 1, "strength": 1}, 512),
+]
+
+
+@pytest.mark.parametrize(("model", "field", "item", "most"), BOUNDED)
+def test_lists_are_bounded(model: type[Wire], field: str, item: Any, most: int):
+    assert field not in refused(model, {field: [item] * most})
+    said = rf"{field}: {most + 1} items are too many, the most is {most}\. Send fewer"
+    with pytest.raises(LimitExceeded, match=said):
+        model.model_validate({field: [item] * (most + 1)})
+
+
+def test_every_list_of_every_request_has_a_bound():
+    def lists(about: Any) -> list[dict[str, Any]]:
+        if isinstance(about, list):
+            return [found for one in about for found in lists(one)]
+        if not isinstance(about, dict):
+            return []
+        inner = [found for key, value in about.items() if key != "examples" for found in lists(value)]
+        return [*inner, about] if about.get("type") == "array" else inner
+
+    for operation in OPERATIONS:
+        for found in lists(operation.request.model_json_schema()):
+            assert "maxItems" in found, (operation.name, found)
+
+
+def test_a_list_far_beyond_its_bound_is_refused_unread():
+    class Unread(list[Any]):
+        def __iter__(self) -> Any:
+            raise AssertionError("read")
+
+    with pytest.raises(LimitExceeded, match="vector: 70000 items"):
+        ActivationSingleRequest.model_validate({"prompt": "p", "model": "m", "vector": Unread([1.0] * 70_000)})
+    with pytest.raises(LimitExceeded, match="Batch size 5 exceeds maximum of 4"):
+        ActivationSingleBatchRequest.model_validate({"prompts": Unread("abcde"), "model": "m"})
 
 
 # Spelling
