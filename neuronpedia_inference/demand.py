@@ -1,12 +1,11 @@
 """What a request takes, in numbers that admission can add up. Arithmetic over the model's sizes; no tensors.
 
-generation   slots × columns × cache bytes of a position, the pass over its prompt with the cache of that, and
-             512 + 400 × log-probabilities for every new token on its way to the caller
+generation   slots × columns × cache bytes of a position, the pass over its prompt, and 512 + 400 × log-probabilities
+             for every new token on its way to the caller
              slots     the next power of two of its rows, doubled while the cache grows
              columns   prompt and completion, in whole steps of 64
              cache     2 × layers × key-value heads × d_head × bytes of the model's precision
-capture      tokens × width of every point × bytes, the pass over its prompts with the cache of that, and the reduction
-             (`saes/reduce.py`)
+capture      tokens × width of every point × bytes, the pass over its prompts, and the reduction (`saes/reduce.py`)
 pass         tokens × (8 × d_model + 4 × d_mlp) × bytes, and the cache bytes of each; where attention makes its pattern,
              5 × rows × heads × longest² × 4 more, and once × bytes for every pattern that is kept
 

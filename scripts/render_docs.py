@@ -224,7 +224,9 @@ CONVENTIONS = f"""\
   with status 422 also `detail`. A 503 has `Retry-After`. What is checked, in this order: secret, size of the body,
   JSON, schema, the request's meaning.
 - **Streams.** With `"stream": true` the steering operations answer with `text/event-stream`: `data: {{json}}` and a
-  blank line for each token, every event holding the whole answer so far. The stream ends when the connection does.
+  blank line, every event holding the whole answer so far, or with `deltas` on `/v1/steer` only what is new. There is an
+  event for each token as long as the caller reads as fast as the model writes; else one for all that has come since. Who
+  reads nothing for `SEND_TIMEOUT` is cut off. The stream ends when the connection does.
   What is wrong with a request is said before the stream begins, with an ordinary status. A failure after the first
   event ends the stream with `event: error` and `data: {{"error": "...", "code": "...", "request_id": "..."}}`: a reader
   that ignores event names recognises it by its key `error`. Hanging up stops the generation.

@@ -61,7 +61,7 @@ class EventStream(Response):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": body, "more_body": True})
             is_first = False
-            await asyncio.sleep(0)  # neither an event nor a send need wait, and others have their turns only where one does
+            await asyncio.sleep(0)  # neither an event nor a send need wait, and then nobody else had a turn
         if is_first:
             raise EngineFailed("The stream ended without an event")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
