@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from neuronpedia_inference.errors import NotReady, StartupError
+from neuronpedia_inference.errors import EngineDied, NotReady, StartupError
 from neuronpedia_inference.observability import start_logging, start_sentry
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.web.app import create_app
@@ -21,9 +22,14 @@ from neuronpedia_inference.web.app import create_app
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
+log = logging.getLogger(__name__)
+
 SHUTDOWN_S = 30
 # Longer than the minute after which load balancers drop an idle connection, so that they close it, not we.
 KEEP_ALIVE_S = 75
+WATCH_S = 0.5
+FAREWELL_S = 5.0
+"""A process whose engine has died goes on saying so for this long, so that load balancers turn away from it."""
 Say = Callable[[str], None]
 
 
@@ -75,8 +81,35 @@ class LoadingRuntime:
         self._say(step)
 
 
+class Watch:
+    """Looks whether the engine lives; once it does not, stops the server FAREWELL_S later."""
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self.engine_died = False
+        self._stop = stop
+        self._over = threading.Event()
+
+    def start(self, runtime: Runtime) -> None:
+        threading.Thread(target=self._watch, args=(runtime,), name="watch", daemon=True).start()
+
+    def close(self) -> None:
+        """What ends from now on ends because the server stops."""
+        self._over.set()
+
+    def _watch(self, runtime: Runtime) -> None:
+        while runtime.healthy:
+            if self._over.wait(WATCH_S):
+                return
+        if self._over.is_set():
+            return
+        self.engine_died = True
+        log.critical("the engine has died, the server stops in %g s", FAREWELL_S)
+        self._over.wait(FAREWELL_S)
+        self._stop()
+
+
 def serve(settings: Settings, say: Say, on_ready: Callable[[Runtime, float], None]) -> None:
-    """Serve until SIGINT or SIGTERM, then let running requests end. Raises StartupError.
+    """Serve until SIGINT or SIGTERM, then let running requests end. Raises StartupError and EngineDied.
 
     `say` gets the steps of loading; `on_ready` the runtime and the seconds it took.
     """
@@ -99,12 +132,22 @@ def serve(settings: Settings, say: Say, on_ready: Callable[[Runtime, float], Non
     def stop() -> None:
         server.should_exit = True
 
+    watch = Watch(stop)
+
+    def loaded(runtime: Runtime) -> None:
+        watch.start(runtime)
+        on_ready(runtime, time.perf_counter() - started)
+
     say(f"Listening on {url_of(listener)}")
-    loading.start(lambda runtime: on_ready(runtime, time.perf_counter() - started), stop)
+    loading.start(loaded, stop)
     try:
         _run(server, listener)
     finally:
-        loading.close()
+        watch.close()
+        if not watch.engine_died:
+            loading.close()
+    if watch.engine_died:
+        raise EngineDied("The device has failed or the worker has died; the log says why. Start the server again.")
     if loading.failure is not None:
         raise loading.failure
 
