@@ -29,7 +29,6 @@ from benchmarks.stalls_client import Answer, Server, markdown, quantile, serving
 
 RESULTS = Path(__file__).parent / "results" / "stalls.json"
 LIMITS = {"default": {}, "2000": {"TOKEN_LIMIT": "2000", "MAX_TOKENS": "4096"}}
-READERS, READ_TOKENS = (6, 32), (150, 200)
 N_RANKERS, RANKED_TOKENS, GAP_TOKENS = 12, (20, 150), 200
 COMPLETION, STEER, ALL = "/v1/steer/completion", "/v1/steer", "/v1/activation/all"
 Row = dict[str, Any]
@@ -115,8 +114,8 @@ def _sizes(answer: Answer) -> Row:
 
 async def readers(wanted: argparse.Namespace) -> list[Row]:
     rows = []
-    for n_clients in READERS:
-        for n_tokens in READ_TOKENS:
+    for n_clients in wanted.clients:
+        for n_tokens in wanted.tokens:
             async with serving() as server:
                 await _never_read(server, n_clients, n_tokens, wanted.seconds)
                 before_mib = await server.quiet_mib()
@@ -215,7 +214,9 @@ def parsed() -> argparse.Namespace:
     two.add_argument("--pairs", type=int, default=3)
     two.add_argument("--model", help="folder of another model, served without SAEs")
     three = commands.add_parser("readers")
-    three.add_argument("--seconds", type=float, default=10.0, help="until the clients hang up")
+    three.add_argument("--clients", type=int, nargs="+", default=[6, 32])
+    three.add_argument("--tokens", type=int, nargs="+", default=[150, 200])
+    three.add_argument("--seconds", type=float, default=40.0, help="until the clients hang up")
     four = commands.add_parser("gaps")
     four.add_argument("--tokens", type=int, default=GAP_TOKENS)
     for command in (one, two, three, four):

@@ -49,7 +49,7 @@ class LoadingRuntime:
         return self._runtime
 
     def start(self, on_ready: Callable[[Runtime], None], on_failure: Callable[[], None]) -> None:
-        """Load in the background, then call one of the two, from that thread."""
+        """Load in the background, then call one of the two, from that thread, which may keep it."""
 
         def load() -> None:
             failure: StartupError | None = StartupError("The model could not be loaded; the lines above say why")
@@ -67,6 +67,11 @@ class LoadingRuntime:
 
         threading.Thread(target=load, name="load", daemon=True).start()
 
+    @property
+    def engine_died(self) -> bool:
+        """Of a runtime that is not closed."""
+        return self._runtime is not None and not self._runtime.healthy
+
     def close(self) -> None:
         if self._runtime is not None:
             self._runtime.close()
@@ -81,31 +86,15 @@ class LoadingRuntime:
         self._say(step)
 
 
-class Watch:
-    """Looks whether the engine lives; once it does not, stops the server FAREWELL_S later."""
-
-    def __init__(self, stop: Callable[[], None]) -> None:
-        self.engine_died = False
-        self._stop = stop
-        self._over = threading.Event()
-
-    def start(self, runtime: Runtime) -> None:
-        threading.Thread(target=self._watch, args=(runtime,), name="watch", daemon=True).start()
-
-    def close(self) -> None:
-        """What ends from now on ends because the server stops."""
-        self._over.set()
-
-    def _watch(self, runtime: Runtime) -> None:
-        while runtime.healthy:
-            if self._over.wait(WATCH_S):
-                return
-        if self._over.is_set():
+def watch(runtime: Runtime, stop: Callable[[], None], stopping: threading.Event) -> None:
+    """Call `stop` FAREWELL_S after the engine has died; blocks until then, or until the server is stopping anyway."""
+    while runtime.healthy:
+        if stopping.wait(WATCH_S):
             return
-        self.engine_died = True
+    if not stopping.is_set():
         log.critical("the engine has died, the server stops in %g s", FAREWELL_S)
-        self._over.wait(FAREWELL_S)
-        self._stop()
+        stopping.wait(FAREWELL_S)
+        stop()
 
 
 def serve(settings: Settings, say: Say, on_ready: Callable[[Runtime, float], None]) -> None:
@@ -132,21 +121,22 @@ def serve(settings: Settings, say: Say, on_ready: Callable[[Runtime, float], Non
     def stop() -> None:
         server.should_exit = True
 
-    watch = Watch(stop)
+    stopping = threading.Event()
 
     def loaded(runtime: Runtime) -> None:
-        watch.start(runtime)
         on_ready(runtime, time.perf_counter() - started)
+        watch(runtime, stop, stopping)
 
     say(f"Listening on {url_of(listener)}")
     loading.start(loaded, stop)
     try:
         _run(server, listener)
     finally:
-        watch.close()
-        if not watch.engine_died:
+        stopping.set()
+        engine_died = loading.engine_died
+        if not engine_died:
             loading.close()
-    if watch.engine_died:
+    if engine_died:
         raise EngineDied("The device has failed or the worker has died; the log says why. Start the server again.")
     if loading.failure is not None:
         raise loading.failure

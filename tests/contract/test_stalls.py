@@ -6,7 +6,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.stalls_asks import BODY_BYTES, MOST_STEERS, N_STEERS, largest_steer, many_steers, nested_lists
@@ -14,7 +14,6 @@ from benchmarks.stalls_client import Frames, markdown, quantile
 from neuronpedia_inference.operations import by_name
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from([b"data: 1\n\n", b"data: 22\n\n", b"\n\n", b"event: a\ndata: 3\n\n"])), st.data())
 def test_events_are_counted_however_their_bytes_come(events: list[bytes], data: st.DataObject) -> None:
     sent = b"".join(events)

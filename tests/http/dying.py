@@ -1,4 +1,7 @@
-"""`neuronpedia-inference serve` whose engine dies at its first capture, as the first argument says."""
+"""`neuronpedia-inference serve` whose engine dies at its first capture, as the first argument says.
+
+The second is for how many seconds it says so.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 
 from neuronpedia_inference import cli
 from neuronpedia_inference.runtime import Runtime
+from neuronpedia_inference.web import serve
 
 
 class Killed(BaseException):
@@ -18,7 +22,8 @@ class Killed(BaseException):
 DEATHS = {"device": torch.AcceleratorError("device-side assert triggered"), "worker": Killed("the worker is killed")}
 
 
-def main(death: str) -> None:
+def main(death: str, farewell_s: float) -> None:
+    serve.FAREWELL_S = farewell_s
     load = Runtime.load
 
     def capture(*_: Any) -> NoReturn:
@@ -34,4 +39,4 @@ def main(death: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv.pop(1))
+    main(sys.argv.pop(1), float(sys.argv.pop(1)))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +17,7 @@ import pytest
 from served import SOON_S, until
 
 from neuronpedia_inference import cli
-from neuronpedia_inference.web.serve import Watch
+from neuronpedia_inference.web.serve import watch
 from tests import models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,44 +29,61 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.save("llama", tmp_path_factory.mktemp("tiny"))
 
 
+Start = Callable[[str, float], tuple[subprocess.Popen[str], str]]
+WANTED = {"model": "tiny", "prompt": "a", "source": "1", "index": "3"}
+
+
 @pytest.fixture
-def dying(request: pytest.FixtureRequest, tiny: Path) -> Iterator[subprocess.Popen[str]]:
-    """The process of a server that dies as `request.param` says."""
+def start(tiny: Path) -> Iterator[Start]:
+    """A process and its address, given how its engine dies and for how many seconds it says so."""
     options = ["serve", "--model-id", str(tiny), "--sae-sets", "[]", "--port", "0"]
-    process = subprocess.Popen(
-        [sys.executable, str(DYING), request.param, *options],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    yield process
-    process.kill()
-    process.communicate()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUM_THREADS": "1"}
+    with ExitStack() as stack:
+
+        def started(death: str, farewell_s: float) -> tuple[subprocess.Popen[str], str]:
+            command = [sys.executable, str(DYING), death, str(farewell_s), *options]
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+            stack.callback(process.communicate)
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            url = next(line for line in process.stdout if "Listening on" in line).split()[-1]
+            assert next(line for line in process.stdout if "Ready in" in line)
+            return process, url
+
+        yield started
 
 
-@pytest.mark.parametrize("dying", ["device", "worker"], indirect=True)
-def test_it_says_so_for_a_while_and_ends(dying: subprocess.Popen[str]) -> None:
-    assert dying.stdout is not None
-    url = next(line for line in dying.stdout if "Listening on" in line).split()[-1]
-    assert next(line for line in dying.stdout if "Ready in" in line)
+@pytest.mark.parametrize(("death", "code"), [("device", "engine_failed"), ("worker", "not_ready")])
+def test_it_says_so_and_a_signal_does_not_make_it_a_success(start: Start, death: str, code: str) -> None:
+    process, url = start(death, SOON_S)
     with httpx.Client(base_url=url, timeout=SOON_S) as http:
         assert http.get("/ready").json()["status"] == "ready"
-        wanted = {"model": "tiny", "prompt": "a", "source": "1", "index": "3"}
-        assert http.post("/v1/activation/single", json=wanted).json()["code"] in ("engine_failed", "not_ready")
+        assert http.post("/v1/activation/single", json=WANTED).json()["code"] == code
         until(lambda: http.get("/ready").status_code == 503)
         assert "worker has died" in http.get("/ready").json()["error"]
         assert http.get("/health").json() == {"status": "healthy"}
-        assert http.post("/v1/activation/single", json=wanted).json()["code"] == "not_ready"
-    _, log = dying.communicate(timeout=SOON_S)
-    assert dying.returncode == cli.ENGINE_DIED == 3
+        assert http.post("/v1/activation/single", json=WANTED).json()["code"] == "not_ready"
+    process.send_signal(signal.SIGTERM)
+    _ended(process)
+
+
+def test_it_ends_by_itself(start: Start) -> None:
+    process, url = start("device", 0.1)
+    assert httpx.post(f"{url}/v1/activation/single", json=WANTED, timeout=SOON_S).status_code == 500
+    _ended(process)
+
+
+def _ended(process: subprocess.Popen[str]) -> None:
+    _, log = process.communicate(timeout=SOON_S)
+    assert process.returncode == cli.ENGINE_DIED == 3
     *_, said = log.splitlines()
     assert said.startswith("neuronpedia-inference: The device has failed or the worker has died")
 
 
 def test_the_end_of_a_server_that_stops_is_no_death() -> None:
     stops: list[str] = []
-    watch, closed_runtime = Watch(lambda: stops.append("stopped")), SimpleNamespace(healthy=False)
-    watch.close()
-    watch._watch(closed_runtime)  # pyright: ignore[reportArgumentType]
-    assert (watch.engine_died, stops) == (False, [])
+    stopping, closed_runtime = threading.Event(), SimpleNamespace(healthy=False)
+    stopping.set()
+    watch(closed_runtime, lambda: stops.append("stopped"), stopping)  # pyright: ignore[reportArgumentType]
+    assert stops == []

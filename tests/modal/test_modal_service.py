@@ -177,7 +177,8 @@ def test_one_container_has_32_inputs_in_flight(deployed: Deployed) -> None:
     deployed.python(
         """
         texts = [f"Number {i} of many." for i in range(64)]
-        result = len(list(Inference().activations.map(texts, kwargs={"num_results": 1})))
+        kwargs = {"features": [], "max_new_tokens": 16, "compare": False}  # longer than it takes to hand out the inputs
+        result = len(list(Inference().steer.map(texts, kwargs=kwargs)))
         """
     )
     (container,) = deployed.containers()
