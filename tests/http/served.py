@@ -35,7 +35,7 @@ class Served:
 
     def client(self, secret: str | None = None) -> httpx.Client:
         headers = {b"X-SECRET-KEY": secret.encode()} if secret is not None else None
-        return httpx.Client(base_url=self.url, headers=headers, timeout=120)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=SOON_S)
 
 
 Serve = Callable[[Settings, Callable[[], Any]], Served]

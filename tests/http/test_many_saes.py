@@ -126,7 +126,7 @@ def test_all_answer_correctly_within_the_budget(many: tuple[Served, Runtime], ex
         assert not same_choices(chosen[0], chosen[2])
 
     async def everything() -> None:
-        async with httpx.AsyncClient(base_url=served.url, timeout=120) as client:
+        async with httpx.AsyncClient(base_url=served.url, timeout=600) as client:
             singles = [single(client, number) for number in (*order, *reversed(order[:20]))]
             await asyncio.gather(ranking(client), *singles, ranking(client), *(steered(client, n) for n in (1, 17, 33)))
 

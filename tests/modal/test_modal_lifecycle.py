@@ -57,13 +57,15 @@ def locked(snapshots: Deployed) -> str:
 def test_the_secret_locks_the_web_app(locked: str) -> None:
     body = {"prompt": "a", "source": "1"}
     assert httpx.get(f"{locked}/health", timeout=600).status_code == 200
-    assert httpx.post(f"{locked}/v1/top-k", json=body).status_code == 401
+    assert httpx.post(f"{locked}/v1/top-k", json=body, timeout=600).status_code == 401
     key = {b"X-SECRET-KEY": SECRET.encode()}
-    assert httpx.post(f"{locked}/v1/top-k", json=body, headers=key).status_code == 200
+    assert httpx.post(f"{locked}/v1/top-k", json=body, headers=key, timeout=600).status_code == 200
 
 
 def test_settings_in_the_secret_win_over_those_of_the_deployment(locked: str) -> None:
-    capabilities = httpx.get(f"{locked}/v1/capabilities", headers={b"X-SECRET-KEY": SECRET.encode()}).json()
+    capabilities = httpx.get(
+        f"{locked}/v1/capabilities", headers={b"X-SECRET-KEY": SECRET.encode()}, timeout=600
+    ).json()
     assert capabilities["token_limit"] == 55
     assert capabilities["model"] == TINY
 

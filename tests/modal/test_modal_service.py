@@ -136,11 +136,11 @@ def test_bad_input_arrives_as_built_in_errors(deployed: Deployed) -> None:
 
 
 def test_web_errors_are_those_of_the_library(deployed: Deployed) -> None:
-    response = httpx.post(deployed.url + "/v1/top-k", json={"prompt": "a", "source": "16-res-4k"})
+    response = httpx.post(deployed.url + "/v1/top-k", json={"prompt": "a", "source": "16-res-4k"}, timeout=600)
     assert response.status_code == 400
     assert response.json()["code"] == "unknown_source"
-    assert httpx.get(deployed.url + "/health").json() == {"status": "healthy"}
-    assert httpx.get(deployed.url + "/ready").json()["model"] == embedded.MODEL_ID
+    assert httpx.get(deployed.url + "/health", timeout=600).json() == {"status": "healthy"}
+    assert httpx.get(deployed.url + "/ready", timeout=600).json()["model"] == embedded.MODEL_ID
 
 
 def test_server_sent_events_arrive_one_by_one(deployed: Deployed) -> None:
@@ -164,7 +164,7 @@ def test_a_caller_that_hangs_up_frees_its_row(deployed: Deployed) -> None:
 
 
 def _cancelled(deployed: Deployed) -> int:
-    return httpx.get(deployed.url + "/v1/capabilities").json()["requests"].get("cancelled", 0)
+    return httpx.get(deployed.url + "/v1/capabilities", timeout=600).json()["requests"].get("cancelled", 0)
 
 
 def test_the_published_client_works(deployed: Deployed) -> None:
@@ -215,7 +215,7 @@ def test_web_parameters_choose_their_own_container(deployed: Deployed) -> None:
     )
     assert result[0] == 3
     assert result[1][0] == "LookupError"
-    assert httpx.get(deployed.url + "/ready", params=tiny).json()["model"] == "/cache/tiny"
+    assert httpx.get(deployed.url + "/ready", params=tiny, timeout=600).json()["model"] == "/cache/tiny"
     first, second = deployed.containers()
     assert first.pool.params != second.pool.params
 
