@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check serve docs bench soak deploy fix
+.PHONY: help demo test check serve docs bench soak stalls deploy fix
 
 help:  ## List these commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -44,6 +44,12 @@ bench: $(VENV)/ready  ## Compare with plain Hugging Face and a peer, in turns; A
 
 soak: $(VENV)/ready  ## Two minutes of 32 clients, a quarter of whom hang up
 	$(BIN)/python -m benchmarks.soak
+
+stalls: $(VENV)/ready  ## Whether the server stays there while it works: /health, memory and streams under the largest requests
+	$(BIN)/python -m benchmarks.stalls requests
+	$(BIN)/python -m benchmarks.stalls streams
+	$(BIN)/python -m benchmarks.stalls readers
+	$(BIN)/python -m benchmarks.stalls gaps
 
 deploy: $(VENV)/ready  ## Put the service on Modal; docs/operating.md has the choices
 	$(BIN)/modal deploy service/inference_cls.py

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neuronpedia_inference.errors import InferenceError, InvalidRequest, StartupError, unknown_name
+from neuronpedia_inference.errors import EngineDied, InferenceError, InvalidRequest, StartupError, unknown_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from neuronpedia_inference.settings import Settings
 
 PIPED_WIDTH = 100
+ENGINE_DIED = 3
+"""Exit code. 1 and 2 are taken: expected errors and wrong usage."""
 SECRETS = ("SECRET", "SENTRY_DSN")
 # What the environment may say about other models; the demo is about the embedded one.
 OTHER_MODELS = ("override_model_id", "custom_hf_model_id", "sae_sets", "local_sae_dir", "include_sae", "exclude_sae")
@@ -48,9 +50,14 @@ DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, mps, cuda or 
 
 
 def main() -> None:
-    """Run the command line. Expected errors end in one line on standard error: exit code 1, or 2 for wrong usage."""
+    """Run the command line. Expected errors end in one line on standard error.
+
+    Exit code 1, 2 for wrong usage, or ENGINE_DIED when a server's device has failed or its worker has died.
+    """
     try:
         app()
+    except EngineDied as exc:
+        _fail(str(exc), ENGINE_DIED)
     except (StartupError, InferenceError) as exc:
         _fail(str(exc.args[0]) if exc.args else type(exc).__name__, 1)
 

@@ -14,7 +14,8 @@ InferenceError
 │   └── OutOfMemory         503  the device ran out of memory; its caches were freed
 └── EngineFailed            500  our fault; details are in the server's log under the request id
 
-StartupError is not part of the tree: it stops the process before it serves, with one line.
+StartupError and EngineDied are not part of the tree. The first stops a process before it serves, the second ends one
+that serves; both with one line.
 """
 
 from __future__ import annotations
@@ -101,6 +102,10 @@ class EngineFailed(InferenceError):
 
 class StartupError(Exception):
     """The process cannot start; the text is one line that names what to mend."""
+
+
+class EngineDied(Exception):
+    """The device has failed or the worker has died, and only a new process helps; the text is one line."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, most: int = 12) -> str:

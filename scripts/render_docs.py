@@ -94,8 +94,9 @@ EXPLAINED: dict[str, Explained] = {
     ),
     "unavailable": Explained(
         "The server cannot answer now, for a reason that the message gives.",
-        "The device has failed; this process has to be replaced",
-        "Try again after `Retry-After` seconds; if it stays, look at the server's log.",
+        "The device has failed or the worker has died; this process has to be replaced",
+        "Wait for a new process: `serve` ends by itself with exit code 3, some seconds after `/ready` has begun to say "
+        "this. The server's log has the cause.",
     ),
     "not_ready": Explained(
         "The model is still loading. `/health` answers already; `/ready` does when loading is done.",

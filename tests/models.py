@@ -27,6 +27,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.rounding import APART
+
 BOS = "<|bos|>"
 VOCAB_SIZE = 260
 _SMALL: dict[str, Any] = {
@@ -173,11 +175,17 @@ def read(net: PreTrainedModel, family: str, ids: Sequence[int], layer: int, plac
 
 
 def greedy(net: PreTrainedModel, ids: Sequence[int], n_tokens: int) -> list[int]:
-    """A plain greedy loop without cache; wrap it in `hooked` to steer it."""
+    """A plain greedy loop without cache; wrap it in `hooked` to steer it.
+
+    Who compares with these tokens compares what rounding cannot change: a choice that it could is refused.
+    """
     tokens = list(ids)
     with torch.no_grad():
         for _ in range(n_tokens):
-            tokens.append(int(net(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+            logits = net(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+            best, second = logits.topk(2).values.tolist()
+            assert best - second > APART * float(logits.abs().max()), "a near-tie: take another prompt or seed"
+            tokens.append(int(logits.argmax()))
     return tokens[len(ids) :]
 
 

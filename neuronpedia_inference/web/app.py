@@ -107,7 +107,7 @@ def _add_service_routes(app: FastAPI, get_runtime: GetRuntime) -> None:
     async def ready() -> dict[str, str]:
         runtime = get_runtime()
         if not runtime.healthy:
-            raise Unavailable("The device has failed; this process has to be replaced")
+            raise Unavailable("The device has failed or the worker has died; this process has to be replaced")
         return {"status": "ready", "model": runtime.model.id}
 
     async def capabilities() -> Response:

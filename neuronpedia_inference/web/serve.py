@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from neuronpedia_inference.errors import NotReady, StartupError
+from neuronpedia_inference.errors import EngineDied, NotReady, StartupError
 from neuronpedia_inference.observability import start_logging, start_sentry
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.web.app import create_app
@@ -21,9 +22,14 @@ from neuronpedia_inference.web.app import create_app
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
+log = logging.getLogger(__name__)
+
 SHUTDOWN_S = 30
 # Longer than the minute after which load balancers drop an idle connection, so that they close it, not we.
 KEEP_ALIVE_S = 75
+WATCH_S = 0.5
+FAREWELL_S = 5.0
+"""A process whose engine has died goes on saying so for this long, so that load balancers turn away from it."""
 Say = Callable[[str], None]
 
 
@@ -43,7 +49,7 @@ class LoadingRuntime:
         return self._runtime
 
     def start(self, on_ready: Callable[[Runtime], None], on_failure: Callable[[], None]) -> None:
-        """Load in the background, then call one of the two, from that thread."""
+        """Load in the background, then call one of the two, from that thread, which may keep it."""
 
         def load() -> None:
             failure: StartupError | None = StartupError("The model could not be loaded; the lines above say why")
@@ -61,6 +67,11 @@ class LoadingRuntime:
 
         threading.Thread(target=load, name="load", daemon=True).start()
 
+    @property
+    def engine_died(self) -> bool:
+        """Of a runtime that is not closed."""
+        return self._runtime is not None and not self._runtime.healthy
+
     def close(self) -> None:
         if self._runtime is not None:
             self._runtime.close()
@@ -75,8 +86,19 @@ class LoadingRuntime:
         self._say(step)
 
 
+def watch(runtime: Runtime, stop: Callable[[], None], stopping: threading.Event) -> None:
+    """Call `stop` FAREWELL_S after the engine has died; blocks until then, or until the server is stopping anyway."""
+    while runtime.healthy:
+        if stopping.wait(WATCH_S):
+            return
+    if not stopping.is_set():
+        log.critical("the engine has died, the server stops in %g s", FAREWELL_S)
+        stopping.wait(FAREWELL_S)
+        stop()
+
+
 def serve(settings: Settings, say: Say, on_ready: Callable[[Runtime, float], None]) -> None:
-    """Serve until SIGINT or SIGTERM, then let running requests end. Raises StartupError.
+    """Serve until SIGINT or SIGTERM, then let running requests end. Raises StartupError and EngineDied.
 
     `say` gets the steps of loading; `on_ready` the runtime and the seconds it took.
     """
@@ -99,12 +121,23 @@ def serve(settings: Settings, say: Say, on_ready: Callable[[Runtime, float], Non
     def stop() -> None:
         server.should_exit = True
 
+    stopping = threading.Event()
+
+    def loaded(runtime: Runtime) -> None:
+        on_ready(runtime, time.perf_counter() - started)
+        watch(runtime, stop, stopping)
+
     say(f"Listening on {url_of(listener)}")
-    loading.start(lambda runtime: on_ready(runtime, time.perf_counter() - started), stop)
+    loading.start(loaded, stop)
     try:
         _run(server, listener)
     finally:
-        loading.close()
+        stopping.set()
+        engine_died = loading.engine_died
+        if not engine_died:
+            loading.close()
+    if engine_died:
+        raise EngineDied("The device has failed or the worker has died; the log says why. Start the server again.")
     if loading.failure is not None:
         raise loading.failure
 

@@ -127,11 +127,10 @@ def test_default_cache_folder(monkeypatch: pytest.MonkeyPatch, variables: dict[s
 def test_present_copy_needs_no_torch() -> None:
     folder = weights.model_folder()
     script = (
-        "import sys, time\n"
+        "import sys\n"
         "from neuronpedia_inference.embedded.weights import model_folder\n"
-        "began = time.perf_counter(); print(model_folder()); took = time.perf_counter() - began\n"
+        "print(model_folder())\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
-        "assert took < 0.3, took\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", script]

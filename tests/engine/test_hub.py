@@ -19,6 +19,7 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
 from tests import models
+from tests.rounding import differences
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_REPO = "openai-community/gpt2"
@@ -126,4 +127,4 @@ def test_local_folders_give_the_same_answers(hub: Path, tmp_path: Path, answered
         empty, MODEL_ID=str(tmp_path / "model"), LOCAL_SAE_DIR=str(tmp_path / "saes"), SAE_SETS="", INCLUDE_SAE=""
     )
     for key in ("ids", "values", "ranked", "generated"):
-        assert local[key] == answered[key]
+        assert differences(local[key], answered[key]) == []

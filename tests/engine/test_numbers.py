@@ -27,6 +27,7 @@ from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.steering.plan import SteerMethod, SteerPlan, SteerVector
 from tests import models
 from tests.engine import seeded_saes
+from tests.rounding import CLOSE
 
 SENTENCES = (
     "Hi",
@@ -227,6 +228,10 @@ async def generate(runtime: Runtime, prompt: Tokens, plans: list[SteerPlan | Non
 
 
 def argmaxes(prompt: tuple[int, ...], generated: tuple[int, ...]) -> tuple[int, ...]:
+    """The most probable token after each prefix; of those within rounding of it, the one that was generated."""
     with torch.no_grad():
-        logits = plain_model()(torch.tensor([prompt + generated]), use_cache=False).logits[0]
-    return tuple(logits[len(prompt) - 1 : -1].argmax(-1).tolist())
+        logits = plain_model()(torch.tensor([prompt + generated]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    taken = torch.tensor(generated)
+    best = logits.max(-1)
+    is_best = best.values - logits.gather(1, taken[:, None])[:, 0] <= CLOSE * logits.abs().amax(-1)
+    return tuple(torch.where(is_best, taken, best.indices).tolist())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ TEXT = "The cat sat on the mat."
 SECRET = "sésame-0x5ec2e7"
 WIDTH = 576
 BOS = "<|im_start|>"
+SOON_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Served:
 
     def client(self, secret: str | None = None) -> httpx.Client:
         headers = {b"X-SECRET-KEY": secret.encode()} if secret is not None else None
-        return httpx.Client(base_url=self.url, headers=headers, timeout=120)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=SOON_S)
 
 
 Serve = Callable[[Settings, Callable[[], Any]], Served]
@@ -63,6 +67,24 @@ def on_a_port(app: Any, send_timeout_s: float) -> Iterator[tuple[uvicorn.Server,
         server.should_exit = True
         thread.join(10)
         listener.close()
+
+
+def hang_up(served: Served, path: str, body: dict[str, Any], when: Callable[[], bool]) -> None:
+    """Send a request and close its connection, unread, once `when` holds."""
+    host, port = served.url.removeprefix("http://").split(":")
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+    with socket.create_connection((host, int(port)), timeout=SOON_S) as connection:
+        connection.sendall(head.encode() + b"\r\n" + content)
+        until(when)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for it, for as long as the busiest machine may take."""
+    deadline = time.monotonic() + SOON_S
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come true"
+        time.sleep(0.02)
 
 
 class Wrapped:

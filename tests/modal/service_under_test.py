@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 APP = "neuronpedia-inference"
 VOLUME = "hf-cache-neuronpedia"
 MODAL = Path(sys.executable).with_name("modal")
-START_S = 120
+START_S = 600
 
 EMBEDDED = {"MODEL_ID": embedded.MODEL_ID, "NUM_THREADS": "1"}
 TINY = "/cache/tiny"

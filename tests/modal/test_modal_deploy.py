@@ -189,15 +189,12 @@ def test_the_image_ships_every_file_of_the_library(defaults: Deployed) -> None:
     assert {path.name for path in shipped.iterdir()} == {"neuronpedia_inference", "service", "inference_cls.py"}
 
 
-def test_importing_it_is_quick_and_does_not_import_torch() -> None:
-    program = (
-        "import sys, time; start = time.perf_counter(); import service.inference_cls; "
-        "assert not {'torch', 'transformers'} & set(sys.modules); print(time.perf_counter() - start)"
-    )
+def test_importing_it_does_not_import_torch() -> None:
+    program = "import sys, service.inference_cls; assert not {'torch', 'transformers', 'sae_lens'} & set(sys.modules)"
     env = {"PATH": "/usr/bin:/bin", "MODAL_CONFIG_PATH": "/nowhere"}
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 3
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_class_has_a_method_for_every_operation(defaults: Deployed) -> None:

@@ -56,14 +56,16 @@ def locked(snapshots: Deployed) -> str:
 
 def test_the_secret_locks_the_web_app(locked: str) -> None:
     body = {"prompt": "a", "source": "1"}
-    assert httpx.get(f"{locked}/health", timeout=60).status_code == 200
-    assert httpx.post(f"{locked}/v1/top-k", json=body).status_code == 401
+    assert httpx.get(f"{locked}/health", timeout=600).status_code == 200
+    assert httpx.post(f"{locked}/v1/top-k", json=body, timeout=600).status_code == 401
     key = {b"X-SECRET-KEY": SECRET.encode()}
-    assert httpx.post(f"{locked}/v1/top-k", json=body, headers=key).status_code == 200
+    assert httpx.post(f"{locked}/v1/top-k", json=body, headers=key, timeout=600).status_code == 200
 
 
 def test_settings_in_the_secret_win_over_those_of_the_deployment(locked: str) -> None:
-    capabilities = httpx.get(f"{locked}/v1/capabilities", headers={b"X-SECRET-KEY": SECRET.encode()}).json()
+    capabilities = httpx.get(
+        f"{locked}/v1/capabilities", headers={b"X-SECRET-KEY": SECRET.encode()}, timeout=600
+    ).json()
     assert capabilities["token_limit"] == 55
     assert capabilities["model"] == TINY
 
@@ -79,11 +81,11 @@ def test_the_published_client_needs_the_secret(locked: str) -> None:
 
 
 def test_a_container_that_is_scaled_down_finishes_what_it_runs(snapshots: Deployed, locked: str) -> None:
-    assert httpx.get(f"{locked}/health", timeout=60).status_code == 200
+    assert httpx.get(f"{locked}/health", timeout=600).status_code == 200
     (container,) = _containers(snapshots, "locked")
     with ThreadPoolExecutor() as pool:
         key = {b"X-SECRET-KEY": SECRET.encode()}
-        asked = pool.submit(httpx.post, f"{locked}/v1/steer", json=_steering(300), headers=key, timeout=60)
+        asked = pool.submit(httpx.post, f"{locked}/v1/steer", json=_steering(300), headers=key, timeout=600)
         assert snapshots.plane.wait(lambda: container.running)
         text = snapshots.stop(container)
     assert asked.result().status_code == 200
@@ -93,8 +95,9 @@ def test_a_container_that_is_scaled_down_finishes_what_it_runs(snapshots: Deploy
 
 
 def test_an_interrupted_container_still_runs_its_exit_hook(snapshots: Deployed, locked: str) -> None:
-    assert httpx.get(f"{locked}/health", timeout=60).status_code == 200
+    assert httpx.get(f"{locked}/health", timeout=600).status_code == 200
     (container,) = _containers(snapshots, "locked")
+    assert snapshots.plane.wait(lambda: not container.running), "it answers first, then it is interrupted"
     snapshots.plane.call(container.interrupt)
     assert snapshots.plane.wait(lambda: container.exit_code is not None), container.text
     assert "Stopped after" in container.text
@@ -103,7 +106,7 @@ def test_an_interrupted_container_still_runs_its_exit_hook(snapshots: Deployed, 
 def test_a_gpu_snapshot_holds_the_loaded_model(snapshots: Deployed) -> None:
     chosen = {"APP_NAME": "whole", "GPU_SNAPSHOT": "1", "MODEL_ID": TINY, "SAE_SETS": "[]"}
     assert snapshots.modal("deploy", "-m", "service.inference_cls", **chosen).code == 0
-    assert httpx.get(snapshots.function(app="whole").urls["serve"] + "/ready", timeout=60).status_code == 200
+    assert httpx.get(snapshots.function(app="whole").urls["serve"] + "/ready", timeout=600).status_code == 200
     (container,) = _containers(snapshots, "whole")
     snapshots.stop(container)
     assert container.text.count(f"Loading {TINY}") == 1
@@ -142,13 +145,13 @@ def test_a_container_whose_device_fails_is_replaced(snapshots: Deployed, locked:
     for started_before in _containers(snapshots, "locked"):
         snapshots.stop(started_before)
     snapshots.plane.fault = FAILING_DEVICE.format(poison=str(poison))
-    assert httpx.get(f"{locked}/health", timeout=60).status_code == 200
+    assert httpx.get(f"{locked}/health", timeout=600).status_code == 200
     (container,) = _containers(snapshots, "locked")
     poison.touch()
     assert snapshots.plane.wait(lambda: container.exit_code is not None), container.text
     snapshots.plane.fault = ""
     assert "The device has failed" in container.text
-    assert httpx.get(f"{locked}/health", timeout=60).status_code == 200
+    assert httpx.get(f"{locked}/health", timeout=600).status_code == 200
     assert _containers(snapshots, "locked") != [container]
 
 

@@ -18,6 +18,7 @@ from neuronpedia_inference.operations import OPERATIONS
 from neuronpedia_inference.web.answers import json_bytes
 from neuronpedia_inference.web.fields import example_of
 from tests.modal.service_under_test import Deployed
+from tests.rounding import differences
 
 FRIENDLY = ("activations", "top_k", "steer")
 SHORT: dict[str, dict[str, Any]] = {
@@ -50,11 +51,12 @@ def answers(deployed: Deployed) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda op: op.name)
-def test_methods_and_routes_give_the_same_bytes(deployed: Deployed, answers: dict[str, Any], operation: Any) -> None:
-    response = httpx.post(deployed.url + operation.path, json=BODIES[operation.name], timeout=60)
+def test_methods_and_routes_give_the_same_answers(deployed: Deployed, answers: dict[str, Any], operation: Any) -> None:
+    response = httpx.post(deployed.url + operation.path, json=BODIES[operation.name], timeout=600)
 
     assert response.status_code == 200, response.text
-    assert json_bytes(answers[operation.name]) == response.content
+    assert differences(answers[operation.name], response.json()) == []
+    assert json_bytes(response.json()) == response.content
 
 
 def test_other_ways_to_call(deployed: Deployed) -> None:
@@ -64,10 +66,10 @@ def test_other_ways_to_call(deployed: Deployed) -> None:
         texts = ["The cat sat.", "A court heard it.", "Sugar and salt."]
         kwargs = {"num_results": 1}
         hi = {"model": "x", "text": "hi"}
-        one_by_one = [service.activations.remote(text, **kwargs) for text in texts]
         result = {
-            "mapped": list(service.activations.map(texts, kwargs=kwargs)) == one_by_one,
-            "as bodies": list(service.activations.map([{"prompt": text, **kwargs} for text in texts])) == one_by_one,
+            "one by one": [service.activations.remote(text, **kwargs) for text in texts],
+            "mapped": list(service.activations.map(texts, kwargs=kwargs)),
+            "as bodies": list(service.activations.map([{"prompt": text, **kwargs} for text in texts])),
             "as keywords": service.tokenize.remote(**hi) == service.tokenize.remote(hi),
             "both": service.tokenize.remote(hi, prepend_bos=False)["tokens"],
             "model": service.capabilities.remote()["model"],
@@ -78,25 +80,28 @@ def test_other_ways_to_call(deployed: Deployed) -> None:
     assert result.pop("both") == [6004]
     assert result.pop("model") == embedded.MODEL_ID
     assert tuple(result.pop("sources")) == embedded.SOURCES
-    assert all(result.values()), result
+    assert result.pop("as keywords")
+    one_by_one = result.pop("one by one")
+    assert {way: differences(answers, one_by_one) for way, answers in result.items()} == {"mapped": [], "as bodies": []}
 
 
 def test_a_stream_arrives_as_it_is_written_and_ends_as_the_whole(deployed: Deployed) -> None:
     result = deployed.python(
         """
         service, fields = Inference(), json.loads(sys.argv[1])
-        events, times = [], []
-        for event in service.steer_stream.remote_gen("I think that", **fields):
-            events.append(event)
-            times.append(time.monotonic())
-        result = [events, times[-1] - times[0], service.steer.remote("I think that", **fields)]
+        events = list(service.steer_stream.remote_gen("I think that", **fields))
+        whole = service.steer.remote("I think that", **fields)
+        long = service.steer_stream.remote_gen("I think that", **{**fields, "max_new_tokens": 60})
+        next(long)
+        result = [events, whole, service.capabilities.remote()["running"], len(list(long))]
         """,
         json.dumps(STEERING),
     )
-    events, spread_s, whole = result
+    events, whole, n_running, n_left = result
     assert len(events) == STEERING["max_new_tokens"]
-    assert events[-1] == whole
-    assert spread_s > 0.05
+    assert differences(events[-1], whole) == []
+    assert n_running == 1, "the first event was held back to the end"
+    assert n_left > 1
     assert whole["steered"]["text"] != whole["default"]["text"]
 
 
@@ -131,36 +136,35 @@ def test_bad_input_arrives_as_built_in_errors(deployed: Deployed) -> None:
 
 
 def test_web_errors_are_those_of_the_library(deployed: Deployed) -> None:
-    response = httpx.post(deployed.url + "/v1/top-k", json={"prompt": "a", "source": "16-res-4k"})
+    response = httpx.post(deployed.url + "/v1/top-k", json={"prompt": "a", "source": "16-res-4k"}, timeout=600)
     assert response.status_code == 400
     assert response.json()["code"] == "unknown_source"
-    assert httpx.get(deployed.url + "/health").json() == {"status": "healthy"}
-    assert httpx.get(deployed.url + "/ready").json()["model"] == embedded.MODEL_ID
+    assert httpx.get(deployed.url + "/health", timeout=600).json() == {"status": "healthy"}
+    assert httpx.get(deployed.url + "/ready", timeout=600).json()["model"] == embedded.MODEL_ID
 
 
 def test_server_sent_events_arrive_one_by_one(deployed: Deployed) -> None:
     body = {"prompt": "I think that", **STEERING, "stream": True}
-    with httpx.stream("POST", deployed.url + "/v1/steer", json=body, timeout=60) as response:
+    with httpx.stream("POST", deployed.url + "/v1/steer", json=body, timeout=600) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
-        arrived = [(time.monotonic(), line) for line in response.iter_lines() if line]
-    assert len(arrived) == STEERING["max_new_tokens"]
-    assert arrived[-1][0] - arrived[0][0] > 0.05
-    assert json.loads(arrived[-1][1].removeprefix("data: "))["default"]["text"]
+        lines = [line for line in response.iter_lines() if line]
+    assert len(lines) == STEERING["max_new_tokens"]
+    assert json.loads(lines[-1].removeprefix("data: "))["default"]["text"]
 
 
 def test_a_caller_that_hangs_up_frees_its_row(deployed: Deployed) -> None:
     body = {"prompt": "I think that", **STEERING, "max_new_tokens": 500, "stream": True}
     before = _cancelled(deployed)
-    with httpx.stream("POST", deployed.url + "/v1/steer", json=body, timeout=60) as response:
+    with httpx.stream("POST", deployed.url + "/v1/steer", json=body, timeout=600) as response:
         next(response.iter_lines())
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300
     while _cancelled(deployed) == before and time.monotonic() < deadline:
         time.sleep(0.2)
     assert _cancelled(deployed) == before + 1
 
 
 def _cancelled(deployed: Deployed) -> int:
-    return httpx.get(deployed.url + "/v1/capabilities").json()["requests"].get("cancelled", 0)
+    return httpx.get(deployed.url + "/v1/capabilities", timeout=600).json()["requests"].get("cancelled", 0)
 
 
 def test_the_published_client_works(deployed: Deployed) -> None:
@@ -173,7 +177,8 @@ def test_one_container_has_32_inputs_in_flight(deployed: Deployed) -> None:
     deployed.python(
         """
         texts = [f"Number {i} of many." for i in range(64)]
-        result = len(list(Inference().activations.map(texts, kwargs={"num_results": 1})))
+        kwargs = {"features": [], "max_new_tokens": 16, "compare": False}  # longer than it takes to hand out the inputs
+        result = len(list(Inference().steer.map(texts, kwargs=kwargs)))
         """
     )
     (container,) = deployed.containers()
@@ -210,7 +215,7 @@ def test_web_parameters_choose_their_own_container(deployed: Deployed) -> None:
     )
     assert result[0] == 3
     assert result[1][0] == "LookupError"
-    assert httpx.get(deployed.url + "/ready", params=tiny).json()["model"] == "/cache/tiny"
+    assert httpx.get(deployed.url + "/ready", params=tiny, timeout=600).json()["model"] == "/cache/tiny"
     first, second = deployed.containers()
     assert first.pool.params != second.pool.params
 

@@ -56,11 +56,11 @@ class Plane:
         self._thread.join()
         self._loop.close()
 
-    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 60) -> T:
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 300) -> T:
         """Run on the plane's loop, from any other thread."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
 
-    def wait(self, ready: Callable[[], object], timeout_s: float = 60) -> bool:
+    def wait(self, ready: Callable[[], object], timeout_s: float = 300) -> bool:
         """Whether `ready` came true in time."""
         return self.run(self.bell.until(ready, timeout_s), timeout_s + 5)
 

@@ -1,0 +1,39 @@
+"""The yardstick of the other tests: it lets rounding pass, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.rounding import differences, same_choices
+
+ANSWER: dict[str, Any] = {"tokens": ["a", "b"], "rows": [{"index": 7, "values": [0.0, 34.0]}]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_same"),
+    [
+        ([{"index": 7, "values": [0.0, 34.001]}], True),
+        ([{"index": 7, "values": [0.001, 34.0]}], True),
+        ([{"index": 7, "values": [0.01, 34.0]}], False),
+        ([{"index": 7, "values": [0.0, 34.01]}], False),
+        ([{"index": 8, "values": [0.0, 34.0]}], False),
+        ([{"index": 7, "values": [0.0]}], False),
+        ([{"index": 7, "values": None}], False),
+    ],
+)
+def test_answers(rows: list[Any], is_same: bool) -> None:
+    assert (differences(ANSWER, {**ANSWER, "rows": rows}) == []) == is_same
+
+
+def choice(token: str, gap: float) -> dict[str, Any]:
+    return {"token": token, "top_logprobs": [{"token": "x", "logprob": -1.0}, {"token": "y", "logprob": -1.0 - gap}]}
+
+
+def test_texts_may_part_at_a_tie_only() -> None:
+    clear, tie = 0.1, 0.001
+    assert same_choices([choice("x", clear)], [choice("x", clear)])
+    assert not same_choices([choice("x", clear)], [choice("y", clear)])
+    assert same_choices([choice("x", tie), choice("x", clear)], [choice("y", tie), choice("y", clear)])
+    assert not same_choices([choice("x", clear)], [])
