@@ -33,6 +33,7 @@ from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, NotReady
 from neuronpedia_inference.features import FeatureQuestions
 from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n_threads
 from neuronpedia_inference.metrics import Metrics
+from neuronpedia_inference.operations.pacing import paced
 from neuronpedia_inference.saes.encode import FeatureReader
 from neuronpedia_inference.scheduler.admission import Admission, Demand
 from neuronpedia_inference.scheduler.events import TicketEvents
@@ -234,9 +235,9 @@ class Runtime:
 
     # Generation
 
-    def check_steering(self, plan: SteerPlan) -> None:
+    async def check_steering(self, plan: SteerPlan) -> None:
         """Raises LimitExceeded, InvalidRequest, UnknownSource or UnknownPoint unless the plan can be honoured."""
-        self._steering.check(plan)
+        await paced(self._steering.checks(plan))
 
     def generate(
         self, prompt: Tokens, plans: Sequence[SteerPlan | None], sampling: Sampling, *, stream: bool

@@ -104,7 +104,7 @@ class Settings(BaseSettings):
         validation_alias="REQUEST_LOCK_TIMEOUT",
         description="Seconds that a request may wait for its turn; 0 waits for ever.",
     )
-    max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Bytes in a request body.")
+    max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Bytes in a request body.")
     send_timeout_s: float = Field(
         60.0,
         ge=0.1,

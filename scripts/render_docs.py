@@ -24,6 +24,7 @@ from neuronpedia_inference.operations import OPERATIONS, Operation
 from neuronpedia_inference.settings import Settings, variable
 from neuronpedia_inference.web.auth import HEADER
 from neuronpedia_inference.web.fields import example_of, fields_of
+from neuronpedia_inference.web.parsing import MAX_CONTAINERS
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference.md"
@@ -88,8 +89,9 @@ EXPLAINED: dict[str, Explained] = {
         "Restart the server with other settings.",
     ),
     "body_too_large": Explained(
-        "The body has more bytes than the server reads. It was not read to its end, and the connection is closed.",
-        "The request body is larger than 8388608 bytes (MAX_BODY_BYTES)",
+        f"The body has more bytes than the server reads, or more than {MAX_CONTAINERS} objects and lists. It was not "
+        "read to its end, and the connection is closed.",
+        "The request body is larger than 4194304 bytes. Send less at once, or raise MAX_BODY_BYTES.",
         "Send a smaller body, or raise `MAX_BODY_BYTES` and restart.",
     ),
     "unavailable": Explained(
@@ -223,11 +225,12 @@ CONVENTIONS = f"""\
   characters long, else a new one. Log lines carry it.
 - **Errors.** Every answer that is not a success has the body `{{"error": "...", "code": "...", "request_id": "..."}}`,
   with status 422 also `detail`. A 503 has `Retry-After`. What is checked, in this order: secret, size of the body,
-  JSON, schema, the request's meaning.
+  JSON, schema, the request's meaning. A body of more than {MAX_CONTAINERS} objects and lists (brackets in texts count)
+  is refused like one that is too large; integers of more than 64 bits are read in bodies of up to 64 KiB only.
 - **Streams.** With `"stream": true` the steering operations answer with `text/event-stream`: `data: {{json}}` and a
   blank line, every event holding the whole answer so far, or with `deltas` on `/v1/steer` only what is new. There is an
-  event for each token as long as the caller reads as fast as the model writes; else one for all that has come since. Who
-  reads nothing for `SEND_TIMEOUT` is cut off. The stream ends when the connection does.
+  event for each token as long as the caller reads as fast as the model writes; else one for all that has come since.
+  Who reads nothing for `SEND_TIMEOUT` is cut off. The stream ends when the connection does.
   What is wrong with a request is said before the stream begins, with an ordinary status. A failure after the first
   event ends the stream with `event: error` and `data: {{"error": "...", "code": "...", "request_id": "..."}}`: a reader
   that ignores event names recognises it by its key `error`. Hanging up stops the generation.

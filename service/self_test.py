@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from neuronpedia_inference.domain import Sampling, Tokens
@@ -72,5 +74,5 @@ def _direction(width: int) -> list[float]:
     return [math.sin(1.0 + 0.7 * i) / math.sqrt(width / 2) for i in range(width)]
 
 
-def _few(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values[:3])
+def _few(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in islice(values, 3))

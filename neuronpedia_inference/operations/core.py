@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,7 +27,7 @@ from neuronpedia_inference.operations.tokenize import TOKENIZE
 from neuronpedia_inference.operations.top_k import ACTIVATION_TOPK_BY_TOKEN, ACTIVATION_TOPK_BY_TOKEN_BATCH
 from neuronpedia_inference.operations.vectors import UTIL_SAE_TOPK_BY_DECODER_COSSIM, UTIL_SAE_VECTOR
 from neuronpedia_inference.scheduler.stay import Stay
-from neuronpedia_inference.schemas.common import Wire
+from neuronpedia_inference.schemas.common import Wire, lists_of_objects
 
 if TYPE_CHECKING:
     from neuronpedia_inference.metrics import RequestCount
@@ -107,13 +107,37 @@ def validate(operation: Operation[Any], body: object) -> Wire:
         raise InvalidBody.of(exc) from None
 
 
+async def validate_in_turns(operation: Operation[Any], body: object) -> Wire:
+    """As `validate`, but the items of long lists one by one, so that others have their turns in between."""
+    if not isinstance(body, Mapping):
+        return validate(operation, body)
+    return validate(operation, await paced(_with_items(operation, body)))
+
+
+def _with_items(operation: Operation[Any], body: Mapping[str, Any]) -> Generator[None, None, dict[str, Any]]:
+    """The body with objects in lists replaced by what they are read as, up to the first that does not fit."""
+    read = dict(body)
+    for name, (model, most) in lists_of_objects(operation.request).items():
+        for key in {name, to_camel(name)} & read.keys():
+            items = read[key]
+            if isinstance(items, list) and len(items) <= most:
+                read[key] = list(items)
+                for place, item in enumerate(items):
+                    try:
+                        read[key][place] = model.model_validate(item)
+                    except ValidationError:
+                        break  # the whole says it, with its place
+                    yield
+    return read
+
+
 async def answer(operation: Operation[Any], body: Body, runtime: Runtime) -> dict[str, Any]:
     """Validates, runs, renders and counts: the JSON-ready body that HTTP would send. Never streams.
 
     Raises InvalidBody (422) and every other InferenceError.
     """
     with runtime.metrics.request(operation.name), closing(Stay()) as stay, stay:
-        request = validate(operation, body)
+        request = await validate_in_turns(operation, body)
         return await _dictionary(operation, _spelling(operation, body), await operation.run(request, runtime))
 
 
@@ -125,7 +149,7 @@ async def answer_pieces(operation: Operation[Any], body: Body, runtime: Runtime)
     with ExitStack() as if_refused:
         count = if_refused.enter_context(runtime.metrics.request(operation.name))
         with Stay() as stay:
-            request = validate(operation, body)
+            request = await validate_in_turns(operation, body)
             reply = await operation.run(request, runtime)
         if_refused.pop_all()
     pieces = json_pieces(reply, _spelling(operation, body), omit_null=operation.omits_null)
@@ -150,7 +174,7 @@ async def _events(
         if operation.stream is None:
             raise InvalidRequest(f"{operation.name} does not stream")
         with Stay() as stay:
-            request = validate(operation, body)
+            request = await validate_in_turns(operation, body)
             events = await operation.stream(request, runtime)
         if_refused.pop_all()
     return _Counted(events, partial(render, operation, _spelling(operation, body)), count, stay)

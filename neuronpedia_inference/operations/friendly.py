@@ -79,12 +79,12 @@ async def top_k(request: TopKRequest, rt: Runtime) -> TopKResponse:
 
 async def steer(request: SteerRequest, rt: Runtime) -> SteerResponse:
     """Raises what steer/completion and steer/completion-chat raise."""
-    return await last(_steered(request, rt, stream=False))
+    return await last(await _steered(request, rt, stream=False))
 
 
 async def steer_events(request: SteerRequest, rt: Runtime) -> AsyncIterator[SteerResponse]:
     """As `steer`, growing token by token; with `deltas` only what is new."""
-    return _steered(request, rt, stream=True)
+    return await _steered(request, rt, stream=True)
 
 
 def _prompts(prompt: str | list[str]) -> list[str]:
@@ -221,18 +221,22 @@ def _steer_features(request: SteerRequest, rt: Runtime) -> list[NPSteerFeature] 
 def _steer_vectors(request: SteerRequest) -> list[NPSteerVector] | None:
     if request.vectors is None:
         return None
-    return [NPSteerVector(steering_vector=one.vector, strength=one.strength, hook=one.hook) for one in request.vectors]
+    # They have been checked: millions of numbers are not looked at again.
+    return [
+        NPSteerVector.model_construct(steering_vector=one.vector, strength=one.strength, hook=one.hook)
+        for one in request.vectors
+    ]
 
 
-def _steered(request: SteerRequest, rt: Runtime, *, stream: bool) -> AsyncIterator[SteerResponse]:
+async def _steered(request: SteerRequest, rt: Runtime, *, stream: bool) -> AsyncIterator[SteerResponse]:
     """Raises every 4xx before it returns."""
     if request.deltas and not stream:
         raise InvalidRequest("deltas: goes with stream, whose events it makes smaller")
     wire = _steer_wire(request, rt)
     if isinstance(wire, SteerCompletionRequest):
-        chat, story = None, story_of(wire, rt, stream=stream)
+        chat, story = None, await story_of(wire, rt, stream=stream)
     else:
-        chat, story = chat_story_of(wire, rt, stream=stream)
+        chat, story = await chat_story_of(wire, rt, stream=stream)
     if request.deltas:
         return Events(story, lambda news: _side_by_side([_new(chat, story, *pair) for pair in enumerate(news)]))
     return Events(story, lambda _: _side_by_side([_so_far(chat, row) for row in story.rows]))

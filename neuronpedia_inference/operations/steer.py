@@ -33,37 +33,39 @@ STEER_RULE = "Invalid request data: exactly one of features or vectors must be p
 
 async def steer_completion(request: SteerCompletionRequest, rt: Runtime) -> SteerCompletionResponse:
     """Generated text per type, in request order. Raises InvalidRequest, UnknownSource, LimitExceeded."""
-    return await last(_complete(request, rt, stream=False))
+    return await last(await _complete(request, rt, stream=False))
 
 
 async def steer_completion_events(
     request: SteerCompletionRequest, rt: Runtime
 ) -> AsyncIterator[SteerCompletionResponse]:
     """As `steer_completion`, growing token by token."""
-    return _complete(request, rt, stream=True)
+    return await _complete(request, rt, stream=True)
 
 
 async def steer_completion_chat(request: SteerCompletionChatRequest, rt: Runtime) -> SteerCompletionChatResponse:
     """Answered chat per type, in request order. Raises InvalidRequest, UnknownSource, LimitExceeded."""
-    return await last(_complete_chat(request, rt, stream=False))
+    return await last(await _complete_chat(request, rt, stream=False))
 
 
 async def steer_completion_chat_events(
     request: SteerCompletionChatRequest, rt: Runtime
 ) -> AsyncIterator[SteerCompletionChatResponse]:
     """As `steer_completion_chat`, growing token by token."""
-    return _complete_chat(request, rt, stream=True)
+    return await _complete_chat(request, rt, stream=True)
 
 
-def _complete(request: SteerCompletionRequest, rt: Runtime, *, stream: bool) -> AsyncIterator[SteerCompletionResponse]:
-    story = story_of(request, rt, stream=stream)
+async def _complete(
+    request: SteerCompletionRequest, rt: Runtime, *, stream: bool
+) -> AsyncIterator[SteerCompletionResponse]:
+    story = await story_of(request, rt, stream=stream)
     return Events(story, lambda _: _texts(request, story.rows))
 
 
-def _complete_chat(
+async def _complete_chat(
     request: SteerCompletionChatRequest, rt: Runtime, *, stream: bool
 ) -> AsyncIterator[SteerCompletionChatResponse]:
-    chat, story = chat_story_of(request, rt, stream=stream)
+    chat, story = await chat_story_of(request, rt, stream=stream)
     return Events(story, lambda _: _chats(request, chat, story.rows))
 
 
@@ -83,15 +85,15 @@ class Chat:
         return [*self.messages, *([NPSteerChatMessage(role="assistant", content=content)] if content else [])]
 
 
-def story_of(request: SteerCompletionRequest, rt: Runtime, *, stream: bool) -> Story:
+async def story_of(request: SteerCompletionRequest, rt: Runtime, *, stream: bool) -> Story:
     """A row per requested type, in request order. Raises every 4xx before it returns."""
-    plan = _checked_plan(request, rt)
+    plan = await _checked_plan(request, rt)
     return _generate(request, rt.tokenize(request.prompt, "once"), "", plan, rt, stream=stream)
 
 
-def chat_story_of(request: SteerCompletionChatRequest, rt: Runtime, *, stream: bool) -> tuple[Chat, Story]:
+async def chat_story_of(request: SteerCompletionChatRequest, rt: Runtime, *, stream: bool) -> tuple[Chat, Story]:
     """As `story_of`, for the answers to a chat."""
-    plan = _checked_plan(request, rt, skip_special_tokens=not request.steer_special_tokens)
+    plan = await _checked_plan(request, rt, skip_special_tokens=not request.steer_special_tokens)
     messages = without_reasoning([ChatMessage(one.role, one.content) for one in request.prompt])
     if not messages:
         raise InvalidRequest("At least one message with content is required")
@@ -117,7 +119,7 @@ def _generate(
     return Story(rt.generate(prompt, plans, sampling, stream=stream), rows)
 
 
-def _checked_plan(request: SteerFields, rt: Runtime, *, skip_special_tokens: bool = False) -> SteerPlan | None:
+async def _checked_plan(request: SteerFields, rt: Runtime, *, skip_special_tokens: bool = False) -> SteerPlan | None:
     """What STEERED means in this request; None when it names nothing to steer with."""
     check_model(request.model, rt)
     if (request.features is None) == (request.vectors is None):
@@ -135,16 +137,14 @@ def _checked_plan(request: SteerFields, rt: Runtime, *, skip_special_tokens: boo
         normalize=request.normalize_steering,
         skip_special_tokens=skip_special_tokens,
     )
-    rt.check_steering(plan)  # also where only DEFAULT is asked for: what is named must exist
+    await rt.check_steering(plan)  # also where only DEFAULT is asked for: what is named must exist
     return plan
 
 
 def _steers(request: SteerFields) -> tuple[Steer, ...]:
     factor = request.strength_multiplier
     by_feature = [SteerFeature(one.source, one.index, factor * one.strength) for one in request.features or ()]
-    by_vector = [
-        SteerVector(one.hook, tuple(one.steering_vector), factor * one.strength) for one in request.vectors or ()
-    ]
+    by_vector = [SteerVector(one.hook, one.steering_vector, factor * one.strength) for one in request.vectors or ()]
     return (*by_feature, *by_vector)
 
 

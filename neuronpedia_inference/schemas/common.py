@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from annotated_types import GroupedMetadata, MaxLen
 from pydantic import (
@@ -48,6 +49,31 @@ class Reply(Wire):
     """A wire model that we fill ourselves: tuples may stand for arrays; numbers are checked when rendered."""
 
     model_config = ConfigDict(strict=False, allow_inf_nan=True, ser_json_inf_nan="constants")
+
+
+@cache
+def lists_of_objects(model: type[Wire]) -> dict[str, tuple[type[Wire], int]]:
+    """Fields that hold lists of wire models: of which, and how many at the most."""
+    found = {}
+    for name, field in model.model_fields.items():
+        for item, most in _lists_in(field.annotation, field.metadata):
+            found[name] = (item, most)
+    return found
+
+
+def _lists_in(annotation: Any, metadata: Sequence[Any]) -> Iterator[tuple[type[Wire], int]]:
+    if get_origin(annotation) is Annotated:
+        inner, *more = get_args(annotation)
+        yield from _lists_in(inner, [*metadata, *more])
+    elif get_origin(annotation) is list:
+        [item] = get_args(annotation)
+        bounds = [each.most for each in metadata if isinstance(each, AtMost)]
+        bounds += [each.max_length for each in metadata if isinstance(each, MaxLen)]
+        if isinstance(item, type) and issubclass(item, Wire):
+            yield item, min(bounds)
+    else:
+        for part in get_args(annotation):
+            yield from _lists_in(part, metadata)
 
 
 def examples(*bodies: dict[str, Any]) -> Callable[[dict[str, Any]], None]:

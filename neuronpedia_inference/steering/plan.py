@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -30,7 +31,7 @@ class SteerVector:
     """Steer with a caller's own vector at a named hook."""
 
     hook: str
-    vector: tuple[float, ...]
+    vector: Sequence[float]
     coefficient: float
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from neuronpedia_inference.domain import Source
+from neuronpedia_inference.domain import MAX_STEERS, Source
 from neuronpedia_inference.engine.bridge import BridgeEngine
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import Steering
@@ -17,9 +18,6 @@ from neuronpedia_inference.saes.store import SaeStore
 from neuronpedia_inference.scheduler.jobs import Steps
 from neuronpedia_inference.steering.apply import unit
 from neuronpedia_inference.steering.plan import Steer, SteerFeature, SteerMethod, SteerPlan, SteerVector
-
-MAX_STEERS = 512
-"""Steers of one request: each costs a little at every step of decoding."""
 
 
 class SteerResolver:
@@ -30,8 +28,8 @@ class SteerResolver:
         self._store = store
         self._find_source = find_source
 
-    def check(self, plan: SteerPlan) -> None:
-        """Raises LimitExceeded, InvalidRequest, UnknownSource or UnknownPoint; touches no tensor."""
+    def checks(self, plan: SteerPlan) -> Generator[None, None, None]:
+        """Raises LimitExceeded, InvalidRequest, UnknownSource or UnknownPoint; a yield after each steer. No tensors."""
         if len(plan.steers) > MAX_STEERS:
             raise LimitExceeded(f"{len(plan.steers)} steers are too many, the most is {MAX_STEERS}. Send fewer.")
         for steer in plan.steers:
@@ -41,6 +39,7 @@ class SteerResolver:
                 self._check_feature(steer)
             else:
                 self._check_vector(steer, plan)
+            yield
 
     def points(self, plan: SteerPlan) -> set[Point]:
         """Where a checked plan steers."""
@@ -107,7 +106,6 @@ def check_vector(vector: Sequence[float], width: int, where: str) -> None:
     """Raises InvalidRequest for the wrong length or a number that is not finite in float32."""
     if len(vector) != width:
         raise InvalidRequest(f"The vector for {where!r} has {len(vector)} numbers; {width} are needed.")
-    largest = torch.finfo(torch.float32).max
-    bad = next((place for place, x in enumerate(vector) if not abs(x) <= largest), None)
-    if bad is not None:
-        raise InvalidRequest(f"The vector for {where!r} is not finite in float32 at position {bad}.")
+    is_finite = np.abs(np.asarray(vector, dtype=np.float64)) <= np.finfo(np.float32).max
+    if not is_finite.all():
+        raise InvalidRequest(f"The vector for {where!r} is not finite in float32 at position {is_finite.argmin()}.")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from email.message import Message
 from typing import Any
 
-from pydantic_core import from_json
 from starlette.requests import Request
 
 from neuronpedia_inference.errors import BodyTooLarge
 from neuronpedia_inference.operations import InvalidBody
+from neuronpedia_inference.operations.pacing import paced
+from neuronpedia_inference.web.parsing import MAX_CONTAINERS, n_containers, parsed
 
 
 async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
@@ -18,7 +19,7 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
     if not _is_json(request.headers.get("content-type", "")):
         raise _invalid("content_type", "Content-Type must be application/json")
     try:
-        value = from_json(raw, allow_inf_nan=False)
+        value = await paced(parsed(raw))
     except ValueError as exc:
         raise _invalid("json_invalid", f"The body is not valid JSON: {str(exc)[:200]}") from exc
     if not isinstance(value, dict):
@@ -27,7 +28,10 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
-    refusal = BodyTooLarge(f"The request body is larger than {max_bytes} bytes (MAX_BODY_BYTES)")
+    refusal = BodyTooLarge(
+        f"The request body is larger than {max_bytes} bytes. Send less at once, or raise MAX_BODY_BYTES."
+    )
+    n_inside = 0
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise refusal
@@ -36,6 +40,12 @@ async def _read(request: Request, max_bytes: int) -> bytes:
         if len(chunks) + len(chunk) > max_bytes:
             raise refusal
         chunks += chunk
+        n_inside += n_containers(chunk)
+        if n_inside > MAX_CONTAINERS:
+            raise BodyTooLarge(
+                f"The request body has more than {MAX_CONTAINERS} objects and lists (brackets in texts count). "
+                "Send less at once."
+            )
     return bytes(chunks)
 
 

@@ -232,7 +232,7 @@ class FakeRuntime:
         self.calls.append(("nearest_decoder_rows", (source.name, query, limit)))
         return [FeatureValue(index, 1.0 - index / 10) for index in range(limit)]
 
-    def check_steering(self, plan: SteerPlan) -> None:
+    async def check_steering(self, plan: SteerPlan) -> None:
         self.calls.append(("check_steering", plan))
 
     def generate(

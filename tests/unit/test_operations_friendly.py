@@ -149,7 +149,7 @@ def test_steer_without_comparison_and_with_every_option():
     }
     answer = ask("steer", body, runtime)
     _, plans, sampling, _ = runtime.called("generate")
-    steer = SteerVector("blocks.1.hook_resid_post", (1.0, 2.0, 3.0, 4.0), 1.0)
+    steer = SteerVector("blocks.1.hook_resid_post", [1.0, 2.0, 3.0, 4.0], 1.0)
     assert plans == [SteerPlan((steer,), SteerMethod.ORTHOGONAL_DECOMP)]
     assert sampling == Sampling(3, temperature=0.7, freq_penalty=1.0, seed=5, n_logprobs=1)
     assert answer["default"] is None

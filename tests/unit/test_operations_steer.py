@@ -82,7 +82,7 @@ def test_vectors_become_steers():
     runtime = FakeRuntime()
     body = completion(features=None, vectors=[VECTOR], steer_method="PROJECTION_CAP", normalize_steering=True)
     ask("steer_completion", body, runtime)
-    steer = SteerVector("blocks.1.hook_resid_post", (1.0, 0.0, 0.0, 0.0), -5.0)
+    steer = SteerVector("blocks.1.hook_resid_post", [1.0, 0.0, 0.0, 0.0], -5.0)
     assert runtime.called("generate")[1][0] == SteerPlan((steer,), SteerMethod.PROJECTION_CAP, normalize=True)
 
 
