@@ -5,7 +5,8 @@ generation   slots × columns × cache bytes of a position, the pass over its pr
              slots     the next power of two of its rows, doubled while the cache grows
              columns   prompt and completion, in whole steps of 64
              cache     2 × layers × key-value heads × d_head × bytes of the model's precision
-capture      tokens × width of every point × bytes, the pass over its prompts, and the reduction (`saes/reduce.py`)
+capture      tokens × width of every point × bytes, the pass over its prompts, the reduction (`saes/reduce.py`) and its
+             results with the pieces that are on their way to the caller (`features.py`)
 pass         tokens × (8 × d_model + 4 × d_mlp) × bytes, and the cache bytes of each; where attention makes its pattern,
              5 × rows × heads × longest² × 4 more, and once × bytes for every pattern that is kept
 

@@ -33,6 +33,8 @@ Question = Callable[[FeatureReader, Captured], reduce.Pauses[Any]]
 
 TOP_BYTES, RANKED_BYTES, ACTIVE_BYTES = 64, 40, 48
 """Of a value in an answer, while it is found, merged and kept."""
+SENDING_BYTES = 2**18
+"""Of the pieces of an answer that are on their way."""
 
 
 @dataclass(frozen=True)
@@ -205,4 +207,4 @@ def _rows_of(source: Source, ranked: RankedFeatures) -> list[int]:
 def _reduce_bytes(prompts: Sequence[Tokens], sources: Sequence[Source]) -> int:
     """One prompt and one source are reduced at a time."""
     longest = max(map(len, prompts), default=0)
-    return max((reduce.peak_bytes(source, longest) for source in sources), default=0)
+    return SENDING_BYTES + max((reduce.peak_bytes(source, longest) for source in sources), default=0)

@@ -51,6 +51,10 @@ LOAD = {
     "running": _watched("gauge", "running_generations", "Generations under way."),
     "rows": _watched("gauge", "decoding_rows", "Rows that decode together now."),
     "inside": _watched("gauge", "admitted_requests", "Requests that were admitted and have not ended."),
+    "inside_bytes": _watched(
+        "gauge", "admitted_bytes", "Bytes that they may take at the most, their answers included."
+    ),
+    "peak_bytes": _watched("gauge", "admitted_bytes_peak", "The most bytes that were admitted at once."),
 }
 SAES = {
     "sources": _watched("gauge", "sae_sources", "SAEs that are served."),
@@ -146,9 +150,12 @@ class Metrics:
         assert bound in BOUNDS, bound
         self._refusals.labels(bound).inc()
 
-    def watch(self, *, waiting: Number, running: Number, rows: Number, inside: Number, sae: Stats) -> None:
-        """Read these whenever somebody asks; `sae` gives a number for each key of SAES. May be called once."""
-        load = {"waiting": waiting, "running": running, "rows": rows, "inside": inside}
+    def watch(self, *, sae: Stats, **load: Number) -> None:
+        """Read these whenever somebody asks: `load` has the keys of LOAD, `sae` gives a number for each key of SAES.
+
+        May be called once.
+        """
+        assert load.keys() == LOAD.keys(), load.keys()
         self._registry.register(_Watch(LOAD, lambda: {key: read() for key, read in load.items()}))
         self._registry.register(_Watch(SAES, sae))
 

@@ -89,6 +89,8 @@ class Runtime:
             running=lambda: self._worker.n_running,
             rows=lambda: self._worker.n_rows,
             inside=lambda: self._admission.inside.requests,
+            inside_bytes=lambda: self._admission.inside.bytes,
+            peak_bytes=lambda: self._admission.peak_bytes,
             sae=loaded.store.stats,
         )
 

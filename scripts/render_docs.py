@@ -226,7 +226,7 @@ CONVENTIONS = f"""\
 - **Errors.** Every answer that is not a success has the body `{{"error": "...", "code": "...", "request_id": "..."}}`,
   with status 422 also `detail`. A 503 has `Retry-After`. What is checked, in this order: secret, size of the body,
   JSON, schema, the request's meaning. A body of more than {MAX_CONTAINERS} objects and lists (brackets in texts count)
-  is refused like one that is too large; integers of more than 64 bits are read in bodies of up to 64 KiB only.
+  is refused like one that is too large; integers beyond ±(2⁶³ − 1) are read in bodies of up to 64 KiB only.
 - **Streams.** With `"stream": true` the steering operations answer with `text/event-stream`: `data: {{json}}` and a
   blank line, every event holding the whole answer so far, or with `deltas` on `/v1/steer` only what is new. There is an
   event for each token as long as the caller reads as fast as the model writes; else one for all that has come since.

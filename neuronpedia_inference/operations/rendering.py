@@ -27,6 +27,8 @@ PIECE_BYTES = 2**14
 SCALARS_AT_ONCE = 2048
 """Numbers and texts that are written without a stop."""
 
+SCALARS = frozenset({str, int, float, bool, type(None)})
+
 T = TypeVar("T")
 
 
@@ -130,6 +132,19 @@ def _is_leaf(value: Any) -> bool:
     return _is_scalar(value)
 
 
+@cache
+def _is_doubled(kind: type[BaseModel], spelling: Spelling) -> bool:
+    """Whether a field is written in both words."""
+    return any(len(field.keys) > 1 for field in _fields(kind, spelling))
+
+
+def _leaf_size(value: Any) -> int | None:
+    if not _is_leaf(value):
+        return None
+    n_scalars = _n_scalars(value)
+    return n_scalars if n_scalars <= SCALARS_AT_ONCE else None
+
+
 def _n_scalars(leaf: Any) -> int:
     if not isinstance(leaf, list | tuple) or not leaf:
         return 1
@@ -150,16 +165,19 @@ class _Walk:
 
     def size(self, value: Any) -> int | None:
         """Scalars of what pydantic can write at once and in the wanted spelling; None for anything else."""
-        parts: Iterable[Any] = (value,)
-        if isinstance(value, BaseModel):
-            if any(len(field.keys) > 1 for field in _fields(type(value), self.spelling)):
-                return None
-            parts = value.__dict__.values()
+        if not isinstance(value, BaseModel):
+            return _leaf_size(value)
+        if _is_doubled(type(value), self.spelling):
+            return None
         n_scalars = 0
-        for part in parts:
-            if not _is_leaf(part):
+        for part in value.__dict__.values():
+            if type(part) in SCALARS:
+                n_scalars += 1
+                continue
+            size = _leaf_size(part)
+            if size is None:
                 return None
-            n_scalars += _n_scalars(part)
+            n_scalars += size
         return n_scalars if n_scalars <= SCALARS_AT_ONCE else None
 
 

@@ -63,11 +63,17 @@ class Admission:
         self.bounds = bounds
         self._refused = refused
         self._inside = NOTHING
+        self._peak_bytes = 0
         self._lock = threading.Lock()
 
     @property
     def inside(self) -> Demand:
         return self._inside
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that were inside at once."""
+        return self._peak_bytes
 
     def permit(self, demand: Demand) -> Permit:
         """Raises Overloaded when there is no room now, LimitExceeded when there never would be."""
@@ -83,6 +89,7 @@ class Admission:
             inside = self._inside
             if full is None:
                 self._inside = inside + demand
+                self._peak_bytes = max(self._peak_bytes, self._inside.bytes)
         if full is not None:
             self._refused(full)
             raise Overloaded(

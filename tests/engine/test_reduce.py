@@ -28,6 +28,7 @@ from torch import Tensor
 
 from neuronpedia_inference.domain import RankedFeature, Ranking, Source
 from neuronpedia_inference.errors import EngineFailed
+from neuronpedia_inference.features import ACTIVE_BYTES, RANKED_BYTES, TOP_BYTES
 from neuronpedia_inference.saes import reduce
 from neuronpedia_inference.saes.encode import FeatureReader, LoadedSae, NeuronReader
 from neuronpedia_inference.saes.order import merge_topk, stable_topk
@@ -423,6 +424,24 @@ class TestMemory:
         everything = 4 * n_pos * n_features
         if architecture != "topk" and everything > 2**24:
             assert bound < 2 * everything  # all features at once would take more than four times `everything`
+
+    @pytest.mark.parametrize(("n_pos", "n_features"), [(16, 32768), (200, 4096)])
+    def test_results_stay_within_what_is_admitted_for_them(self, n_pos: int, n_features: int) -> None:
+        """Neurons have no zeros: everything is active, which is the most that can be found."""
+        reader, x = reader_of("3", n_features), torch.rand(n_pos, n_features) + 0.1
+        bound = reduce.peak_bytes(reader.source, n_pos)
+
+        def rank() -> None:
+            ranker = FeatureRanker(Ranking(1000))
+            result_of(ranker.add(reader, x))
+            ranker.result()
+
+        every = n_pos * n_features
+        assert allocated_at_the_peak(rank) <= bound + RANKED_BYTES * 1000 * n_pos
+        assert allocated_at_the_peak(lambda: result_of(top_features(reader, x, 256))) <= bound + TOP_BYTES * 256 * n_pos
+        for most in (every, every // 10):
+            taken = allocated_at_the_peak(lambda most=most: result_of(active_features(reader, x, most=most)))
+            assert taken <= bound + ACTIVE_BYTES * most
 
     @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
     def test_one_feature_needs_no_matrix(self, architecture: str) -> None:

@@ -22,7 +22,7 @@ from neuronpedia_inference.errors import (
     Overloaded,
     UnknownSource,
 )
-from neuronpedia_inference.metrics import SAES, Metrics
+from neuronpedia_inference.metrics import LOAD, SAES, Metrics
 from neuronpedia_inference.operations import (
     OPERATIONS,
     InvalidBody,
@@ -62,7 +62,7 @@ def requests(metrics: Metrics) -> dict[tuple[str, str], float]:
 
 def quiet(metrics: Metrics, sae: Mapping[str, int] | None = None) -> None:
     stats = sae or dict.fromkeys(SAES, 0)
-    metrics.watch(waiting=lambda: 0, running=lambda: 0, rows=lambda: 0, inside=lambda: 0, sae=lambda: stats)
+    metrics.watch(sae=lambda: stats, **dict.fromkeys(LOAD, lambda: 0))
 
 
 # Requests
@@ -278,12 +278,13 @@ def test_threads_lose_nothing() -> None:
 
 
 def test_watched_numbers_are_read_when_somebody_asks() -> None:
-    metrics, now = Metrics(), {"waiting": 3, "running": 2, "rows": 5, "inside": 6}
+    metrics, now = Metrics(), {"waiting": 3, "running": 2, "rows": 5, "inside": 6, "inside_bytes": 7, "peak_bytes": 8}
     sae = {key: place for place, key in enumerate(SAES)}
     metrics.watch(**{key: lambda key=key: now[key] for key in now}, sae=lambda: sae)
     names = {"waiting": "waiting_jobs", "running": "running_generations", "rows": "decoding_rows"}
     assert {key: value(metrics, name) for key, name in names.items()} == {"waiting": 3, "running": 2, "rows": 5}
     assert value(metrics, "admitted_requests") == 6
+    assert (value(metrics, "admitted_bytes"), value(metrics, "admitted_bytes_peak")) == (7, 8)
     assert value(metrics, "sae_resident_bytes") == sae["resident_bytes"]
     assert value(metrics, "sae_evictions_total") == sae["evictions"]
     now["rows"], sae["evictions"] = 0, 99

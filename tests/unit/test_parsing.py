@@ -23,7 +23,7 @@ from .test_rendering import finished
 VALUES = st.recursive(
     st.none()
     | st.booleans()
-    | st.integers(-(2**63), 2**63 - 1)
+    | st.integers(1 - 2**63, 2**63 - 1)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
@@ -46,6 +46,7 @@ def read_whole(raw: bytes) -> Any:
 def read_in_slices(raw: bytes, at_once: int = 2**14) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parsing, "WHOLE_BYTES", -1)
+        patch.setattr(parsing, "_is_better_whole", lambda raw: False)
         patch.setattr(parsing, "AT_ONCE_BYTES", at_once)
         try:
             return finished(parsed(raw))[0]
@@ -86,11 +87,13 @@ def test_what_is_not_utf_8_is_refused(raw: bytes) -> None:
 
 def test_integers_without_end_are_refused_in_large_bodies() -> None:
     assert read_in_slices(b"[9223372036854775807]") == [2**63 - 1]
-    assert read_in_slices(b"[9223372036854775808]") is ValueError
+    assert read_in_slices(b"[-9223372036854775807]") == [1 - 2**63]
+    for beyond in (b"[9223372036854775808]", b"[-9223372036854775808]"):
+        assert read_in_slices(beyond) is ValueError
 
 
 def test_an_error_shows_nothing_of_the_body() -> None:
-    raw = b'{"prompt": "secret words", "x": ' + b" " * 2**16 + b"nul}"
+    raw = b'{"prompt": "secret words", "x": [' + b"1," * 2**16 + b"nul]}"
     with pytest.raises(ValueError, match="error") as caught:
         finished(parsed(raw))
     assert "secret" not in str(caught.value)
@@ -106,6 +109,23 @@ def test_a_large_body_is_read_with_many_stops() -> None:
 
 def test_a_small_body_is_read_at_once() -> None:
     assert finished(parsed(b'{"a": [1, 2]}')) == ({"a": [1, 2]}, 0)
+
+
+@pytest.mark.parametrize(
+    ("raw", "is_whole"),
+    [
+        (b'["' + b"x, " * 2**17 + b'"]', True),
+        (b'["' + b'\\", ' * 2**17 + b'"]', True),
+        (b'["' + b"x" * 2**17 + b'"]', True),
+        (b'{"v": [' + b"1.5, " * 2**17 + b"1]}", False),
+        (b"[" + b'"x, ", ' * 2**17 + b"1]", False),
+    ],
+)
+def test_long_texts_are_read_at_once(raw: bytes, is_whole: bool) -> None:
+    """The sliced parser would read the beginning of such a text again with every slice."""
+    value, n_stops = finished(parsed(raw))
+    assert value == json.loads(raw)
+    assert (n_stops == 0) is is_whole
 
 
 def test_without_the_fast_parser_the_whole_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,6 +195,7 @@ def test_admission_refuses_the_one_too_many_and_takes_the_next() -> None:
     for permit in (second, third):
         permit.release()
     assert admission.inside == Demand(0, 0, 0, 0)
+    assert admission.peak_bytes == 20 + 980  # the refused never came in, the first had gone
     assert refused == ["requests", "tokens", "rows", "tokens"]
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import tracemalloc
 from collections.abc import Callable, Generator, Iterator
 from typing import Annotated, Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -205,6 +207,19 @@ def test_a_large_answer_comes_in_pieces_of_bounded_size() -> None:
     assert len(sizes) > 400
     assert max(sizes) <= 2**16
     assert min(sizes[:-1]) >= 2**14
+
+
+def test_a_large_answer_takes_no_more_memory_than_its_pieces() -> None:
+    values = np.arange(200 * 2000, dtype=np.float32).reshape(200, 2000)
+    rows = Rows(200, lambda i: Leaf(feature_index=i, activation_value=0.0, max_values=values[i].tolist()))
+    reply = Marked.model_construct(top_logprobs=rows, token="")
+    tracemalloc.start()
+    try:
+        n_bytes = sum(map(len, json_pieces(reply, "snake", omit_null=False)))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**19 < 2**21 < n_bytes
 
 
 def test_a_small_answer_is_one_piece() -> None:
