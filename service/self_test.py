@@ -38,8 +38,8 @@ async def _check_capture(runtime: Runtime, prompt: Tokens) -> float:
     """h·v is finite and not all zero; captured again, -h·v is its negative. Returns about the norm of the last h."""
     hook = f"blocks.{runtime.model.n_layers // 2}.hook_resid_post"
     vector = _direction(runtime.model.d_model)
-    (once,) = await runtime.projections([prompt], hook, vector)
-    (negated,) = await runtime.projections([prompt], hook, [-x for x in vector])
+    once = tuple((await runtime.projections([prompt], hook, vector))[0].tolist())
+    negated = tuple((await runtime.projections([prompt], hook, [-x for x in vector]))[0].tolist())
     if not all(map(math.isfinite, once)) or not any(once):
         raise StartupError(f"Self-test failed: {hook} holds no usable numbers: {_few(once)}")
     if not all(math.isclose(a, -b, rel_tol=TOLERANCE, abs_tol=TOLERANCE) for a, b in zip(once, negated, strict=True)):
