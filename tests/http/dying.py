@@ -31,7 +31,7 @@ def main(death: str, farewell_s: float) -> None:
 
     def doomed(*args: Any) -> Runtime:
         runtime = load(*args)
-        runtime._worker._engine.capture = capture  # pyright: ignore[reportAttributeAccessIssue]
+        runtime._worker._engine.begin_capture = capture  # pyright: ignore[reportAttributeAccessIssue]
         return runtime
 
     Runtime.load = doomed  # pyright: ignore[reportAttributeAccessIssue]
