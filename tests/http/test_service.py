@@ -164,6 +164,14 @@ def test_a_body_over_the_bound_is_refused_unread(runtime: Runtime, serve: Serve)
         assert "2000" in body["error"]
 
 
+def test_a_client_that_sends_a_large_body_to_its_end_reads_the_refusal(runtime: Runtime, serve: Serve) -> None:
+    """Closed with bytes unread, a connection is reset, and most clients then never see the answer."""
+    with serve(small_settings(max_body_bytes=2000), lambda: runtime).client() as client:
+        for _ in range(3):
+            answer = client.post("/v1/tokenize", json={"model": MODEL, "text": TEXT, "padding": "x" * 2**24})
+            assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+
+
 # Faults of our own
 
 
