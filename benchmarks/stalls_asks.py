@@ -108,8 +108,8 @@ def many_steers() -> bytes:
 def largest_steer() -> Body:
     rng = random.Random(0)
     hook = "blocks.15.hook_resid_post"
-    vectors = [{"hook": hook, "vector": [rng.gauss(0, 0.01) for _ in range(D_MODEL)], "strength": 0.01}]
-    vectors += [{**vectors[0], "vector": [rng.gauss(0, 0.01) for _ in range(D_MODEL)]} for _ in range(MOST_STEERS - 1)]
+    numbers = [[round(rng.gauss(0, 0.01), 6) for _ in range(D_MODEL)] for _ in range(MOST_STEERS)]
+    vectors = [{"hook": hook, "vector": vector, "strength": 0.01} for vector in numbers]
     return {"prompt": "I think that", "vectors": vectors, "max_new_tokens": 8}
 
 

@@ -79,7 +79,9 @@ class LoadingRuntime:
     def _load(self) -> Runtime:
         from neuronpedia_inference.runtime import Runtime
 
-        return Runtime.load(self._settings, self._note)
+        runtime = Runtime.load(self._settings, self._note)
+        runtime.settle()
+        return runtime
 
     def _note(self, step: str) -> None:
         self._step = step
