@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-BETWEEN_STEPS = 1.25
+BETWEEN_STEPS = 1.0
 """Time for everything else between two steps, in steps."""
 LEAST_TOKENS = 8
 """A piece of this size takes hardly longer than a smaller one: either reads every weight once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -211,6 +212,43 @@ def test_hanging_up_while_nothing_comes_closes_the_generation(runtime: Runtime, 
         assert len(list(itertools.islice(events, 2))) == 2
         assert not endless.closed.is_set()
     assert endless.closed.wait(SOON_S)
+
+
+class Flood:
+    """`Runtime.generate` that never ends and says much; tells when it was closed."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+        self.n_events = 0
+
+    def __call__(self, _prompt: Any, plans: Any, *_: Any, **__: Any) -> AsyncIterator[tuple[Written, ...]]:
+        return self._events(len(plans))
+
+    async def _events(self, n_rows: int) -> AsyncIterator[tuple[Written, ...]]:
+        try:
+            while True:
+                self.n_events += 1
+                yield (Written(text="x" * 2**18),) * n_rows
+        finally:
+            self.closed.set()
+
+
+def test_who_never_reads_holds_up_nobody_and_is_cut_off(runtime: Runtime, serve: Serve) -> None:
+    """Events are made only as fast as they are taken, so what a reader does not take costs nothing either."""
+    flood = Flood()
+    served = serve(small_settings(send_timeout_s=2.0), lambda: Wrapped(runtime, generate=flood))
+    host, port = served.url.removeprefix("http://").split(":")
+    body = json.dumps(STEER).encode()
+    head = "POST /v1/steer/completion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port)), timeout=SOON_S) as connection, served.client() as client:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        until(lambda: flood.n_events > 2)
+        assert client.get("/health").json() == {"status": "healthy"}
+        assert flood.closed.wait(SOON_S)
+        n_made = flood.n_events
+        assert client.get("/health").json() == {"status": "healthy"}
+        assert flood.n_events == n_made
+    assert n_made < 60, "events were made that nobody took"
 
 
 def running(http: httpx.Client) -> int:
