@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from neuronpedia_inference import embedded
-from neuronpedia_inference.embedded.weights import model_folder
+from neuronpedia_inference import downloads, embedded
 from neuronpedia_inference.engine import weights
 from neuronpedia_inference.engine.bridge import BridgeEngine
 from neuronpedia_inference.engine.linear import TIMED_ROWS, choose_products, described
@@ -66,7 +65,7 @@ class HostWeights:
 def load_on_host(settings: Settings, progress: Progress) -> HostWeights:
     """What can be loaded without asking for a GPU, so that a memory snapshot may hold it. Raises StartupError."""
     progress(f"Finding the weights of {settings.weights_id}")
-    where = str(model_folder()) if settings.is_embedded else hugging_face_name(settings.weights_id)
+    where = str(downloads.found(settings) or hugging_face_name(settings.weights_id))
     progress(f"Loading {settings.weights_id}")
     options = settings.model_from_pretrained_kwargs
     tokenizer = weights.load_tokenizer(where)

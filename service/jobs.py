@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.settings import Settings
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 Say = Callable[[str], None]
 
@@ -28,7 +25,6 @@ PARAMETERS = (
 )
 OF_ONE_MODEL = ("sae_sets", "override_model_id", "custom_hf_model_id", "local_sae_dir", "include_sae", "exclude_sae")
 """Settings that make no sense for another model than the one they were made for."""
-WEIGHT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
 # Parameters
@@ -118,30 +114,15 @@ def first_activation(answer: Mapping[str, Any]) -> str:
 
 def fetch(settings: Settings, say: Say) -> list[str]:
     """Have the weights and every SAE in the caches of this machine; returns where the weights are and the sources."""
+    from neuronpedia_inference import downloads
     from neuronpedia_inference.saes.catalogue import resolve
     from neuronpedia_inference.saes.load import load_sae
 
     specs = resolve(settings).specs
     say(f"Weights of {settings.weights_id}")
-    weights = _fetch_weights(settings)
+    weights = downloads.fetch(settings)
     say(f"Weights of {settings.weights_id} are in {weights}")
     for number, spec in enumerate(specs, 1):
         say(f"SAE {number} of {len(specs)}: {spec.name}")
         load_sae(spec, dtype=settings.sae_dtype, device="cpu")
     return [str(weights), *(spec.name for spec in specs)]
-
-
-def _fetch_weights(settings: Settings) -> Path:
-    from pathlib import Path
-
-    from neuronpedia_inference.embedded.weights import model_folder
-    from neuronpedia_inference.saes.names import hugging_face_name
-
-    if settings.is_embedded:
-        return model_folder()
-    folder = Path(settings.weights_id)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(hugging_face_name(settings.weights_id), allow_patterns=WEIGHT_FILES))

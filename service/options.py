@@ -15,6 +15,7 @@ from typing import Any
 
 from neuronpedia_inference.errors import StartupError, unknown_name
 from neuronpedia_inference.settings import Settings, variable
+from service.allowed import is_name
 
 MINUTES = 60
 HOURS = 60 * MINUTES
@@ -32,6 +33,8 @@ DEFAULTS = {
     "STARTUP_TIMEOUT": str(30 * MINUTES),
     "CUSTOM_DOMAIN": "",
     "GPU_SNAPSHOT": "0",
+    "MODELS": "",
+    "PROXY_AUTH": "0",
     "SECRET_NAME": "neuronpedia-inference",
     "VOLUME_NAME": "hf-cache-neuronpedia",
 }
@@ -61,6 +64,10 @@ class Options:
     startup_timeout_s: int
     custom_domains: tuple[str, ...]
     gpu_snapshot: bool
+    models: tuple[str, ...]
+    """What callers of `AnyModel` may choose beside the deployment's own; empty: SAELens's directory."""
+    proxy_auth: bool
+    """Modal itself asks web callers for a proxy token, before a container is started."""
     secret_name: str
     """Empty: no secret."""
     volume_name: str
@@ -84,6 +91,8 @@ class Options:
             startup_timeout_s=_number("STARTUP_TIMEOUT", chosen["STARTUP_TIMEOUT"], 1, 24 * HOURS),
             custom_domains=tuple(chosen["CUSTOM_DOMAIN"].replace(",", " ").split()),
             gpu_snapshot=_switch("GPU_SNAPSHOT", chosen["GPU_SNAPSHOT"]),
+            models=_models(chosen["MODELS"]),
+            proxy_auth=_switch("PROXY_AUTH", chosen["PROXY_AUTH"]),
             secret_name=chosen["SECRET_NAME"],
             volume_name=chosen["VOLUME_NAME"],
             env={**chosen, **settings},
@@ -135,6 +144,14 @@ def _one_gpu(text: str) -> str:
     if colon and not (count.isdecimal() and 1 <= int(count) <= MOST_GPUS):
         raise StartupError(f"GPU {text!r}: the count after the colon must be a number from 1 to {MOST_GPUS}")
     return f"{name}:{int(count)}" if colon else name
+
+
+def _models(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.replace(",", " ").split()))
+    for name in names:
+        if not is_name(name):
+            raise StartupError(f"MODELS: {name!r} is not the name of a model; paths are not accepted")
+    return names
 
 
 def _number(name: str, text: str, least: int, most: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from service import batch
-from tests.modal.service_under_test import EMBEDDED, MODAL, ROOT, TINY, Deployed
+from tests.modal.service_under_test import EMBEDDED, MODAL, NAMED, ROOT, Deployed
 
 N_LINES = 200
 BAD = {17: '{"prompt": 5}', 90: "{not json", 151: '{"source": "1"}'}
@@ -144,11 +144,11 @@ def test_killed_half_way_and_started_again(deployed: Deployed, tmp_path: Path) -
     source, output = write_lines(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
     command = ["run", "service/inference_cls.py::batch", "--input", str(source), "--output", str(output)]
     command += ["--operation", "activations", "--fields", '{"source_set": "neurons", "num_results": 1}']
-    command += ["--model-id", TINY, "--sae-sets", "[]"]
+    command += ["--model-id", NAMED, "--sae-sets", "[]"]
 
     first = subprocess.Popen(
         [str(MODAL), *command],
-        env=deployed.env(**EMBEDDED),
+        env=deployed.env(MODELS=NAMED, **EMBEDDED),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -161,7 +161,7 @@ def test_killed_half_way_and_started_again(deployed: Deployed, tmp_path: Path) -
     before = output.read_bytes()
     assert 30 <= before.count(b"\n") < 197
 
-    said = deployed.modal(*command, **EMBEDDED)
+    said = deployed.modal(*command, MODELS=NAMED, **EMBEDDED)
 
     assert said.code == 0, said.text
     assert output.read_bytes().startswith(before[: before.rindex(b"\n") + 1])

@@ -40,7 +40,8 @@ def test_without_a_secret_it_deploys_and_says_that_it_is_open(fresh: Deployed) -
     (mount,) = made.definition.volume_mounts
     assert (mount.mount_path, fresh.plane.objects.volumes[mount.volume_id].name) == ("/cache", VOLUME)
     assert made.definition.checkpointing_enabled
-    assert made.definition.method_definitions["serve"].webhook_config.requested_suffix == f"{APP}-serve"
+    web = made.definition.method_definitions["serve"].webhook_config
+    assert (web.requested_suffix, web.requires_proxy_auth) == (f"{APP}-serve", False)
     env = _env_of(fresh)
     assert env["MODEL_ID"] == "gpt2-small"
     assert env["SECRET_NAME"] == ""
@@ -63,6 +64,8 @@ def test_with_a_secret_and_everything_chosen(fresh: Deployed) -> None:
         STARTUP_TIMEOUT="600",
         CUSTOM_DOMAIN="features.example.org",
         GPU_SNAPSHOT="1",
+        MODELS="gemma-2-2b, google/gemma-2-9b",
+        PROXY_AUTH="1",
         TOKEN_LIMIT="321",
         SAE_SETS='["res-jb"]',
         SECRET="not carried",
@@ -83,11 +86,16 @@ def test_with_a_secret_and_everything_chosen(fresh: Deployed) -> None:
     assert fresh.plane.objects.secrets[secret_id].name == SECRET
     web = definition.method_definitions["serve"].webhook_config
     assert web.requested_suffix == "other-serve"
+    assert web.requires_proxy_auth
     assert [domain.name for domain in web.custom_domains] == ["features.example.org"]
     env = _env_of(fresh, "other")
     assert (env["TOKEN_LIMIT"], env["SAE_SETS"], env["SECRET_NAME"]) == ("321", '["res-jb"]', SECRET)
     assert "SECRET" not in env
     assert env["MAX_CONCURRENT_REQUESTS"] == "48"
+    assert env["MODELS"] == "gemma-2-2b, google/gemma-2-9b"
+    any_model = fresh.function("AnyModel.*", app="other").definition
+    assert not any_model.autoscaler_settings.min_containers
+    assert not any(method.webhook_config.type for method in any_model.method_definitions.values())
 
 
 def test_deploying_again_updates_the_same_app(fresh: Deployed) -> None:
@@ -126,6 +134,9 @@ def test_a_mistake_stops_the_command_with_one_line(fresh: Deployed, chosen: dict
         ("TIMEOUT", "-5", "whole number"),
         ("STARTUP_TIMEOUT", "", "whole number"),
         ("GPU_SNAPSHOT", "maybe", "1 or 0"),
+        ("PROXY_AUTH", "on", "1 or 0"),
+        ("MODELS", "gpt2-small /etc/passwd", "paths are not accepted"),
+        ("MODELS", "../x", "paths are not accepted"),
         ("MODEL_DTYPE", "int4", "float32"),
         ("INCLUDE_SAE", "[", "regular expression"),
         ("MAX_LOADED_SAES", "0", "greater than or equal to 1"),

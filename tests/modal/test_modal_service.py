@@ -17,7 +17,8 @@ from neuronpedia_inference import embedded
 from neuronpedia_inference.operations import OPERATIONS
 from neuronpedia_inference.web.answers import json_bytes
 from neuronpedia_inference.web.fields import example_of
-from tests.modal.service_under_test import Deployed
+from service.jobs import PARAMETERS
+from tests.modal.service_under_test import NAMED, Deployed
 
 FRIENDLY = ("activations", "top_k", "steer")
 SHORT: dict[str, dict[str, Any]] = {
@@ -66,8 +67,9 @@ def test_other_ways_to_call(deployed: Deployed) -> None:
         hi = {"model": "x", "text": "hi"}
         one_by_one = [service.activations.remote(text, **kwargs) for text in texts]
         result = {
-            "mapped": list(service.activations.map(texts, kwargs=kwargs)) == one_by_one,
-            "as bodies": list(service.activations.map([{"prompt": text, **kwargs} for text in texts])) == one_by_one,
+            "one by one": one_by_one,
+            "mapped": list(service.activations.map(texts, kwargs=kwargs)),
+            "as bodies": list(service.activations.map([{"prompt": text, **kwargs} for text in texts])),
             "as keywords": service.tokenize.remote(**hi) == service.tokenize.remote(hi),
             "both": service.tokenize.remote(hi, prepend_bos=False)["tokens"],
             "model": service.capabilities.remote()["model"],
@@ -75,10 +77,20 @@ def test_other_ways_to_call(deployed: Deployed) -> None:
         }
         """
     )
+    names, values = _strongest(result.pop("one by one"))
+    for way in ("mapped", "as bodies"):
+        # Those that wait together share a forward pass, whose sums are in another order.
+        assert _strongest(result.pop(way)) == (names, pytest.approx(values, rel=1e-4))
     assert result.pop("both") == [6004]
     assert result.pop("model") == embedded.MODEL_ID
     assert tuple(result.pop("sources")) == embedded.SOURCES
     assert all(result.values()), result
+
+
+def _strongest(answers: list[dict[str, Any]]) -> tuple[list[tuple[str, int]], list[float]]:
+    """The strongest feature of each answer, and its activation."""
+    best = [answer["results"][0]["features"][0] for answer in answers]
+    return [(one["source"], one["index"]) for one in best], [one["max_value"] for one in best]
 
 
 def test_a_stream_arrives_as_it_is_written_and_ends_as_the_whole(deployed: Deployed) -> None:
@@ -198,21 +210,74 @@ def test_large_bodies_go_both_ways(deployed: Deployed) -> None:
     assert answered > 2 * 2**20
 
 
-def test_web_parameters_choose_their_own_container(deployed: Deployed) -> None:
-    """The same set of parameters is the same pool, through either door."""
-    tiny = {"model_id": "/cache/tiny", "sae_sets": "[]"}
+def test_no_web_request_can_make_another_pool(deployed: Deployed) -> None:
+    """Fifty strangers, each with parameters of their own: the containers that there are, and no others."""
+    assert httpx.get(deployed.url + "/health", timeout=60).status_code == 200
+    before = (len(deployed.plane.calls.pools), len(deployed.plane.containers))
+    for number in range(50):
+        query = {PARAMETERS[number % len(PARAMETERS)]: str(number + 1), "model_id": NAMED, "token_limit": str(number)}
+        answer = httpx.get(deployed.url + "/ready", params=query).json()
+        assert answer["model"] == embedded.MODEL_ID
+    assert (len(deployed.plane.calls.pools), len(deployed.plane.containers)) == before
+    assert len(deployed.containers()) == 1
+    assert not deployed.function().definition.class_parameter_info.schema
+
+
+def test_another_model_has_containers_of_its_own_and_no_web_address(deployed: Deployed) -> None:
     result = deployed.python(
         """
-        service = Inference(**json.loads(sys.argv[1]))
-        result = [service.capabilities.remote()["num_layers"], error_of(service.top_k.remote, "a", source="15-res-4k")]
-        """,
-        json.dumps(tiny),
+        AnyModel = modal.Cls.from_name("neuronpedia-inference", "AnyModel")
+        tiny = AnyModel(model_id="tests/tiny", sae_sets="[]", token_limit=66)
+        about = tiny.capabilities.remote()
+        wrong = error_of(tiny.top_k.remote, "a", source="15-res-4k")
+        result = [about["model"], about["num_layers"], about["token_limit"], wrong]
+        """
     )
-    assert result[0] == 3
-    assert result[1][0] == "LookupError"
-    assert httpx.get(deployed.url + "/ready", params=tiny).json()["model"] == "/cache/tiny"
-    first, second = deployed.containers()
-    assert first.pool.params != second.pool.params
+    assert result[:3] == [NAMED, 3, 66]
+    assert result[3][0] == "LookupError"
+    made = deployed.function("AnyModel.*")
+    assert not made.urls
+    assert made.definition.method_definitions.keys() ^ deployed.function().definition.method_definitions == {"serve"}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "why"),
+    [
+        ({"model_id": "/etc"}, "Paths are not accepted"),
+        ({"model_id": "../cache/tiny"}, "Paths are not accepted"),
+        ({"override_model_id": "/cache/tiny"}, "override_model_id '/cache/tiny' is not the name of a model"),
+        ({"custom_hf_model_id": "~/tiny"}, "Paths are not accepted"),
+        ({"model_id": "gpt2-small"}, "The deployment's MODELS lists them"),
+        ({"model_id": NAMED, "override_model_id": "tests/tinny"}, "Did you mean 'tests/tiny'"),
+    ],
+)
+def test_models_that_callers_may_not_have(deployed: Deployed, chosen: dict[str, str], why: str) -> None:
+    """Refused in the container of the job, before there is any of the model's."""
+    n_pools = len(deployed.plane.calls.pools)
+    kind, text = deployed.python(
+        """
+        run = modal.Function.from_name("neuronpedia-inference", "run_inference_with_config")
+        result = error_of(run.remote, **json.loads(sys.argv[1]))
+        """,
+        json.dumps(chosen),
+    )
+    assert kind == "ValueError"
+    assert why in text
+    assert len(deployed.plane.calls.pools) <= n_pools + 1
+
+
+def test_a_model_that_is_not_allowed_is_not_looked_for(deployed: Deployed) -> None:
+    """By a caller of the class itself: its container says why, and reads nothing."""
+    kind, text = deployed.python(
+        """
+        AnyModel = modal.Cls.from_name("neuronpedia-inference", "AnyModel")
+        result = error_of(AnyModel(model_id="/cache/broken").tokenize.remote, model="x", text="a")
+        """
+    )
+    assert (kind, text.partition(":")[0]) == ("ValueError", "invalid_request")
+    said = deployed.containers("AnyModel.*")[-1].text
+    assert said.count("This container does not serve. invalid_request: model_id '/cache/broken'") == 1
+    assert "Loading" not in said
 
 
 def test_run_inference_with_config(deployed: Deployed) -> None:
@@ -222,11 +287,11 @@ def test_run_inference_with_config(deployed: Deployed) -> None:
         run = modal.Function.from_name("neuronpedia-inference", "run_inference_with_config")
         body = {"model": "x", "text": "abc"}
         asked = [["tokenize", body], {"operation": "top_k", "body": {"prompt": "a", "source": "9"}}]
-        result = run.remote(model_id="/cache/tiny", sae_sets=[], model_dtype="float32", token_limit=77, requests=asked)
+        result = run.remote(model_id="tests/tiny", sae_sets=[], model_dtype="float32", token_limit=77, requests=asked)
         """
     )
     assert result["status"] == "healthy"
-    assert (result["capabilities"]["token_limit"], result["capabilities"]["model"]) == (77, "/cache/tiny")
+    assert (result["capabilities"]["token_limit"], result["capabilities"]["model"]) == (77, NAMED)
     tokens, refused = result["answers"]
     assert tokens["tokens"][0] == 0
     assert refused["error"].startswith("unknown_source: ")

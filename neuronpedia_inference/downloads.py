@@ -1,0 +1,65 @@
+"""Where the files of a model are on this machine, without asking the hub when they are all there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from neuronpedia_inference.embedded.weights import model_folder
+from neuronpedia_inference.errors import StartupError
+from neuronpedia_inference.saes.names import hugging_face_name
+from neuronpedia_inference.settings import Settings
+
+WEIGHT_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+INDEX = "model.safetensors.index.json"
+
+
+def found(settings: Settings) -> Path | None:
+    """The folder with the model's files, all of them; None if some must be downloaded. Raises StartupError."""
+    if settings.is_embedded:
+        return model_folder()
+    folder = Path(settings.weights_id).expanduser()
+    if folder.is_dir():
+        return folder
+    cached = _cached(hugging_face_name(settings.weights_id))
+    return cached if cached is not None and _is_complete(cached) else None
+
+
+def fetch(settings: Settings) -> Path:
+    """As `found`, downloading what is missing. Raises StartupError, one line."""
+    there = found(settings)
+    if there is not None:
+        return there
+    from httpx2 import HTTPError
+    from huggingface_hub import snapshot_download
+
+    name = hugging_face_name(settings.weights_id)
+    # httpx2 is the hub client's transport; without a route it raises its own errors.
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(WEIGHT_FILES)))
+    except (OSError, ValueError, HTTPError) as exc:
+        why = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+        raise StartupError(f"Cannot download the model {name!r}: {why}") from None
+
+
+def _cached(name: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether configuration, tokenizer and all parts of the weights are there: a download may have been cut off."""
+    names = {path.name for path in folder.iterdir() if path.exists()}
+    if "config.json" not in names or names.isdisjoint(("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        return False
+    if INDEX not in names:
+        return "model.safetensors" in names
+    try:
+        return names.issuperset(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False

@@ -1,0 +1,233 @@
+"""One model in one container: how it starts, answers and ends. The classes of `inference_cls.py` are made of this."""
+
+# No `from __future__ import annotations`: modal reads the types of methods from the class itself.
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import modal
+import modal.experimental
+
+from neuronpedia_inference.settings import Settings
+from service import jobs
+from service.errors import builtin_errors
+from service.options import Options
+
+if TYPE_CHECKING:
+    from neuronpedia_inference.loading import HostWeights
+    from neuronpedia_inference.runtime import Runtime
+
+HEALTH_CHECK_S = 2.0
+
+Body = dict[str, Any]
+Answer = dict[str, Any]
+
+
+class Serving:
+    """Methods over one `Runtime`, all on one event loop."""
+
+    options: ClassVar[Options]
+    volume: ClassVar[modal.Volume]
+
+    def wanted(self) -> Settings:
+        """What this container is to serve. Raises StartupError, or InvalidRequest for what a caller may not have."""
+        return Settings.read()
+
+    # Lifecycle
+
+    @modal.enter(snap=True)
+    async def prepare(self) -> None:
+        """Up to the memory snapshot: what takes long and needs no GPU, which are imports and the model's weights.
+
+        Nothing here may ask for CUDA, or the answer "none" would outlive the restore: so `sae_lens`, which asks when
+        imported, comes later. With GPU_SNAPSHOT there is a GPU, and everything is loaded.
+        """
+        self._runtime: Runtime | None = None
+        self._host: HostWeights | None = None
+        with _saying_why():
+            settings = self.wanted()
+
+            from neuronpedia_inference.loading import load_on_host
+
+            self._host = await asyncio.to_thread(load_on_host, settings, say)
+        if self.options.gpu_snapshot:
+            await self._load()
+
+    @modal.enter()
+    async def start(self) -> None:
+        """After the snapshot, or its restore: load what is not loaded, and serve only once the numbers are right."""
+        import torch
+
+        from service.self_test import self_test
+
+        # Containers restored from one snapshot would all draw the same numbers.
+        random.seed()
+        torch.seed()
+        if self._runtime is None:
+            await self._load()
+        assert self._runtime
+        with _saying_why():
+            await self_test(self._runtime)
+        await self.volume.commit.aio()
+        self._started = time.monotonic()
+        self._watching = asyncio.create_task(self._leave_when_unhealthy())
+        say(f"Ready: {self._runtime.model.name} on {self._runtime.model.device}, {len(self._runtime.sources)} SAEs")
+
+    @modal.exit()
+    async def stop(self) -> None:
+        """Let what runs end, then say how much was answered."""
+        if self._runtime is None:
+            return
+        self._watching.cancel()
+        await asyncio.to_thread(self._runtime.close)
+        counts = self._runtime.describe()["requests"]
+        told = ", ".join(f"{counts.get(what, 0)} {what}" for what in ("answered", "failed", "cancelled"))
+        say(f"Stopped after {time.monotonic() - self._started:.0f} s: {told}")
+
+    async def _load(self) -> None:
+        from neuronpedia_inference.observability import start_logging, start_sentry
+        from neuronpedia_inference.runtime import Runtime
+
+        with _saying_why():
+            self._settings = self.wanted()
+            start_logging(self._settings)
+            start_sentry(self._settings)
+            self._runtime = await asyncio.to_thread(Runtime.load, self._settings, say, host=self._host)
+        self._host = None
+
+    async def _leave_when_unhealthy(self) -> None:
+        """A device that has failed stays failed: take no more inputs, so that Modal replaces the container."""
+        assert self._runtime
+        while self._runtime.healthy:
+            await asyncio.sleep(HEALTH_CHECK_S)
+        say("The device has failed: this container takes no more requests")
+        leave: Any = modal.experimental.stop_fetching_inputs
+        await leave.aio()
+
+    async def _answer(self, operation: str, body: Any, fields: Body) -> Answer:
+        from neuronpedia_inference.observability import bound_request_id, new_request_id
+        from neuronpedia_inference.operations import answer, by_name
+
+        with bound_request_id(new_request_id(modal.current_input_id() or "")), builtin_errors():
+            return await answer(by_name[operation], jobs.merged(body, fields), self._serving())
+
+    def _serving(self) -> "Runtime":
+        assert self._runtime
+        return self._runtime
+
+    # Methods for people: the prompt first, everything else by name
+
+    @modal.method()
+    async def activations(self, prompt: str | list[str] | Body, **fields: Any) -> Answer:
+        """The strongest features of one prompt or several, or one by its index. Fields: `ActivationsRequest`."""
+        return await self._answer("activations", jobs.prompted(prompt), fields)
+
+    @modal.method()
+    async def top_k(self, prompt: str | list[str] | Body, **fields: Any) -> Answer:
+        """The strongest features at each token of one prompt or several. Fields: `TopKRequest`."""
+        return await self._answer("top_k", jobs.prompted(prompt), fields)
+
+    @modal.method()
+    async def steer(self, prompt: str | list[Body] | Body, **fields: Any) -> Answer:
+        """A text or a chat, steered and not. Fields: `SteerRequest`."""
+        return await self._answer("steer", jobs.prompted(prompt), fields)
+
+    @modal.method()
+    async def steer_stream(self, prompt: str | list[Body] | Body, **fields: Any) -> AsyncIterator[Answer]:
+        """`steer` as it is written: each item is the whole answer so far. Call with `.remote_gen`."""
+        from neuronpedia_inference.operations import answer_events, by_name
+
+        with builtin_errors():
+            body = jobs.merged(jobs.prompted(prompt), fields)
+            events: Any = await answer_events(by_name["steer"], body, self._serving())
+            async with aclosing(events):
+                async for event in events:
+                    yield event
+
+    # Methods of the wire: the body of the HTTP route, as one dictionary or as keywords
+
+    @modal.method()
+    async def activation_single(self, body: Body | None = None, **fields: Any) -> Answer:
+        """One feature, or one vector, on one prompt."""
+        return await self._answer("activation_single", body, fields)
+
+    @modal.method()
+    async def activation_single_batch(self, body: Body | None = None, **fields: Any) -> Answer:
+        """One feature, or one vector, on several prompts."""
+        return await self._answer("activation_single_batch", body, fields)
+
+    @modal.method()
+    async def activation_all(self, body: Body | None = None, **fields: Any) -> Answer:
+        """The strongest features of a source set on one prompt."""
+        return await self._answer("activation_all", body, fields)
+
+    @modal.method()
+    async def activation_all_batch(self, body: Body | None = None, **fields: Any) -> Answer:
+        """The strongest features of a source set on several prompts."""
+        return await self._answer("activation_all_batch", body, fields)
+
+    @modal.method()
+    async def activation_topk_by_token(self, body: Body | None = None, **fields: Any) -> Answer:
+        """The strongest features at each token of one prompt."""
+        return await self._answer("activation_topk_by_token", body, fields)
+
+    @modal.method()
+    async def activation_topk_by_token_batch(self, body: Body | None = None, **fields: Any) -> Answer:
+        """The strongest features at each token of several prompts."""
+        return await self._answer("activation_topk_by_token_batch", body, fields)
+
+    @modal.method()
+    async def activation_source(self, body: Body | None = None, **fields: Any) -> Answer:
+        """Every feature of a source that fires on the prompts."""
+        return await self._answer("activation_source", body, fields)
+
+    @modal.method()
+    async def steer_completion(self, body: Body | None = None, **fields: Any) -> Answer:
+        """A steered text."""
+        return await self._answer("steer_completion", body, fields)
+
+    @modal.method()
+    async def steer_completion_chat(self, body: Body | None = None, **fields: Any) -> Answer:
+        """A steered chat."""
+        return await self._answer("steer_completion_chat", body, fields)
+
+    @modal.method()
+    async def tokenize(self, body: Body | None = None, **fields: Any) -> Answer:
+        """A text's tokens."""
+        return await self._answer("tokenize", body, fields)
+
+    @modal.method()
+    async def util_sae_vector(self, body: Body | None = None, **fields: Any) -> Answer:
+        """A feature's vector."""
+        return await self._answer("util_sae_vector", body, fields)
+
+    @modal.method()
+    async def util_sae_topk_by_decoder_cossim(self, body: Body | None = None, **fields: Any) -> Answer:
+        """The features whose decoder rows are nearest to a vector or to another feature's."""
+        return await self._answer("util_sae_topk_by_decoder_cossim", body, fields)
+
+    # The service itself
+
+    @modal.method()
+    async def capabilities(self) -> Answer:
+        """What is served here: model, sources, limits, state. The body of GET /v1/capabilities."""
+        return self._serving().describe()
+
+
+@contextmanager
+def _saying_why() -> Iterator[None]:
+    """What keeps a container from serving is one line in its log, and the error that its callers get."""
+    try:
+        with builtin_errors():
+            yield
+    except (RuntimeError, ValueError) as exc:
+        say(f"This container does not serve. {exc}")
+        raise
+
+
+def say(line: str) -> None:
+    """To the container's log, where `modal app logs` shows it."""
+    print(line, flush=True)
