@@ -52,6 +52,14 @@ def _cached(name: str) -> Path | None:
         return None
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The parts of a model's weights: those of the index, else the file of the usual name, else all safetensors."""
+    if (folder / INDEX).is_file():
+        return [folder / name for name in _indexed(folder)]
+    one = folder / "model.safetensors"
+    return [one] if one.is_file() else sorted(folder.glob("*.safetensors"))
+
+
 def _is_complete(folder: Path) -> bool:
     """Whether configuration, tokenizer and all parts of the weights are there: a download may have been cut off."""
     names = {path.name for path in folder.iterdir() if path.exists()}
@@ -59,7 +67,13 @@ def _is_complete(folder: Path) -> bool:
         return False
     if INDEX not in names:
         return "model.safetensors" in names
+    parts = _indexed(folder)
+    return bool(parts) and names.issuperset(parts)
+
+
+def _indexed(folder: Path) -> list[str]:
+    """Names of the files that the index lists; none if it cannot be read."""
     try:
-        return names.issuperset(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError):
-        return False
+        return []

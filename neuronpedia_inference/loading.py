@@ -19,6 +19,8 @@ from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import ModelInfo
 from neuronpedia_inference.engine.tokens import TextCodec
 from neuronpedia_inference.errors import StartupError, UnknownPoint
+from neuronpedia_inference.memory import needs_at_start
+from neuronpedia_inference.room import allocating, check_fits, room_on
 from neuronpedia_inference.saes.catalogue import SaeCatalogue, aliases, resolve
 from neuronpedia_inference.saes.names import hugging_face_name
 from neuronpedia_inference.saes.store import SaeStore
@@ -64,12 +66,15 @@ class HostWeights:
 
 def load_on_host(settings: Settings, progress: Progress) -> HostWeights:
     """What can be loaded without asking for a GPU, so that a memory snapshot may hold it. Raises StartupError."""
+    needs, room = needs_at_start(settings), room_on(torch.device("cpu"))
+    check_fits(settings.weights_id, needs, room)
     progress(f"Finding the weights of {settings.weights_id}")
     where = str(downloads.found(settings) or hugging_face_name(settings.weights_id))
     progress(f"Loading {settings.weights_id}")
     options = settings.model_from_pretrained_kwargs
     tokenizer = weights.load_tokenizer(where)
-    model = weights.load_weights(where, dtype=settings.model_dtype, device="cpu", options=options)
+    with allocating(settings.weights_id, needs, room):
+        model = weights.load_weights(where, dtype=settings.model_dtype, device="cpu", options=options)
     return HostWeights(settings, tokenizer, model)
 
 
@@ -78,6 +83,16 @@ def load(settings: Settings, progress: Progress, host: HostWeights | None = None
     torch.set_num_threads(n_threads(settings))
     catalogue = resolve(settings)
     device = weights.pick_device(settings.device)
+    needs, room = needs_at_start(settings), room_on(torch.device(device))
+    if room.is_gpu:  # a host is judged when weights are read to it
+        check_fits(settings.weights_id, needs, room)
+    with allocating(settings.weights_id, needs, room):
+        return _load(settings, progress, host, catalogue, device)
+
+
+def _load(
+    settings: Settings, progress: Progress, host: HostWeights | None, catalogue: SaeCatalogue, device: str
+) -> Loaded:
     if host is None or not host.are_those_of(settings):
         host = load_on_host(settings, progress)
     tokenizer, model = host.tokenizer, host.model

@@ -21,6 +21,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from neuronpedia_inference import downloads
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.saes.catalogue import WEIGHTS_NAME, SourceSpec, hub_location, resolve
 from neuronpedia_inference.saes.names import hugging_face_name
@@ -43,6 +44,7 @@ GPUS = {
     "L40S": 48,
     "A100-40GB": 40,
     "A100-80GB": 80,
+    "RTX-PRO-6000": 96,
     "H100": 80,
     "H200": 141,
     "B200": 180,
@@ -98,6 +100,26 @@ def sizes(settings: Settings) -> Sizes:
     return Sizes(parameters, _cache_numbers(config, settings), sum(largest), len(specs))
 
 
+def needs_at_start(settings: Settings) -> Needs | None:
+    """What must fit for the model to be served at all: its weights, and the cache of one row.
+
+    SAEs are left out: they can take turns, and are judged one by one when they are loaded. None where files and hub
+    do not tell.
+    """
+    if settings.model_from_pretrained_kwargs:
+        return None
+    try:
+        parameters, config = _model(settings)
+        cache = _cache_numbers(config, settings) // settings.max_rows
+    except StartupError:
+        return None
+    own = config.get("dtype") or config.get("torch_dtype")
+    dtype = str(own or "float32") if settings.model_dtype == "auto" else settings.model_dtype
+    if dtype not in BYTES:
+        return None
+    return Sizes(parameters, cache, 0, 0).needs(dtype, settings.sae_dtype)
+
+
 def tensor_numbers(file: Path) -> int:
     """Parameters in a safetensors file, from its header. Raises StartupError."""
     try:
@@ -115,12 +137,10 @@ def _numbers(shapes: Mapping[str, Sequence[int]]) -> int:
 
 def _model(settings: Settings) -> tuple[int, dict[str, Any]]:
     """Parameters and configuration."""
-    from neuronpedia_inference.embedded.weights import model_folder
-
-    folder = model_folder() if settings.is_embedded else Path(settings.weights_id).expanduser()
-    if not folder.is_dir():
+    folder = downloads.found(settings)
+    if folder is None:
         return _hub_model(hugging_face_name(settings.weights_id))
-    files = sorted(folder.glob("*.safetensors"))
+    files = downloads.weight_files(folder)
     config = folder / "config.json"
     if not files or not config.is_file():
         raise StartupError(f"{str(folder)!r} holds no model: it needs config.json and *.safetensors.")
