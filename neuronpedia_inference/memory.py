@@ -44,7 +44,6 @@ GPUS = {
     "L40S": 48,
     "A100-40GB": 40,
     "A100-80GB": 80,
-    "RTX-PRO-6000": 96,
     "H100": 80,
     "H200": 141,
     "B200": 180,
@@ -94,8 +93,17 @@ class Sizes:
 
 def sizes(settings: Settings) -> Sizes:
     """Counted from files on this machine, or from the hub's metadata. Raises StartupError."""
+    return _sizes(settings, resolve(settings).specs, *_model(settings))
+
+
+def planned(settings: Settings) -> Needs:
+    """Everything, in the precisions of the settings. Raises StartupError."""
     specs = resolve(settings).specs
     parameters, config = _model(settings)
+    return _sizes(settings, specs, parameters, config).needs(_dtype(config, settings), settings.sae_dtype)
+
+
+def _sizes(settings: Settings, specs: Sequence[SourceSpec], parameters: int, config: dict[str, Any]) -> Sizes:
     largest = sorted(_sae_numbers(specs), reverse=True)[: settings.max_loaded_saes]
     return Sizes(parameters, _cache_numbers(config, settings), sum(largest), len(specs))
 
@@ -111,13 +119,19 @@ def needs_at_start(settings: Settings) -> Needs | None:
     try:
         parameters, config = _model(settings)
         cache = _cache_numbers(config, settings) // settings.max_rows
+        return Sizes(parameters, cache, 0, 0).needs(_dtype(config, settings), settings.sae_dtype)
     except StartupError:
         return None
-    own = config.get("dtype") or config.get("torch_dtype")
-    dtype = str(own or "float32") if settings.model_dtype == "auto" else settings.model_dtype
-    if dtype not in BYTES:
-        return None
-    return Sizes(parameters, cache, 0, 0).needs(dtype, settings.sae_dtype)
+
+
+def _dtype(config: dict[str, Any], settings: Settings) -> str:
+    """The precision of the loaded weights."""
+    if settings.model_dtype != "auto":
+        return settings.model_dtype
+    own = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    if own not in BYTES:
+        raise StartupError(f"The weights of {settings.weights_id!r} are in {own!r}: MODEL_DTYPE chooses another.")
+    return own
 
 
 def tensor_numbers(file: Path) -> int:

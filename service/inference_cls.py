@@ -18,6 +18,7 @@ What can be chosen: `options.py`. Errors that arrive at the caller: `errors.buil
 
 # No `from __future__ import annotations`: modal reads the types of class parameters from the class itself.
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import modal
@@ -25,11 +26,12 @@ import modal
 from neuronpedia_inference.settings import Settings
 from service import jobs
 from service.allowed import check_models
+from service.deployment import Plan, prepare, requested, summary, tell_when_done
 from service.errors import builtin_errors
 from service.image import inference_image
 from service.options import HOURS, Options
 from service.serving import Answer, Serving, say
-from service.volumes import MOUNT_PATH, optional_secret, weights_volume
+from service.volumes import MOUNT_PATH, keys_of, optional_secret, weights_volume
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -38,6 +40,8 @@ OPTIONS = Options.read_or_exit()
 SECRETS = optional_secret(OPTIONS.secret_name)
 VOLUME = weights_volume(OPTIONS.volume_name)
 IMAGE = inference_image(OPTIONS, has_secret=bool(SECRETS))
+KEYS = keys_of(SECRETS) if modal.is_local() else None
+PLAN = prepare(OPTIONS, KEYS) if modal.is_local() else None
 
 app = modal.App(OPTIONS.app_name, image=IMAGE)
 
@@ -48,6 +52,10 @@ CONTAINER: dict[str, Any] = {
     "secrets": SECRETS,
     "max_containers": OPTIONS.max_containers,
     "scaledown_window": OPTIONS.scaledown_window_s,
+    "buffer_containers": OPTIONS.buffer_containers or None,
+    "retries": OPTIONS.retries or None,
+    "region": OPTIONS.region or None,
+    "cloud": OPTIONS.cloud,
     "timeout": OPTIONS.timeout_s,
     "startup_timeout": OPTIONS.startup_timeout_s,
     "enable_memory_snapshot": True,
@@ -55,8 +63,8 @@ CONTAINER: dict[str, Any] = {
 }
 
 
-@app.cls(**CONTAINER, min_containers=OPTIONS.min_containers)
-@modal.concurrent(max_inputs=OPTIONS.max_inputs)
+@app.cls(**CONTAINER, **requested(OPTIONS, PLAN), min_containers=OPTIONS.min_containers)
+@modal.concurrent(max_inputs=OPTIONS.max_inputs, target_inputs=OPTIONS.target_inputs)
 class Inference(Serving):
     """The deployment's model: methods and web app over one `Runtime`.
 
@@ -79,8 +87,8 @@ class Inference(Serving):
         return create_app(self._settings, self._serving)
 
 
-@app.cls(**CONTAINER)
-@modal.concurrent(max_inputs=OPTIONS.max_inputs)
+@app.cls(**CONTAINER, **requested(OPTIONS, None))
+@modal.concurrent(max_inputs=OPTIONS.max_inputs, target_inputs=OPTIONS.target_inputs)
 class AnyModel(Serving):
     """A model that the caller names, from MODELS. Each set of parameters has containers of its own, and no web address.
 
@@ -198,3 +206,12 @@ def _run_batch(inference: Any, input: str, output: str, operation: str, fields: 
         run(input, output, operation, fields, lambda name: getattr(inference, name).map)
     except BatchFailed as exc:
         raise SystemExit(f"batch: {exc}") from None
+
+
+def _summary(plan: Plan) -> str:
+    deployed: Any = Inference
+    return summary(OPTIONS, plan, keys=KEYS, address=deployed().serve.get_web_url())
+
+
+if PLAN is not None:
+    tell_when_done(partial(_summary, PLAN))

@@ -13,7 +13,7 @@ import pytest
 
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.operations import OPERATIONS
-from service.options import DEFAULTS, GPUS, Options
+from service.options import CARDS, DEFAULTS, Options
 from tests.modal.local_modal import Plane
 from tests.modal.service_under_test import APP, ROOT, VOLUME, Deployed
 
@@ -33,7 +33,7 @@ def defaults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
 def test_without_a_secret_it_deploys_and_says_that_it_is_open(fresh: Deployed) -> None:
     said = fresh.deploy().text
 
-    assert said.count("No Modal secret 'neuronpedia-inference'") == 1
+    assert said.count("OPEN to everybody") == 1
     made = fresh.function()
     assert made.gpus == ("A10:1",)
     assert not made.definition.secret_ids
@@ -60,6 +60,13 @@ def test_with_a_secret_and_everything_chosen(fresh: Deployed) -> None:
         MAX_CONTAINERS="3",
         SCALEDOWN_WINDOW="77",
         MAX_INPUTS="48",
+        TARGET_INPUTS="40",
+        BUFFER_CONTAINERS="2",
+        RETRIES="1",
+        MEMORY="24",
+        EPHEMERAL_DISK="600",
+        REGION="us-east, eu-west",
+        CLOUD="gcp",
         TIMEOUT="90",
         STARTUP_TIMEOUT="600",
         CUSTOM_DOMAIN="features.example.org",
@@ -72,14 +79,19 @@ def test_with_a_secret_and_everything_chosen(fresh: Deployed) -> None:
     )
 
     assert said.code == 0, said.text
-    assert "No Modal secret" not in said.text
+    assert "OPEN to everybody" not in said.text
     made = fresh.function(app="other")
     definition = made.definition
     assert made.gpus == ("L40S:1", "H100:1")
     assert definition.autoscaler_settings.min_containers == 1
     assert definition.autoscaler_settings.max_containers == 3
     assert definition.autoscaler_settings.scaledown_window == 77
-    assert definition.max_concurrent_inputs == 48
+    assert definition.autoscaler_settings.buffer_containers == 2
+    assert (definition.max_concurrent_inputs, definition.target_concurrent_inputs) == (48, 40)
+    assert definition.retry_policy.retries == 1
+    assert (definition.resources.memory_mb, definition.resources.ephemeral_disk_mb) == (24 * 1024, 600 * 1024)
+    assert list(definition.scheduler_placement.regions) == ["us-east", "eu-west"]
+    assert definition.cloud_provider_str == "gcp"
     assert (definition.timeout_secs, definition.startup_timeout_secs) == (90, 600)
     assert dict(definition.experimental_options) == {"enable_gpu_snapshot": "True"}
     (secret_id,) = definition.secret_ids
@@ -101,10 +113,10 @@ def test_with_a_secret_and_everything_chosen(fresh: Deployed) -> None:
 def test_deploying_again_updates_the_same_app(fresh: Deployed) -> None:
     fresh.deploy(GPU="T4")
     before = fresh.plane.objects.app(APP).id
-    fresh.deploy(GPU="H200:2")
+    fresh.deploy(GPU="H200")
 
     assert fresh.plane.objects.app(APP).id == before
-    assert fresh.function().gpus == ("H200:2",)
+    assert fresh.function().gpus == ("H200:1",)
 
 
 @pytest.mark.parametrize("chosen", [{"GPU": "A10G"}, {"TOKEN_LIMIT": "-1"}])
@@ -122,7 +134,10 @@ def test_a_mistake_stops_the_command_with_one_line(fresh: Deployed, chosen: dict
     [
         ("GPU", "A10G", "use A10"),
         ("GPU", "A1000", "Did you mean 'A100'"),
-        ("GPU", "H100:9", "count"),
+        ("GPU", "H100:2", "1 would be paid for unused. Use H100, or a larger one"),
+        ("GPU", "L4,H100:8", "7 would be paid for unused"),
+        ("GPU", "H100:x", "count"),
+        ("GPU", "H100+", "Unknown type"),
         ("GPU", "T4,", "Unknown type ''"),
         ("APP_NAME", "My App", "lower-case"),
         ("CPU", "0", "from 1 to 64"),
@@ -136,6 +151,16 @@ def test_a_mistake_stops_the_command_with_one_line(fresh: Deployed, chosen: dict
         ("GPU_SNAPSHOT", "maybe", "1 or 0"),
         ("PROXY_AUTH", "on", "1 or 0"),
         ("MODELS", "gpt2-small /etc/passwd", "paths are not accepted"),
+        ("TARGET_INPUTS", "33", "from 1 to 32"),
+        ("BUFFER_CONTAINERS", "-1", "whole number"),
+        ("RETRIES", "11", "from 0 to 10"),
+        ("MEMORY", "4GB", "in GiB"),
+        ("EPHEMERAL_DISK", "0", "in GiB"),
+        ("REGION", "US East", "us-east"),
+        ("CLOUD", "aws gcp", "only one"),
+        ("VOLUME_NAME", "my volume", "letters, digits"),
+        ("VOLUME_NAME", "", "letters, digits"),
+        ("SECRET_NAME", "a/b", "letters, digits"),
         ("MODELS", "../x", "paths are not accepted"),
         ("MODEL_DTYPE", "int4", "float32"),
         ("INCLUDE_SAE", "[", "regular expression"),
@@ -152,17 +177,24 @@ def test_mistakes_name_the_variable(monkeypatch: pytest.MonkeyPatch, name: str, 
     assert "\n" not in text
 
 
-def test_several_gpus_and_a_snapshot_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snapshot_of_a_gpu_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPU_SNAPSHOT", "1")
-    for gpu in ("H100:2", "none", "T4,H100:2"):
-        monkeypatch.setenv("GPU", gpu)
-        with pytest.raises(StartupError, match="GPU_SNAPSHOT"):
-            Options.read()
+    monkeypatch.setenv("GPU", "none")
+    with pytest.raises(StartupError, match="GPU_SNAPSHOT"):
+        Options.read()
 
 
-@pytest.mark.parametrize("gpu", [*GPUS, "h100:2"])
+def test_room_is_left_in_every_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    for most, target in (("32", 24), ("2", 1), ("1000", 750)):
+        monkeypatch.setenv("MAX_INPUTS", most)
+        assert Options.read().target_inputs == target
+
+
+@pytest.mark.parametrize("gpu", [*CARDS, "h100"])
 def test_every_gpu_is_accepted(monkeypatch: pytest.MonkeyPatch, gpu: str) -> None:
     monkeypatch.setenv("GPU", gpu)
+    assert Options.read().gpu == gpu.upper()
+    monkeypatch.setenv("GPU", f"{gpu}:1")
     assert Options.read().gpu == gpu.upper()
 
 

@@ -38,4 +38,3 @@ def test_built_in_ones_pass_through() -> None:
     with pytest.raises(ValueError, match="two") as raised, builtin_errors():
         raise exc
     assert raised.value is exc
-
