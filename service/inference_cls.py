@@ -22,6 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import modal
+import modal.exception
 
 from neuronpedia_inference.settings import Settings
 from service import jobs
@@ -30,7 +31,7 @@ from service.deployment import Plan, prepare, requested, summary, tell_when_done
 from service.errors import builtin_errors
 from service.image import inference_image
 from service.options import HOURS, Options
-from service.serving import Answer, Serving, say
+from service.serving import Answer, Body, Serving, say
 from service.volumes import MOUNT_PATH, keys_of, optional_secret, weights_volume
 
 if TYPE_CHECKING:
@@ -119,10 +120,12 @@ class AnyModel(Serving):
 # Jobs
 
 
-def _model(**chosen: Any) -> Any:
-    """The containers of one configuration: the deployment's own where nothing is chosen."""
+def _model(deployed: str = "", **chosen: Any) -> Any:
+    """The containers of one configuration: the deployment's own where nothing is chosen. deployed: name of an app."""
     parameters = jobs.as_parameters(chosen)
     cls: Any = AnyModel if parameters else Inference
+    if deployed:
+        cls = modal.Cls.from_name(deployed, "AnyModel" if parameters else "Inference")
     return cls(**parameters)
 
 
@@ -176,13 +179,15 @@ def main(
     output: str = "",
     operation: str = "activations",
     fields: str = "",
+    app: str = "",
 ) -> None:
     """Start a container and print the strongest feature of `prompt` as proof, or answer the lines of a file.
 
     With `--input` and `--output` it is the batch job of `batch.py`; `--fields` is a JSON object that each line's body
-    starts from. `modal run service/inference_cls.py` accepts one entry point without a name, so these two are one.
+    starts from. With `--app` what is deployed under that name answers. `modal run service/inference_cls.py` accepts one
+    entry point without a name, so these two are one.
     """
-    inference = _model(model_id=model_id, sae_sets=sae_sets)
+    inference = _model(app, model_id=model_id, sae_sets=sae_sets)
     if input or output:
         _run_batch(inference, input, output, operation, fields)
         return
@@ -202,10 +207,18 @@ def _run_batch(inference: Any, input: str, output: str, operation: str, fields: 
 
     if not (input and output):
         raise SystemExit("batch: needs both --input and --output")
+
+    async def ask(name: str, bodies: list[Body]) -> list[Any]:
+        try:
+            return jobs.as_exceptions(await inference.answer_many.remote.aio(name, bodies))
+        except (*jobs.RAISED, modal.exception.Error) as exc:
+            return [exc] * len(bodies)
+
     try:
-        run(input, output, operation, fields, lambda name: getattr(inference, name).map)
+        counts = asyncio.run(run(input, output, operation, fields, ask))
     except BatchFailed as exc:
         raise SystemExit(f"batch: {exc}") from None
+    raise SystemExit(counts.exit_code)
 
 
 def _summary(plan: Plan) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from neuronpedia_inference.errors import InvalidRequest
@@ -25,6 +28,10 @@ PARAMETERS = (
 )
 OF_ONE_MODEL = ("sae_sets", "override_model_id", "custom_hf_model_id", "local_sae_dir", "include_sae", "exclude_sae")
 """Settings that make no sense for another model than the one they were made for."""
+
+RAISED = (ValueError, LookupError, RuntimeError, TimeoutError, MemoryError, OSError)
+"""What `errors.builtin_errors` lets through."""
+PATIENCE_S = 60.0
 
 
 # Parameters
@@ -78,24 +85,49 @@ def merged(body: object, fields: Mapping[str, Any]) -> Any:
 
 def asked_for(request: object) -> tuple[str, dict[str, Any]]:
     """Operation and body of one entry of `requests`: a pair, or a dictionary with these two keys."""
-    from neuronpedia_inference.operations import by_name
-
     name, body = (request.get("operation"), request.get("body")) if isinstance(request, Mapping) else (None, None)
     if isinstance(request, list | tuple) and len(request) == 2:
         name, body = request
     if not isinstance(name, str) or not isinstance(body, Mapping):
         raise ValueError(f"invalid_request: requests: needs pairs of operation and body, not {str(request)[:80]!r}")
+    check_operation(name)
+    return name, dict(body)
+
+
+def check_operation(name: str) -> None:
+    """Raises LookupError unless there is one of that name."""
+    from neuronpedia_inference.operations import by_name
+
     if name not in by_name:
         raise LookupError(f"unknown_operation: {name[:80]!r}. Available: {', '.join(by_name)}")
-    return name, dict(body)
 
 
 async def answer_or_error(answer: Awaitable[dict[str, Any]]) -> dict[str, Any]:
     """An error that the service raised, as data."""
     try:
         return await answer
-    except (ValueError, LookupError, RuntimeError, TimeoutError, MemoryError) as exc:
+    except RAISED as exc:
         return {"error": str(exc)}
+
+
+async def outcome_of(answer: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+    """`{"answer": ...}`, or `{"error", "kind"}` of what the service raised. An overloaded service is asked again."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return {"answer": await answer()}
+        except RAISED as exc:
+            if not isinstance(exc, TimeoutError) or time.monotonic() > deadline:
+                return {"error": str(exc), "kind": next(kind.__name__ for kind in RAISED if isinstance(exc, kind))}
+            await asyncio.sleep(random.uniform(0.1, 0.5))
+
+
+def as_exceptions(outcomes: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What `outcome_of` gave: each answer, or an exception in its place."""
+    kinds = {kind.__name__: kind for kind in RAISED}
+    return [
+        outcome["answer"] if "answer" in outcome else kinds[outcome["kind"]](outcome["error"]) for outcome in outcomes
+    ]
 
 
 def first_activation(answer: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import modal
@@ -210,6 +211,13 @@ class Serving:
         return await self._answer("util_sae_topk_by_decoder_cossim", body, fields)
 
     # The service itself
+
+    @modal.method()
+    async def answer_many(self, operation: str, bodies: list[Body]) -> list[Answer]:
+        """Many bodies of one operation, in one call: for each `{"answer"}`, or `{"error", "kind"}`."""
+        with builtin_errors():
+            jobs.check_operation(operation)
+        return await asyncio.gather(*(jobs.outcome_of(partial(self._answer, operation, body, {})) for body in bodies))
 
     @modal.method()
     async def capabilities(self) -> Answer:

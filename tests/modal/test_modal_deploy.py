@@ -245,7 +245,9 @@ def test_importing_it_is_quick_and_does_not_import_torch() -> None:
 
 def test_the_class_has_a_method_for_every_operation(defaults: Deployed) -> None:
     methods = set(defaults.function().definition.method_definitions)
-    assert methods - {"steer_stream", "capabilities", "serve"} == {operation.name for operation in OPERATIONS}
+    assert methods - {"steer_stream", "answer_many", "capabilities", "serve"} == {
+        operation.name for operation in OPERATIONS
+    }
 
 
 def _env_of(deployed: Deployed, app: str = APP) -> dict[str, str]:
