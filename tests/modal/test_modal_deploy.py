@@ -7,12 +7,16 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.operations import OPERATIONS
+from service.image import EMBEDDED_WEIGHTS, requirements
 from service.options import CARDS, DEFAULTS, Options
 from tests.modal.local_modal import Plane
 from tests.modal.service_under_test import APP, ROOT, VOLUME, Deployed
@@ -223,6 +227,37 @@ def test_the_image_installs_what_pip_can_resolve(defaults: Deployed) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert "Would install" not in done.stdout
+
+
+def test_the_image_is_pinned_by_what_it_installs_alone() -> None:
+    """An edit of a development package's pin must not rebuild it."""
+    pinned = {canonicalize_name(line.partition("==")[0]) for line in _pins("constraints.txt")}
+    needed = {canonicalize_name(EMBEDDED_WEIGHTS.partition("==")[0])} | _closure(requirements())
+    assert pinned == needed - {"setuptools"}
+    for file in ("constraints.txt", "constraints-dev.txt"):
+        wrong = [line for line in _pins(file) if metadata.version(line.split("==")[0]) != line.split("==")[1]]
+        assert [line for line in wrong if not line.startswith("torch==")] == []
+
+
+def _pins(file: str) -> list[str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _closure(texts: list[str]) -> set[str]:
+    """Names of these distributions and of all that they need here."""
+    waiting, seen = [Requirement(text) for text in texts], set()
+    while waiting:
+        wanted = waiting.pop()
+        key = (canonicalize_name(wanted.name), frozenset(wanted.extras))
+        if key in seen:
+            continue
+        seen.add(key)
+        for text in metadata.requires(wanted.name) or []:
+            below = Requirement(text)
+            if not below.marker or any(below.marker.evaluate({"extra": one}) for one in wanted.extras or {""}):
+                waiting.append(below)
+    return {name for name, _ in seen}
 
 
 def test_the_image_ships_every_file_of_the_library(defaults: Deployed) -> None:
