@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: modal reads the types of methods from the class itself.
 import asyncio
 import random
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
 HEALTH_CHECK_S = 2.0
+DRAIN_S = 25.0
+"""Modal ends a container 30 s after it was told to stop."""
 
 Body = dict[str, Any]
 Answer = dict[str, Any]
@@ -72,6 +75,7 @@ class Serving:
         assert self._runtime
         with _saying_why():
             await self_test(self._runtime)
+        self._runtime.metrics.reset()
         await self.volume.commit.aio()
         self._started = time.monotonic()
         self._watching = asyncio.create_task(self._leave_when_unhealthy())
@@ -83,7 +87,12 @@ class Serving:
         if self._runtime is None:
             return
         self._watching.cancel()
-        await asyncio.to_thread(self._runtime.close)
+        # Not by the loop's own threads: Modal waits for those, however long they take.
+        closing = threading.Thread(target=self._runtime.close, name="closing", daemon=True)
+        closing.start()
+        await asyncio.to_thread(closing.join, DRAIN_S)
+        if closing.is_alive():
+            say(f"Requests that still run after {DRAIN_S:.0f} s are given up")
         counts = self._runtime.describe()["requests"]
         told = ", ".join(f"{counts.get(what, 0)} {what}" for what in ("answered", "failed", "cancelled"))
         say(f"Stopped after {time.monotonic() - self._started:.0f} s: {told}")
