@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from neuronpedia_inference.embedded.weights import model_folder
 from neuronpedia_inference.errors import StartupError
+from neuronpedia_inference.saes.catalogue import SourceSpec, hub_location, resolve
 from neuronpedia_inference.saes.names import hugging_face_name
 from neuronpedia_inference.settings import Settings
 
@@ -30,16 +33,65 @@ def fetch(settings: Settings) -> Path:
     there = found(settings)
     if there is not None:
         return there
+    name = hugging_face_name(settings.weights_id)
+    return _download(name, WEIGHT_FILES, f"the model {name!r}")
+
+
+def fetch_everything(settings: Settings, progress: Callable[[str], None]) -> bool:
+    """Have the model's files and those of its SAEs here; whether some had to be downloaded. Raises StartupError."""
+    specs = resolve(settings).specs
+    missing = [spec for spec in specs if not is_here(spec)]
+    is_missing = found(settings) is None
+    if is_missing:
+        progress(f"Downloading {settings.weights_id}")
+        fetch(settings)
+    for number, spec in enumerate(missing, 1):
+        progress(f"Downloading SAE {number} of {len(missing)}: {spec.name}")
+        repo, path = hub_location(spec)
+        _download(repo, [path, f"{path}/*"], f"SAE {spec.name!r}")
+    return is_missing or bool(missing)
+
+
+def is_here(spec: SourceSpec) -> bool:
+    """Whether an SAE's files are on this machine."""
+    if spec.folder is not None:
+        return True
+    repo, path = hub_location(spec)
+    cached = _cached(repo)
+    return cached is not None and (cached / path).exists()
+
+
+@contextmanager
+def hub_left_alone() -> Iterator[None]:
+    """The hub's client takes what is here and asks nothing inside."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The parts of a model's weights: those of the index, else the file of the usual name, else all safetensors."""
+    if (folder / INDEX).is_file():
+        return [folder / name for name in _indexed(folder)]
+    one = folder / "model.safetensors"
+    return [one] if one.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def _download(repo: str, files: Sequence[str], what: str) -> Path:
     from httpx2 import HTTPError
     from huggingface_hub import snapshot_download
 
-    name = hugging_face_name(settings.weights_id)
     # httpx2 is the hub client's transport; without a route it raises its own errors.
     try:
-        return Path(snapshot_download(name, allow_patterns=list(WEIGHT_FILES)))
+        return Path(snapshot_download(repo, allow_patterns=list(files)))
     except (OSError, ValueError, HTTPError) as exc:
         why = (str(exc).strip() or type(exc).__name__).splitlines()[0]
-        raise StartupError(f"Cannot download the model {name!r}: {why}") from None
+        raise StartupError(f"Cannot download {what}: {why}") from None
 
 
 def _cached(name: str) -> Path | None:
@@ -50,14 +102,6 @@ def _cached(name: str) -> Path | None:
         return Path(snapshot_download(name, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The parts of a model's weights: those of the index, else the file of the usual name, else all safetensors."""
-    if (folder / INDEX).is_file():
-        return [folder / name for name in _indexed(folder)]
-    one = folder / "model.safetensors"
-    return [one] if one.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def _is_complete(folder: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -121,7 +122,7 @@ def _load(
         max_loaded=settings.max_loaded_saes,
         budget_bytes=_bytes(settings.sae_memory_gib) or int(SAE_SHARE * free_bytes(engine.device)),
     )
-    store.load_all(progress)
+    _load_saes(store, catalogue, progress)
     request_bytes = _bytes(settings.request_memory_gib) or int(REQUEST_SHARE * free_bytes(engine.device))
     _check_sources(store, engine)
     info = engine.model_info(
@@ -130,6 +131,14 @@ def _load(
         known_names=_known_names(settings, catalogue.model_key),
     )
     return Loaded(engine, codec, store, info, _labels(catalogue), request_bytes)
+
+
+def _load_saes(store: SaeStore, catalogue: SaeCatalogue, progress: Progress) -> None:
+    """Raises StartupError at a bad one. The hub is asked only where files are missing."""
+    if all(map(downloads.is_here, catalogue.specs)):
+        with suppress(StartupError), downloads.hub_left_alone():
+            store.load_all(progress)
+    store.load_all(progress)  # those that are loaded are passed over
 
 
 def _labels(catalogue: SaeCatalogue) -> dict[str, tuple[str, ...]]:

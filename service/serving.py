@@ -6,20 +6,21 @@ import random
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import modal
+import modal.exception
 import modal.experimental
 
-from neuronpedia_inference.settings import Settings
-from service import jobs
+from neuronpedia_inference.settings import Settings, variable
+from service import jobs, snapshot
 from service.errors import builtin_errors
-from service.options import Options
+from service.options import SECRETS, Options
 
 if TYPE_CHECKING:
-    from neuronpedia_inference.loading import HostWeights
+    from neuronpedia_inference.loading import HostWeights, Loaded
     from neuronpedia_inference.runtime import Runtime
 
 HEALTH_CHECK_S = 2.0
@@ -44,21 +45,28 @@ class Serving:
 
     @modal.enter(snap=True)
     async def prepare(self) -> None:
-        """Up to the memory snapshot: what takes long and needs no GPU, which are imports and the model's weights.
+        """Up to the memory snapshot: all that can be done on the device that there is now.
 
-        Nothing here may ask for CUDA, or the answer "none" would outlive the restore: so `sae_lens`, which asks when
-        imported, comes later. With GPU_SNAPSHOT there is a GPU, and everything is loaded.
+        For a GPU that comes with the restore these are imports, downloads and the model's weights; without a GPU, and
+        with GPU_SNAPSHOT, everything but the worker. It all runs on this thread, so that none is left behind.
         """
         self._runtime: Runtime | None = None
         self._host: HostWeights | None = None
+        self._loaded: Loaded | None = None
+        is_gpu_to_come = bool(self.options.gpu) and not self.options.gpu_snapshot
         with _saying_why():
-            settings = self.wanted()
+            self._prepared = self.wanted()
+        with _saying_why(), snapshot.without_cuda() if is_gpu_to_come else nullcontext():
+            snapshot.import_everything()
 
-            from neuronpedia_inference.loading import load_on_host
+            from neuronpedia_inference import downloads, loading
 
-            self._host = await asyncio.to_thread(load_on_host, settings, say)
-        if self.options.gpu_snapshot:
-            await self._load()
+            if downloads.fetch_everything(self._prepared, say):
+                await self._commit()
+            self._host = snapshot.own_weights(loading.load_on_host(self._prepared, say))
+            if not is_gpu_to_come:
+                self._loaded = snapshot.own_saes(loading.load(self._prepared, say, self._host))
+        snapshot.close_connections()
 
     @modal.enter()
     async def start(self) -> None:
@@ -68,18 +76,18 @@ class Serving:
         from service.self_test import self_test
 
         # Containers restored from one snapshot would all draw the same numbers.
+        started = time.monotonic()
         random.seed()
         torch.seed()
-        if self._runtime is None:
-            await self._load()
-        assert self._runtime
         with _saying_why():
+            self._runtime = self._load()
             await self_test(self._runtime)
         self._runtime.metrics.reset()
-        await self.volume.commit.aio()
         self._started = time.monotonic()
         self._watching = asyncio.create_task(self._leave_when_unhealthy())
-        say(f"Ready: {self._runtime.model.name} on {self._runtime.model.device}, {len(self._runtime.sources)} SAEs")
+        model, n_saes = self._runtime.model, len(self._runtime.sources)
+        seconds = time.monotonic() - started
+        say(f"Ready: {model.name} on {model.device}, {n_saes} SAEs, {seconds:.2f} s after the snapshot")
 
     @modal.exit()
     async def stop(self) -> None:
@@ -97,16 +105,25 @@ class Serving:
         told = ", ".join(f"{counts.get(what, 0)} {what}" for what in ("answered", "failed", "cancelled"))
         say(f"Stopped after {time.monotonic() - self._started:.0f} s: {told}")
 
-    async def _load(self) -> None:
+    def _load(self) -> "Runtime":
+        """With the settings of now: the secret may have changed since the snapshot. Raises StartupError."""
         from neuronpedia_inference.observability import start_logging, start_sentry
         from neuronpedia_inference.runtime import Runtime
 
-        with _saying_why():
-            self._settings = self.wanted()
-            start_logging(self._settings)
-            start_sentry(self._settings)
-            self._runtime = await asyncio.to_thread(Runtime.load, self._settings, say, host=self._host)
-        self._host = None
+        self._settings = self.wanted()
+        start_logging(self._settings)
+        start_sentry(self._settings)
+        host, loaded, self._host, self._loaded = self._host, self._loaded, None, None
+        if loaded is not None and _load_the_same(self._prepared, self._settings):
+            return Runtime(self._settings, loaded)
+        return Runtime.load(self._settings, say, host=host)
+
+    async def _commit(self) -> None:
+        """What was downloaded outlives this container; if it cannot, the next one downloads again."""
+        try:
+            await self.volume.commit.aio()
+        except modal.exception.Error as exc:
+            say(f"The downloads could not be kept on the volume: {exc}")
 
     async def _leave_when_unhealthy(self) -> None:
         """A device that has failed stays failed: take no more inputs, so that Modal replaces the container."""
@@ -232,6 +249,12 @@ class Serving:
     async def capabilities(self) -> Answer:
         """What is served here: model, sources, limits, state. The body of GET /v1/capabilities."""
         return self._serving().describe()
+
+
+def _load_the_same(one: Settings, other: Settings) -> bool:
+    """Whether what is loaded for one set of settings is what the other asks for; secrets are not loaded."""
+    fields = {field for field in Settings.model_fields if variable(field) not in SECRETS}
+    return all(getattr(one, field) == getattr(other, field) for field in fields)
 
 
 @contextmanager

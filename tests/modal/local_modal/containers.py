@@ -38,6 +38,7 @@ class Container:
         self.running: dict[str, Input] = {}
         self.cancelled: list[str] = []
         self.most_running = 0
+        self.n_log_lines_at_snapshot = 0
         self.n_answered = 0
         self.failure: api_pb2.GenericResult | None = None
         self.exit_code: int | None = None
@@ -185,7 +186,9 @@ class Container:
         return api_pb2.ContainerHeartbeatResponse(cancel_input_event=api_pb2.CancelInputEvent(input_ids=cancelled))
 
     async def ContainerCheckpoint(self, _: api_pb2.ContainerCheckpointRequest) -> Empty:
-        """No snapshot is taken: the process goes on as one that was restored."""
+        """No snapshot is taken: the process is looked at, and goes on as one that was restored."""
+        self._plane.at_snapshot(self)
+        self.n_log_lines_at_snapshot = len(self.log)
         (self._folder / "restore.json").write_text(f'{{"task_id": "{self.id}"}}')
         return Empty()
 

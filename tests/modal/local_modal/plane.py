@@ -38,6 +38,8 @@ class Plane:
         self.snapshots = snapshots
         self.fault = ""
         """Code that containers run first when they start: how a test breaks one."""
+        self.at_snapshot: Callable[[Container], None] = lambda container: None
+        """Called when a container says that its memory may be kept."""
         self.can_mount = _can_mount()
         self.containers: list[Container] = []
         self._loop = asyncio.new_event_loop()
