@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
+import platform
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neuronpedia_inference import downloads, embedded
+from neuronpedia_inference.embedded.weights import default_cache_dir
 from neuronpedia_inference.engine import weights
 from neuronpedia_inference.engine.bridge import BridgeEngine
-from neuronpedia_inference.engine.linear import TIMED_ROWS, choose_products, described
+from neuronpedia_inference.engine.linear import TIMED_ROWS, Chosen, Shape, choose_products, described, names_of
 from neuronpedia_inference.engine.memory import free_bytes
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import ModelInfo
@@ -101,7 +106,8 @@ def _load(
         progress(f"Moving {settings.weights_id} to {device}")
         torch.nn.Module.to(model, device)
     else:
-        log.info("fastest products by weight, for %s rows: %s", TIMED_ROWS, described(choose_products(model)))
+        chosen = _choose_products(model, settings)
+        log.info("fastest products by weight, for %s rows: %s", TIMED_ROWS, described(chosen))
     stop_ids = _stop_ids(tokenizer.eos_token_id, model.generation_config)
     engine = BridgeEngine(
         model,
@@ -131,6 +137,31 @@ def _load(
         known_names=_known_names(settings, catalogue.model_key),
     )
     return Loaded(engine, codec, store, info, _labels(catalogue), request_bytes)
+
+
+def _choose_products(model: PreTrainedModel, settings: Settings) -> Mapping[Shape, Chosen]:
+    """Timed once for each kind of machine, and kept in the cache folder."""
+    machine = (_cpu_name(), os.cpu_count(), n_threads(settings), torch.__version__, str(model.dtype))
+    key = hashlib.sha256(repr((*machine, settings.weights_id, TIMED_ROWS)).encode()).hexdigest()[:16]
+    kept = default_cache_dir() / f"products-{key}.json"
+    try:
+        remembered = json.loads(kept.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        remembered = None
+    chosen = choose_products(model, remembered if isinstance(remembered, dict) else None)
+    if names_of(chosen) != remembered:
+        with suppress(OSError):  # a folder that cannot be written to makes the next start as slow as this one
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(names_of(chosen)), encoding="utf-8")
+    return chosen
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _load_saes(store: SaeStore, catalogue: SaeCatalogue, progress: Progress) -> None:
