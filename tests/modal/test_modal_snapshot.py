@@ -23,6 +23,8 @@ from tests.modal.service_under_test import EMBEDDED, Deployed, fill_volume
 REMOTE = "tests/remote"
 DUMP = "import faulthandler, signal; faulthandler.register(signal.SIGUSR2, file=open({path!r}, 'w'))"
 """Run first in a container: it writes where its threads are whenever it is asked."""
+WEIGHTS = re.compile(r"\.(safetensors|gguf|bin)\b|/blobs/|/cache/|/volumes/")
+"""Files of weights by their names, those of the hub's cache, and all others on the volume."""
 OF_MODAL = ("modal/", "synchronicity/", "grpclib/", "asyncio/")
 
 
@@ -52,7 +54,7 @@ def look_at(container: Container, plane: Plane, dump: Path) -> Process:
     threads = re.split(r"^(?:Current t|T)hread .*$", dump.read_text(), flags=re.MULTILINE)[1:]
     return Process(
         inet_sockets=[row for table in tables for row in table if row.split()[9] in inodes],
-        weights_mapped=sorted(path for path in mapped if re.search(r"\.(safetensors|gguf|bin)\b", path)),
+        weights_mapped=sorted(path for path in mapped if WEIGHTS.search(path)),
         python_threads=[" ".join(re.findall(r'File "([^"]+)"', thread)) for thread in threads],
         n_threads=len(list((folder / "task").iterdir())),
         commits=plane.objects.volume("hf-cache-neuronpedia").commits,
@@ -157,6 +159,7 @@ def test_after_the_snapshot_only_the_worker_is_left_to_start(watched: Watched) -
     """What that takes in seconds is measured by `benchmarks/restore.py`."""
     watched.service.deploy(APP_NAME="quick", GPU="none", **EMBEDDED)
     container = watched.ready("quick")
+    assert watched.seen[-1].weights_mapped == []
     before = container.log[: container.n_log_lines_at_snapshot]
     after = container.log[container.n_log_lines_at_snapshot :]
     assert [line for line in before if line.startswith("SAE 3 of 3")]
