@@ -192,6 +192,12 @@ class Container:
         (self._folder / "restore.json").write_text(f'{{"task_id": "{self.id}"}}')
         return Empty()
 
+    async def FunctionGetDynamicConcurrency(
+        self, request: api_pb2.FunctionGetDynamicConcurrencyRequest
+    ) -> api_pb2.FunctionGetDynamicConcurrencyResponse:
+        """There is never another container, so this one takes as many inputs as it may."""
+        return api_pb2.FunctionGetDynamicConcurrencyResponse(concurrency=request.max_concurrency)
+
     async def FunctionGetInputs(self, _: api_pb2.FunctionGetInputsRequest) -> api_pb2.FunctionGetInputsResponse:
         waiting = self.pool.waiting
         idle_s = self.pool.function.definition.autoscaler_settings.scaledown_window or 60
