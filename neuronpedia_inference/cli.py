@@ -193,20 +193,41 @@ def plan(
     """Count the memory that a model and its SAEs need, and name the cheapest GPU of Modal that has it.
 
     Nothing is loaded. Local folders and the embedded model are counted from their files, others from the hub's
-    metadata. The headroom is a rule of thumb.
+    metadata. The headroom is a rule of thumb. Costs are of that GPU, from a dated table of prices.
     """
     from neuronpedia_inference.memory import GIB, sizes
 
     settings = _settings(set_, model_id=model_id, sae_sets=sae_sets)
     counted = sizes(settings)
-    rows = []
+    rows, costs_by_gpu = [], {}
     for dtypes in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")):
         needs = counted.needs(*dtypes)
         parts = (needs.weights, needs.saes, needs.cache, needs.headroom, needs.total)
         sizes_in_gib = [f"{part / GIB:.2f}" for part in parts]
         rows.append((*dtypes, *sizes_in_gib, needs.gpu or "more than one"))
+        if needs.gpu:
+            costs_by_gpu.setdefault(needs.gpu, needs.weights + needs.saes)
     _line(f"{settings.weights_id}: {counted.parameters:,} parameters, {counted.n_sources} SAEs; memory in GiB")
     _table(("MODEL_DTYPE", "SAE_DTYPE", "weights", "SAEs", "cache", "headroom", "total", "GPU"), rows)
+    _cost_table(costs_by_gpu)
+
+
+def _cost_table(bytes_read: dict[str, int]) -> None:
+    """bytes_read: weights and SAEs, by GPU."""
+    from neuronpedia_inference.prices import costs, price_of
+
+    rows = []
+    for gpu, n_bytes in bytes_read.items():
+        price = price_of(gpu)
+        if price is not None:
+            one = costs(price.usd_per_hour, n_bytes)
+            amounts = (one.hour, one.idle_day, one.cold_start, one.features, one.steered_texts)
+            rows.append(
+                (gpu, *(f"{amount:.4f}" if amount < 0.1 else f"{amount:.2f}" for amount in amounts), price.seen)
+            )
+    _line("US dollars for the GPU; a thousand requests at the pace of the benchmark's CPU: no GPU has been measured")
+    columns = ("GPU", "hour", "idle day", "cold start", "1000 features", "1000 steered texts", "price seen")
+    _table(columns, rows)
 
 
 # Settings and operations

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
+import platform
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from neuronpedia_inference import embedded
-from neuronpedia_inference.embedded.weights import model_folder
+from neuronpedia_inference import downloads, embedded
+from neuronpedia_inference.embedded.weights import default_cache_dir
 from neuronpedia_inference.engine import weights
 from neuronpedia_inference.engine.bridge import BridgeEngine
-from neuronpedia_inference.engine.linear import TIMED_ROWS, choose_products, described
+from neuronpedia_inference.engine.linear import TIMED_ROWS, Chosen, Shape, choose_products, described, names_of
 from neuronpedia_inference.engine.memory import free_bytes
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import ModelInfo
 from neuronpedia_inference.engine.tokens import TextCodec
 from neuronpedia_inference.errors import StartupError, UnknownPoint
+from neuronpedia_inference.memory import needs_at_start
+from neuronpedia_inference.room import allocating, check_fits, room_on
 from neuronpedia_inference.saes.catalogue import SaeCatalogue, aliases, resolve
 from neuronpedia_inference.saes.names import hugging_face_name
 from neuronpedia_inference.saes.store import SaeStore
@@ -65,12 +72,15 @@ class HostWeights:
 
 def load_on_host(settings: Settings, progress: Progress) -> HostWeights:
     """What can be loaded without asking for a GPU, so that a memory snapshot may hold it. Raises StartupError."""
+    needs, room = needs_at_start(settings), room_on(torch.device("cpu"))
+    check_fits(settings.weights_id, needs, room)
     progress(f"Finding the weights of {settings.weights_id}")
-    where = str(model_folder()) if settings.is_embedded else hugging_face_name(settings.weights_id)
+    where = str(downloads.found(settings) or hugging_face_name(settings.weights_id))
     progress(f"Loading {settings.weights_id}")
     options = settings.model_from_pretrained_kwargs
     tokenizer = weights.load_tokenizer(where)
-    model = weights.load_weights(where, dtype=settings.model_dtype, device="cpu", options=options)
+    with allocating(settings.weights_id, needs, room):
+        model = weights.load_weights(where, dtype=settings.model_dtype, device="cpu", options=options)
     return HostWeights(settings, tokenizer, model)
 
 
@@ -79,6 +89,16 @@ def load(settings: Settings, progress: Progress, host: HostWeights | None = None
     torch.set_num_threads(n_threads(settings))
     catalogue = resolve(settings)
     device = weights.pick_device(settings.device)
+    needs, room = needs_at_start(settings), room_on(torch.device(device))
+    if room.is_gpu:  # a host is judged when weights are read to it
+        check_fits(settings.weights_id, needs, room)
+    with allocating(settings.weights_id, needs, room):
+        return _load(settings, progress, host, catalogue, device)
+
+
+def _load(
+    settings: Settings, progress: Progress, host: HostWeights | None, catalogue: SaeCatalogue, device: str
+) -> Loaded:
     if host is None or not host.are_those_of(settings):
         host = load_on_host(settings, progress)
     tokenizer, model = host.tokenizer, host.model
@@ -86,7 +106,8 @@ def load(settings: Settings, progress: Progress, host: HostWeights | None = None
         progress(f"Moving {settings.weights_id} to {device}")
         torch.nn.Module.to(model, device)
     else:
-        log.info("fastest products by weight, for %s rows: %s", TIMED_ROWS, described(choose_products(model)))
+        chosen = _choose_products(model, settings)
+        log.info("fastest products by weight, for %s rows: %s", TIMED_ROWS, described(chosen))
     stop_ids = _stop_ids(tokenizer.eos_token_id, model.generation_config)
     engine = BridgeEngine(
         model,
@@ -107,7 +128,7 @@ def load(settings: Settings, progress: Progress, host: HostWeights | None = None
         max_loaded=settings.max_loaded_saes,
         budget_bytes=_bytes(settings.sae_memory_gib) or int(SAE_SHARE * free_bytes(engine.device)),
     )
-    store.load_all(progress)
+    _load_saes(store, catalogue, progress)
     request_bytes = _bytes(settings.request_memory_gib) or int(REQUEST_SHARE * free_bytes(engine.device))
     _check_sources(store, engine)
     info = engine.model_info(
@@ -116,6 +137,39 @@ def load(settings: Settings, progress: Progress, host: HostWeights | None = None
         known_names=_known_names(settings, catalogue.model_key),
     )
     return Loaded(engine, codec, store, info, _labels(catalogue), request_bytes)
+
+
+def _choose_products(model: PreTrainedModel, settings: Settings) -> Mapping[Shape, Chosen]:
+    """Timed once for each kind of machine, and kept in the cache folder."""
+    machine = (_cpu_name(), os.cpu_count(), n_threads(settings), torch.__version__, str(model.dtype))
+    key = hashlib.sha256(repr((*machine, settings.weights_id, TIMED_ROWS)).encode()).hexdigest()[:16]
+    kept = default_cache_dir() / f"products-{key}.json"
+    try:
+        remembered = json.loads(kept.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        remembered = None
+    chosen = choose_products(model, remembered if isinstance(remembered, dict) else None)
+    if names_of(chosen) != remembered:
+        with suppress(OSError):  # a folder that cannot be written to makes the next start as slow as this one
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(names_of(chosen)), encoding="utf-8")
+    return chosen
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _load_saes(store: SaeStore, catalogue: SaeCatalogue, progress: Progress) -> None:
+    """Raises StartupError at a bad one. The hub is asked only where files are missing."""
+    if all(map(downloads.is_here, catalogue.specs)):
+        with suppress(StartupError), downloads.hub_left_alone():
+            store.load_all(progress)
+    store.load_all(progress)  # those that are loaded are passed over
 
 
 def _labels(catalogue: SaeCatalogue) -> dict[str, tuple[str, ...]]:

@@ -21,6 +21,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from neuronpedia_inference import downloads
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.saes.catalogue import WEIGHTS_NAME, SourceSpec, hub_location, resolve
 from neuronpedia_inference.saes.names import hugging_face_name
@@ -92,10 +93,45 @@ class Sizes:
 
 def sizes(settings: Settings) -> Sizes:
     """Counted from files on this machine, or from the hub's metadata. Raises StartupError."""
+    return _sizes(settings, resolve(settings).specs, *_model(settings))
+
+
+def planned(settings: Settings) -> Needs:
+    """Everything, in the precisions of the settings. Raises StartupError."""
     specs = resolve(settings).specs
     parameters, config = _model(settings)
+    return _sizes(settings, specs, parameters, config).needs(_dtype(config, settings), settings.sae_dtype)
+
+
+def _sizes(settings: Settings, specs: Sequence[SourceSpec], parameters: int, config: dict[str, Any]) -> Sizes:
     largest = sorted(_sae_numbers(specs), reverse=True)[: settings.max_loaded_saes]
     return Sizes(parameters, _cache_numbers(config, settings), sum(largest), len(specs))
+
+
+def needs_at_start(settings: Settings) -> Needs | None:
+    """What must fit for the model to be served at all: its weights, and the cache of one row.
+
+    SAEs are left out: they can take turns, and are judged one by one when they are loaded. None where files and hub
+    do not tell.
+    """
+    if settings.model_from_pretrained_kwargs:
+        return None
+    try:
+        parameters, config = _model(settings)
+        cache = _cache_numbers(config, settings) // settings.max_rows
+        return Sizes(parameters, cache, 0, 0).needs(_dtype(config, settings), settings.sae_dtype)
+    except StartupError:
+        return None
+
+
+def _dtype(config: dict[str, Any], settings: Settings) -> str:
+    """The precision of the loaded weights."""
+    if settings.model_dtype != "auto":
+        return settings.model_dtype
+    own = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    if own not in BYTES:
+        raise StartupError(f"The weights of {settings.weights_id!r} are in {own!r}: MODEL_DTYPE chooses another.")
+    return own
 
 
 def tensor_numbers(file: Path) -> int:
@@ -115,12 +151,10 @@ def _numbers(shapes: Mapping[str, Sequence[int]]) -> int:
 
 def _model(settings: Settings) -> tuple[int, dict[str, Any]]:
     """Parameters and configuration."""
-    from neuronpedia_inference.embedded.weights import model_folder
-
-    folder = model_folder() if settings.is_embedded else Path(settings.weights_id).expanduser()
-    if not folder.is_dir():
+    folder = downloads.found(settings)
+    if folder is None:
         return _hub_model(hugging_face_name(settings.weights_id))
-    files = sorted(folder.glob("*.safetensors"))
+    files = downloads.weight_files(folder)
     config = folder / "config.json"
     if not files or not config.is_file():
         raise StartupError(f"{str(folder)!r} holds no model: it needs config.json and *.safetensors.")

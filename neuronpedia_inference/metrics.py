@@ -76,8 +76,15 @@ class Metrics:
     """Counters and gauges of one runtime, in a registry of its own. Safe from any thread."""
 
     def __init__(self) -> None:
+        self._watches: list[_Watch] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was counted so far, as after a check at start. Nothing may be under way."""
         self._registry = _Registry()
         self._described: list[Described] = []
+        for watch in self._watches:
+            self._registry.register(watch)
         self._requests = self._counter(
             "requests_total",
             "Requests by how they ended: answered, refused, overloaded, failed, or cancelled by hanging up.",
@@ -156,8 +163,9 @@ class Metrics:
         May be called once.
         """
         assert load.keys() == LOAD.keys(), load.keys()
-        self._registry.register(_Watch(LOAD, lambda: {key: read() for key, read in load.items()}))
-        self._registry.register(_Watch(SAES, sae))
+        self._watches = [_Watch(LOAD, lambda: {key: read() for key, read in load.items()}), _Watch(SAES, sae)]
+        for watch in self._watches:
+            self._registry.register(watch)
 
     # Readers
 

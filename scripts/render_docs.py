@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from render_benchmarks import documents as benchmark_documents
 
 from neuronpedia_inference.embedded import steering_examples
 from neuronpedia_inference.errors import InferenceError
+from neuronpedia_inference.memory import GPUS
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.operations import OPERATIONS, Operation
+from neuronpedia_inference.prices import prices
 from neuronpedia_inference.settings import Settings, variable
 from neuronpedia_inference.web.auth import HEADER
 from neuronpedia_inference.web.fields import example_of, fields_of
@@ -30,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference.md"
 ERRORS = ROOT / "docs" / "errors.md"
 README = ROOT / "README.md"
+OPERATING = ROOT / "docs" / "operating.md"
 N_STEERING = 3
 NOTE = "<!-- Written by scripts/render_docs.py; change the code and run it again. -->\n"
 MORE_OPENAPI = "the running server's `/docs` and `/openapi.json` have the answers' fields too"
@@ -324,6 +327,26 @@ def steering_table() -> str:
 def readme(text: str) -> str:
     """The README with its marked tables renewed."""
     tables = {"operations": operations_table(), "settings": settings_table(), "steering": steering_table()}
+    return _renewed(text, tables)
+
+
+def gpu_table() -> str:
+    """Modal's GPUs with their memory and what they cost."""
+    known = [(gpu, gigabytes, prices()[gpu]) for gpu, gigabytes in GPUS.items()]
+    rows = [
+        (f"`{gpu}`", f"{gigabytes}", f"{price.usd_per_hour:.2f}", f"{24 * price.usd_per_hour:.2f}", price.seen)
+        for gpu, gigabytes, price in known
+    ]
+    return table(("GPU", "memory, GB", "$ an hour", "$ an idle day with MIN_CONTAINERS=1", "price seen"), rows)
+
+
+def operating(text: str) -> str:
+    """The guide to Modal with its marked table renewed."""
+    return _renewed(text, {"gpus": gpu_table()})
+
+
+def _renewed(text: str, tables: Mapping[str, str]) -> str:
+    """The text with new contents between the markers of each table."""
     for name, content in tables.items():
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
@@ -337,6 +360,7 @@ def documents() -> Iterator[tuple[Path, str]]:
     yield ERRORS, errors()
     if README.exists():
         yield README, readme(README.read_text(encoding="utf-8"))
+    yield OPERATING, operating(OPERATING.read_text(encoding="utf-8"))
     yield from benchmark_documents(table)
 
 

@@ -4,16 +4,22 @@ Input: one JSON value a line, the body of a request, or a bare string, which is 
 Output: `{"line": 7, "id": "...", "answer": {...}}` a line, in the order of the input. What could not be answered goes
 to `<output>.errors` in the same form, with `error` in place of `answer`.
 
+Several lines go in one call, and a bounded number of calls is under way: the next is sent when the oldest is written.
 Start it again after a crash with the same arguments and it goes on; `id` tells lines of another input apart.
 """
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import hashlib
 import json
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,13 +28,21 @@ from typing import Any, TextIO
 from neuronpedia_inference.errors import InvalidRequest, unknown_name
 from neuronpedia_inference.operations import Operation, by_name, validate
 
-CHUNK = 500
-"""Lines sent at a time. An answer waits in memory for earlier ones of its chunk that have to be tried again."""
+LINES_PER_CALL = 8
+CALLS = 16
+"""Under way or waiting to be written: what is in memory is bounded by this times LINES_PER_CALL."""
 ATTEMPTS = 3
+PAUSE_S = 1.0
+"""Before the second attempt; twice as long before each further one."""
+SILENT_CALLS = 3
+"""Calls in a row of which no line is answered, after which the job stops."""
 PROGRESS_S = 2.0
 
-Map = Callable[..., Iterable[Any]]
-"""`modal.Function.map`, or anything that takes bodies and `return_exceptions` and gives answers in order."""
+ANSWERED, SOME_FAILED = 0, 3
+"""Exit codes of a job that came to its end."""
+
+Ask = Callable[[str, list[dict[str, Any]]], Awaitable[Sequence[Any]]]
+"""Answers several bodies of one operation. For each: its answer, or an exception in its place."""
 
 
 class BatchFailed(Exception):
@@ -49,38 +63,53 @@ class Counts:
     skipped: int = 0
     """Answered by an earlier run."""
 
+    @property
+    def exit_code(self) -> int:
+        return SOME_FAILED if self.failed else ANSWERED
+
 
 @dataclass
 class Job:
     """One run over one file."""
 
     operation: Operation[Any]
-    map: Map
+    ask: Ask
     answers: TextIO
     errors: TextIO
     total: int
+    pause_s: float
     counts: Counts = field(default_factory=Counts)
+    silent_calls: int = 0
     started: float = field(default_factory=time.monotonic)
     told: float = 0.0
 
-    def answer(self, lines: Sequence[Line]) -> None:
-        """One chunk: the answers are written in order, as far as they have come. Raises BatchFailed."""
+    async def answer(self, lines: Sequence[Line]) -> list[Any]:
+        """For each line its answer, or the exception of its last attempt."""
         outcomes: dict[int, Any] = {}
-        left, written = list(lines), 0
-        for attempt in range(1, ATTEMPTS + 1):
-            sent, left, reason = left, [], None
-            results = self.map([line.body for line in sent], return_exceptions=True)
-            for line, result in zip(sent, results, strict=True):
-                if _is_worth_retrying(result) and attempt < ATTEMPTS:
-                    left.append(line)
-                    reason = result
-                    continue
-                outcomes[line.number] = result
-                written = self._write(lines, outcomes, written)
+        left = list(lines)
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(self.pause_s * 2 ** (attempt - 1))
+            results = await self.ask(self.operation.name, [line.body for line in left])
+            outcomes |= {line.number: result for line, result in zip(left, results, strict=True)}
+            left = [line for line in left if _is_worth_retrying(outcomes[line.number])]
             if not left:
-                return
-            if attempt > 1 and len(left) == len(lines):
-                raise BatchFailed(f"nothing is answered: {reason}")
+                break
+        return [outcomes[line.number] for line in lines]
+
+    def write(self, lines: Sequence[Line], outcomes: Sequence[Any]) -> None:
+        """Raises BatchFailed once nothing is answered any more."""
+        for line, outcome in zip(lines, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                self.fail(line.number, line.id, str(outcome) or type(outcome).__name__)
+            else:
+                self.counts.answered += 1
+                _put(self.answers, {"line": line.number, "id": line.id, "answer": outcome})
+            self.tell()
+        is_silent = all(map(_is_worth_retrying, outcomes))
+        self.silent_calls = self.silent_calls + 1 if is_silent else 0
+        if is_silent and (self.silent_calls == SILENT_CALLS or not self.counts.answered):
+            raise BatchFailed(f"nothing is answered: {outcomes[-1]}")
 
     def fail(self, number: int, id_: str, error: str) -> None:
         self.counts.failed += 1
@@ -101,39 +130,42 @@ class Job:
             flush=True,
         )
 
-    def _write(self, lines: Sequence[Line], outcomes: dict[int, Any], written: int) -> int:
-        """Write what follows without a gap; returns how many lines of the chunk are out."""
-        while written < len(lines) and lines[written].number in outcomes:
-            line = lines[written]
-            result = outcomes.pop(line.number)
-            if isinstance(result, BaseException):
-                self.fail(line.number, line.id, str(result) or type(result).__name__)
-            else:
-                self.counts.answered += 1
-                _put(self.answers, {"line": line.number, "id": line.id, "answer": result})
-            written += 1
-            self.tell()
-        return written
 
-
-def run(input: str, output: str, operation: str, fields: str, mapper: Callable[[str], Map]) -> Counts:
+async def run(input: str, output: str, operation: str, fields: str, ask: Ask, *, pause_s: float = PAUSE_S) -> Counts:
     """Answer the lines of `input` that `output` does not hold yet. Raises BatchFailed."""
     wanted = _operation(operation)
     source, target = Path(input), Path(output)
     if not source.is_file():
         raise BatchFailed(f"--input {input}: no such file")
     defaults = _fields(fields)
-    done = _finished(target)
-    with target.open("a", encoding="utf-8") as answers, _errors_of(target).open("w", encoding="utf-8") as errors:
-        with source.open(encoding="utf-8-sig") as counted:
-            job = Job(wanted, mapper(operation), answers, errors, sum(1 for text in counted if text.strip()))
-        with source.open(encoding="utf-8-sig") as texts:
-            unfinished = _unfinished(job, texts, defaults, done)
-            while lines := list(islice(unfinished, CHUNK)):
-                job.answer(lines)
-    _sort(target)
+    with _alone(target):
+        done = _finished(target)
+        with target.open("a", encoding="utf-8") as answers, _errors_of(target).open("w", encoding="utf-8") as errors:
+            with source.open(encoding="utf-8-sig") as counted:
+                job = Job(wanted, ask, answers, errors, sum(1 for text in counted if text.strip()), pause_s)
+            with source.open(encoding="utf-8-sig") as texts:
+                await _answer_all(job, _unfinished(job, texts, defaults, done))
+        _sort(target)
     job.tell(now=True)
     return job.counts
+
+
+async def _answer_all(job: Job, lines: Iterator[Line]) -> None:
+    """A window over the calls, oldest first: what is done is written in order, and makes room for another."""
+    window: deque[tuple[list[Line], asyncio.Task[list[Any]]]] = deque()
+    try:
+        while True:
+            while len(window) < CALLS and (group := list(islice(lines, LINES_PER_CALL))):
+                window.append((group, asyncio.create_task(job.answer(group))))
+            if not window:
+                return
+            group, answering = window[0]
+            job.write(group, await answering)
+            window.popleft()
+    finally:
+        for _, answering in window:
+            answering.cancel()
+        await asyncio.gather(*(answering for _, answering in window), return_exceptions=True)
 
 
 def _operation(name: str) -> Operation[Any]:
@@ -228,13 +260,31 @@ def _finished(output: Path) -> dict[int, str]:
 
 
 def _sort(output: Path) -> None:
-    """Put lines that an earlier run could not answer into their places."""
-    with output.open(encoding="utf-8") as file:
-        texts = list(file)
-    numbers = [json.loads(text)["line"] for text in texts]
-    if numbers == sorted(numbers):
+    """Put lines that an earlier run could not answer into their places. Only where they lie is kept in memory."""
+    places: list[tuple[int, int, int]] = []
+    with output.open("rb") as file:
+        start = 0
+        for text in file:
+            places.append((json.loads(text)["line"], start, len(text)))
+            start += len(text)
+    ordered = sorted(places)
+    if ordered == places:
         return
-    ordered = output.with_name(output.name + ".sorted")
-    by_number = dict(zip(numbers, texts, strict=True))
-    ordered.write_text("".join(by_number[number] for number in sorted(by_number)), encoding="utf-8")
-    ordered.replace(output)
+    scratch = output.with_name(output.name + ".sorted")
+    with output.open("rb") as file, scratch.open("wb") as target:
+        for _, start, length in ordered:
+            file.seek(start)
+            target.write(file.read(length))
+    shutil.copymode(output, scratch)
+    scratch.replace(output)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """No other job writes to this output meanwhile. The lock goes with the process, however that ends."""
+    with output.with_name(output.name + ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BatchFailed(f"--output {output}: another batch is writing to it") from None
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,8 @@ from neuronpedia_inference.errors import (
     UnknownSource,
 )
 from neuronpedia_inference.observability import report, request_id
+
+BUILT_IN = frozenset(cls for cls in vars(builtins).values() if isinstance(cls, type) and issubclass(cls, Exception))
 
 
 def builtin_error(exc: InferenceError) -> Exception:
@@ -49,3 +52,14 @@ def builtin_errors() -> Iterator[None]:
         raise builtin_error(exc) from None
     except StartupError as exc:
         raise RuntimeError(f"startup_failed: {exc}") from None
+    except (RuntimeError, OSError, ValueError, LookupError) as exc:
+        if type(exc) in BUILT_IN:
+            raise
+        raise _nearest(exc) from None
+
+
+def _nearest(exc: Exception) -> Exception:
+    """A library's error as the built-in one that it is made of: a caller may lack the library, as it lacks torch."""
+    base = next(cls for cls in type(exc).__mro__ if cls in BUILT_IN)
+    lines = str(exc).strip().splitlines() or [""]
+    return base(f"{type(exc).__name__}: {lines[0]}")

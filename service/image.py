@@ -22,9 +22,6 @@ ENVIRONMENT = {
     "HF_HOME": f"{MOUNT_PATH}/huggingface",
     "HF_XET_HIGH_PERFORMANCE": "1",
     "NEURONPEDIA_INFERENCE_CACHE": f"{MOUNT_PATH}/neuronpedia-inference",
-    "TORCHINDUCTOR_CACHE_DIR": f"{MOUNT_PATH}/torchinductor",
-    # Worker processes do not survive a memory snapshot.
-    "TORCHINDUCTOR_COMPILE_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
 }

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
 
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.settings import Settings
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 Say = Callable[[str], None]
 
@@ -28,7 +28,10 @@ PARAMETERS = (
 )
 OF_ONE_MODEL = ("sae_sets", "override_model_id", "custom_hf_model_id", "local_sae_dir", "include_sae", "exclude_sae")
 """Settings that make no sense for another model than the one they were made for."""
-WEIGHT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+
+RAISED = (ValueError, LookupError, RuntimeError, TimeoutError, MemoryError, OSError)
+"""What `errors.builtin_errors` lets through."""
+PATIENCE_S = 60.0
 
 
 # Parameters
@@ -82,24 +85,49 @@ def merged(body: object, fields: Mapping[str, Any]) -> Any:
 
 def asked_for(request: object) -> tuple[str, dict[str, Any]]:
     """Operation and body of one entry of `requests`: a pair, or a dictionary with these two keys."""
-    from neuronpedia_inference.operations import by_name
-
     name, body = (request.get("operation"), request.get("body")) if isinstance(request, Mapping) else (None, None)
     if isinstance(request, list | tuple) and len(request) == 2:
         name, body = request
     if not isinstance(name, str) or not isinstance(body, Mapping):
         raise ValueError(f"invalid_request: requests: needs pairs of operation and body, not {str(request)[:80]!r}")
+    check_operation(name)
+    return name, dict(body)
+
+
+def check_operation(name: str) -> None:
+    """Raises LookupError unless there is one of that name."""
+    from neuronpedia_inference.operations import by_name
+
     if name not in by_name:
         raise LookupError(f"unknown_operation: {name[:80]!r}. Available: {', '.join(by_name)}")
-    return name, dict(body)
 
 
 async def answer_or_error(answer: Awaitable[dict[str, Any]]) -> dict[str, Any]:
     """An error that the service raised, as data."""
     try:
         return await answer
-    except (ValueError, LookupError, RuntimeError, TimeoutError, MemoryError) as exc:
+    except RAISED as exc:
         return {"error": str(exc)}
+
+
+async def outcome_of(answer: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+    """`{"answer": ...}`, or `{"error", "kind"}` of what the service raised. An overloaded service is asked again."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return {"answer": await answer()}
+        except RAISED as exc:
+            if not isinstance(exc, TimeoutError) or time.monotonic() > deadline:
+                return {"error": str(exc), "kind": next(kind.__name__ for kind in RAISED if isinstance(exc, kind))}
+            await asyncio.sleep(random.uniform(0.1, 0.5))
+
+
+def as_exceptions(outcomes: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What `outcome_of` gave: each answer, or an exception in its place."""
+    kinds = {kind.__name__: kind for kind in RAISED}
+    return [
+        outcome["answer"] if "answer" in outcome else kinds[outcome["kind"]](outcome["error"]) for outcome in outcomes
+    ]
 
 
 def first_activation(answer: Mapping[str, Any]) -> str:
@@ -118,30 +146,15 @@ def first_activation(answer: Mapping[str, Any]) -> str:
 
 def fetch(settings: Settings, say: Say) -> list[str]:
     """Have the weights and every SAE in the caches of this machine; returns where the weights are and the sources."""
+    from neuronpedia_inference import downloads
     from neuronpedia_inference.saes.catalogue import resolve
     from neuronpedia_inference.saes.load import load_sae
 
     specs = resolve(settings).specs
     say(f"Weights of {settings.weights_id}")
-    weights = _fetch_weights(settings)
+    weights = downloads.fetch(settings)
     say(f"Weights of {settings.weights_id} are in {weights}")
     for number, spec in enumerate(specs, 1):
         say(f"SAE {number} of {len(specs)}: {spec.name}")
         load_sae(spec, dtype=settings.sae_dtype, device="cpu")
     return [str(weights), *(spec.name for spec in specs)]
-
-
-def _fetch_weights(settings: Settings) -> Path:
-    from pathlib import Path
-
-    from neuronpedia_inference.embedded.weights import model_folder
-    from neuronpedia_inference.saes.names import hugging_face_name
-
-    if settings.is_embedded:
-        return model_folder()
-    folder = Path(settings.weights_id)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(hugging_face_name(settings.weights_id), allow_patterns=WEIGHT_FILES))

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from neuronpedia_inference.errors import StartupError, unknown_name
+from neuronpedia_inference.memory import GPUS
 from neuronpedia_inference.settings import Settings, variable
+from service.allowed import is_name
 
 MINUTES = 60
 HOURS = 60 * MINUTES
@@ -32,13 +34,23 @@ DEFAULTS = {
     "STARTUP_TIMEOUT": str(30 * MINUTES),
     "CUSTOM_DOMAIN": "",
     "GPU_SNAPSHOT": "0",
+    "MODELS": "",
+    "PROXY_AUTH": "0",
+    "TARGET_INPUTS": "",
+    "BUFFER_CONTAINERS": "0",
+    "RETRIES": "0",
+    "MEMORY": "",
+    "EPHEMERAL_DISK": "",
+    "REGION": "",
+    "CLOUD": "",
     "SECRET_NAME": "neuronpedia-inference",
     "VOLUME_NAME": "hf-cache-neuronpedia",
 }
 
-GPUS = ("T4", "L4", "A10", "A100", "A100-40GB", "A100-80GB", "L40S", "H100", "H200", "B200")
+CARDS = {**GPUS, "A100": 40, "RTX-PRO-6000": 96, "H100!": 80, "B200+": 180}
+"""GB of every type that may be asked for. `H100!` is never upgraded to an H200, `B200+` may be something newer."""
 NO_GPU = ("none", "cpu")
-MOST_GPUS = 8
+EXAMPLES = {"REGION": "us-east or eu", "CLOUD": "aws, gcp or oci"}
 SECRETS = ("SECRET", "SENTRY_DSN")
 """Settings that travel in the Modal secret only."""
 
@@ -61,6 +73,21 @@ class Options:
     startup_timeout_s: int
     custom_domains: tuple[str, ...]
     gpu_snapshot: bool
+    target_inputs: int
+    """Requests for which the autoscaler makes room in each container, so that bursts find some left."""
+    buffer_containers: int
+    retries: int
+    """Of an input whose container was lost or that failed, by Modal."""
+    memory_gib: int | None
+    """None: what the plan counts."""
+    ephemeral_disk_gib: int | None
+    """None: what the plan counts, where Modal's own is not enough."""
+    region: tuple[str, ...]
+    cloud: str | None
+    models: tuple[str, ...]
+    """What callers of `AnyModel` may choose beside the deployment's own; empty: SAELens's directory."""
+    proxy_auth: bool
+    """Modal itself asks web callers for a proxy token, before a container is started."""
     secret_name: str
     """Empty: no secret."""
     volume_name: str
@@ -84,8 +111,17 @@ class Options:
             startup_timeout_s=_number("STARTUP_TIMEOUT", chosen["STARTUP_TIMEOUT"], 1, 24 * HOURS),
             custom_domains=tuple(chosen["CUSTOM_DOMAIN"].replace(",", " ").split()),
             gpu_snapshot=_switch("GPU_SNAPSHOT", chosen["GPU_SNAPSHOT"]),
-            secret_name=chosen["SECRET_NAME"],
-            volume_name=chosen["VOLUME_NAME"],
+            target_inputs=_target(chosen["TARGET_INPUTS"], chosen["MAX_INPUTS"]),
+            buffer_containers=_number("BUFFER_CONTAINERS", chosen["BUFFER_CONTAINERS"], 0, 100),
+            retries=_number("RETRIES", chosen["RETRIES"], 0, 10),
+            memory_gib=_size("MEMORY", chosen["MEMORY"], 1, 1024),
+            ephemeral_disk_gib=_size("EPHEMERAL_DISK", chosen["EPHEMERAL_DISK"], 1, 3072),
+            region=_words("REGION", chosen["REGION"]),
+            cloud=next(iter(_words("CLOUD", chosen["CLOUD"])), None),
+            models=_models(chosen["MODELS"]),
+            proxy_auth=_switch("PROXY_AUTH", chosen["PROXY_AUTH"]),
+            secret_name=_resource_name("SECRET_NAME", chosen["SECRET_NAME"]) if chosen["SECRET_NAME"] else "",
+            volume_name=_resource_name("VOLUME_NAME", chosen["VOLUME_NAME"]),
             env={**chosen, **settings},
         )
         _check_together(options, settings)
@@ -118,6 +154,13 @@ def _app_name(name: str) -> str:
     return name
 
 
+def _resource_name(name: str, text: str) -> str:
+    # What becomes a name at Modal, which refuses others by a page of traceback.
+    if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text) is None:
+        raise StartupError(f"{name} {text!r}: use up to 64 letters, digits, hyphens, dots and underscores")
+    return text
+
+
 def _gpu(text: str) -> str | list[str] | None:
     if text.lower() in NO_GPU:
         return None
@@ -126,15 +169,47 @@ def _gpu(text: str) -> str | list[str] | None:
 
 
 def _one_gpu(text: str) -> str:
-    """`H100` or `H100:2`."""
+    """`H100`, or `H100:1`."""
     name, colon, count = text.upper().partition(":")
     if name == "A10G":
         raise StartupError(f"GPU {text!r}: use A10")
-    if name not in GPUS:
-        raise StartupError(f"GPU: {unknown_name('type', text, GPUS)} `none` gives a container without a GPU.")
-    if colon and not (count.isdecimal() and 1 <= int(count) <= MOST_GPUS):
-        raise StartupError(f"GPU {text!r}: the count after the colon must be a number from 1 to {MOST_GPUS}")
-    return f"{name}:{int(count)}" if colon else name
+    if name not in CARDS:
+        raise StartupError(f"GPU: {unknown_name('type', text, CARDS)} `none` gives a container without a GPU.")
+    if colon and not (count.isdecimal() and int(count) >= 1):
+        raise StartupError(f"GPU {text!r}: after the colon comes a count, which can only be 1")
+    if colon and int(count) > 1:
+        raise StartupError(
+            f"GPU {text!r}: a model is served by one GPU, and {int(count) - 1} would be paid for unused. "
+            f"Use {name}, or a larger one: `neuronpedia-inference plan` names those that fit."
+        )
+    return name
+
+
+def _models(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.replace(",", " ").split()))
+    for name in names:
+        if not is_name(name):
+            raise StartupError(f"MODELS: {name!r} is not the name of a model; paths are not accepted")
+    return names
+
+
+def _target(text: str, max_inputs: str) -> int:
+    """Three quarters of MAX_INPUTS where nothing is chosen."""
+    most = _number("MAX_INPUTS", max_inputs, 2, 1000)
+    return _number("TARGET_INPUTS", text, 1, most) if text else max(1, most * 3 // 4)
+
+
+def _size(name: str, text: str, least: int, most: int) -> int | None:
+    return _number(f"{name} (in GiB)", text, least, most) if text else None
+
+
+def _words(name: str, text: str) -> tuple[str, ...]:
+    words = tuple(text.replace(",", " ").split())
+    if any(re.fullmatch(r"[a-z][a-z0-9-]*", word) is None for word in words):
+        raise StartupError(f"{name} {text!r}: must be names such as {EXAMPLES[name]}")
+    if name == "CLOUD" and len(words) > 1:
+        raise StartupError(f"{name} {text!r}: only one can be chosen")
+    return words
 
 
 def _number(name: str, text: str, least: int, most: int) -> int:
@@ -162,6 +237,5 @@ def _check_together(options: Options, settings: Mapping[str, str]) -> None:
             f"MAX_INPUTS ({options.max_inputs}) is greater than MAX_CONCURRENT_REQUESTS ({admitted}): "
             "the rest would be refused"
         )
-    gpus = [options.gpu] if isinstance(options.gpu, str) else options.gpu or []
-    if options.gpu_snapshot and (not gpus or any(":" in gpu for gpu in gpus)):
-        raise StartupError("GPU_SNAPSHOT: works with exactly one GPU in a container")
+    if options.gpu_snapshot and not options.gpu:
+        raise StartupError("GPU_SNAPSHOT: there is no GPU whose memory could be part of it (GPU=none)")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import modal
 import modal.exception
 
@@ -16,7 +14,7 @@ def weights_volume(name: str) -> modal.Volume:
 
 
 def optional_secret(name: str) -> list[modal.Secret]:
-    """The secret of that name, or nothing where there is none, said in one line.
+    """The secret of that name, or nothing where there is none.
 
     Modal has no optional secrets, so this asks for it while deploying. A container is told the outcome in its
     environment (see `image.py`): it must list the same objects as its deployment did.
@@ -29,13 +27,18 @@ def optional_secret(name: str) -> list[modal.Secret]:
     try:
         secret.hydrate()
     except modal.exception.NotFoundError:
-        print(
-            f"No Modal secret {name!r}: the service will be open to everybody and load public models only. To change "
-            f"that: modal secret create {name} SECRET=... HF_TOKEN=...",
-            file=sys.stderr,
-        )
         return []
     except modal.exception.AuthError:
         # Not logged in: nothing can be deployed, and importing this module must work all the same.
         return [secret]
     return [secret]
+
+
+def keys_of(secrets: list[modal.Secret]) -> set[str] | None:
+    """Names of the variables in the optional secret; None where there is none, or nobody is logged in to ask."""
+    try:
+        for secret in secrets:
+            return set(secret._get_keys())
+    except modal.exception.AuthError:
+        pass
+    return None

@@ -34,6 +34,8 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """[..., in], weight [out, in], bias [out] or None -> [..., out]"""
 Chosen = tuple[Product, ...]
 """One for each of TIMED_ROWS."""
+Names = Mapping[str, Sequence[str]]
+"""Names of the products by `<out>x<in>`."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,19 +70,25 @@ def _onednn_part(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")[:n_rows]
 
 
-def choose_products(model: nn.Module) -> dict[Shape, Chosen]:
+def choose_products(model: nn.Module, remembered: Names | None = None) -> dict[Shape, Chosen]:
     """Time the products for every shape of linear layer, and let the model's layers use the fastest.
 
-    For models on a CPU, under the number of threads that will be used. Gives what was chosen by [out, in].
+    For models on a CPU, under the number of threads that will be used. Gives what was chosen by [out, in]. What was
+    chosen before, on a like machine for like weights, is not timed again, but checked again.
     """
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     with torch.inference_mode():
-        chosen = _fastest(_timed(layers))
+        chosen = _remembered(remembered or {}, layers) or _fastest(_timed(layers))
         _compile_ahead({_shape(layer): layer for layer in layers}, chosen)
     for layer in layers:
         if any(product is not linear for product in chosen[_shape(layer)]):
             layer.forward = MethodType(partial(_forward, chosen[_shape(layer)]), layer)
     return chosen
+
+
+def names_of(chosen: Mapping[Shape, Chosen]) -> Names:
+    """What was chosen, to be remembered."""
+    return {_key(shape): [product.__name__ for product in products] for shape, products in chosen.items()}
 
 
 def described(chosen: Mapping[Shape, Chosen]) -> str:
@@ -96,6 +104,23 @@ def _forward(chosen: Chosen, layer: nn.Linear, x: Tensor) -> Tensor:
 
 def _shape(layer: nn.Linear) -> Shape:
     return layer.out_features, layer.in_features
+
+
+def _key(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def _remembered(names: Names, layers: Sequence[nn.Linear]) -> dict[Shape, Chosen] | None:
+    """The products of these names, if they are known for every shape and give the right numbers here."""
+    by_name = {product.__name__: product for product in (linear, turned, onednn)}
+    chosen: dict[Shape, Chosen] = {}
+    for layer in layers:
+        listed = names.get(_key(_shape(layer)), ())
+        if len(listed) != len(TIMED_ROWS) or not by_name.keys() >= set(listed):
+            return None
+        chosen[_shape(layer)] = tuple(by_name[name] for name in listed)
+    others = {product for products in chosen.values() for product in products} - {linear}
+    return chosen if all(_is_right(product, layers) for product in others) else None
 
 
 def _timed(layers: Sequence[nn.Linear]) -> list[nn.Linear]:

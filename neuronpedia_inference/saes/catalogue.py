@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from neuronpedia_inference.errors import StartupError, unknown_name
+from neuronpedia_inference.saes.directory import releases
 from neuronpedia_inference.saes.names import aliases, all_names, lookup_order
 from neuronpedia_inference.settings import EMBEDDED_MODEL_ID, Settings
 
@@ -121,12 +122,10 @@ def _sets_of_model(settings: Settings) -> tuple[str, SetTable]:
 
 def hub_location(spec: SourceSpec) -> tuple[str, str]:
     """Repository and path, on the hub, of an SAE of SAELens's directory."""
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
     assert spec.release is not None, spec
     assert spec.sae_id is not None, spec
-    release = get_pretrained_saes_directory()[spec.release]
-    return release.repo_id, release.saes_map[spec.sae_id]
+    release = releases()[spec.release]
+    return release.repo, release.paths[spec.sae_id]
 
 
 def _default_sets(model_key: str | None) -> tuple[str, ...]:
@@ -234,13 +233,10 @@ def _directory_key(model_id: str) -> str:
 @lru_cache(maxsize=1)
 def _directory() -> dict[str, SetTable]:
     """Model -> set -> sources, in directory order. SAEs without a neuronpedia id have no source name here."""
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
     rows: dict[str, list[SourceSpec]] = {}
-    for release, lookup in get_pretrained_saes_directory().items():
-        specs = rows.setdefault(lookup.model, [])
-        for sae_id, neuronpedia_id in lookup.neuronpedia_id.items():
-            # Missing ids are None, or NaN after a trip through pandas.
+    for release, about in releases().items():
+        specs = rows.setdefault(about.model, [])
+        for sae_id, neuronpedia_id in about.neuronpedia_ids.items():
             name = neuronpedia_id.rsplit("/", 1)[-1] if isinstance(neuronpedia_id, str) else ""
             if "-" in name:
                 specs.append(SourceSpec(name, _set_of(name), release, sae_id, None, neuronpedia_id))

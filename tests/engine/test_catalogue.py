@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.saes import catalogue
 from neuronpedia_inference.saes.catalogue import SaeCatalogue, aliases, known_models, offered, resolve
+from neuronpedia_inference.saes.directory import Release
 from neuronpedia_inference.saes.names import lookup_order
 from neuronpedia_inference.settings import Settings
 
@@ -143,11 +143,8 @@ class TestDirectory:
         assert total == 2441
 
     def test_missing_ids_are_passed_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from sae_lens.loading import pretrained_saes_directory
-
-        ids: dict[str, Any] = {"a": None, "b": math.nan, "c": "m/3-res-x", "d": "m/4-res-x__l0-9"}
-        lookup = type("Lookup", (), {"model": "m", "neuronpedia_id": ids})()
-        monkeypatch.setattr(pretrained_saes_directory, "get_pretrained_saes_directory", lambda: {"r": lookup})
+        ids = {"a": None, "c": "m/3-res-x", "d": "m/4-res-x__l0-9"}
+        monkeypatch.setattr(catalogue, "releases", lambda: {"r": Release("m", "repo", {}, ids)})
         catalogue._directory.cache_clear()
         try:
             assert names(asked(model_id="m", sae_sets=["res-x"])) == ["3-res-x"]

@@ -138,3 +138,31 @@ def test_all_are_timed_for_every_shape() -> None:
     assert products.described(chosen).count("(") == 2
     with torch.inference_mode():
         torch.testing.assert_close(net(torch.ones(3, 64)), before, rtol=1e-5, atol=1e-6)
+
+
+def test_what_was_chosen_before_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    pretend(monkeypatch, {1: products.turned, 8: products.onednn})
+    names = products.names_of(products.choose_products(net))
+    assert {tuple(listed) for listed in names.values()} == {
+        ("turned", "linear", "linear", "onednn", "linear", "linear")
+    }
+
+    def timed(*_: object) -> None:
+        raise AssertionError("timed again")
+
+    monkeypatch.setattr(products, "_seconds", timed)
+    again = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    assert products.names_of(products.choose_products(again, names)) == names
+    for remembered in ({}, {"6x8": names["6x8"]}, {**names, "4x6": ["linear"]}, {**names, "4x6": ["nothing"] * 6}):
+        with pytest.raises(AssertionError, match="timed again"):
+            products.choose_products(again, remembered)
+
+
+def test_what_was_chosen_before_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another build of torch may lack a product, or have it wrong."""
+    net = nn.Sequential(nn.Linear(8, 6))
+    monkeypatch.setattr(products, "_is_right", lambda product, layers: product is not products.turned)
+    pretend(monkeypatch, {})
+    chosen = products.choose_products(net, {"6x8": ["turned"] * len(products.TIMED_ROWS)})
+    assert set(chosen[6, 8]) == {products.linear}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.modal.local_modal import Plane
-from tests.modal.service_under_test import EMBEDDED, Deployed, fill_volume
+from tests.modal.service_under_test import EMBEDDED, NAMED, Deployed, fill_volume
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,5 +29,5 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     with Plane(folder / "plane") as plane:
         fill_volume(plane)
         service = Deployed(plane, folder)
-        service.deploy(GPU="none", **EMBEDDED)
+        service.deploy(GPU="none", MODELS=NAMED, **EMBEDDED)
         yield service

@@ -30,6 +30,8 @@ START_S = 600
 
 EMBEDDED = {"MODEL_ID": embedded.MODEL_ID, "NUM_THREADS": "1"}
 TINY = "/cache/tiny"
+NAMED = "tests/tiny"
+"""The same model under a name of the hub, as if it had been downloaded."""
 BROKEN = "/cache/broken"
 
 
@@ -118,12 +120,20 @@ def fill_volume(plane: Plane) -> None:
     model_folder()
     (folder / "neuronpedia-inference").symlink_to(default_cache_dir(), target_is_directory=True)
     models.save("llama", folder / "tiny")
+    _as_downloaded(folder / "tiny", folder / "huggingface" / "hub" / "models--tests--tiny")
     shutil.copytree(folder / "tiny", folder / "broken")
     _flatten_output(folder / "broken")
 
 
 async def _volume_folder(plane: Plane) -> Path:
     return plane.objects.volume(VOLUME).folder
+
+
+def _as_downloaded(model: Path, repo: Path) -> None:
+    """A copy as the hub's client keeps it."""
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(model, repo / "snapshots" / ("0" * 40))
 
 
 def _flatten_output(folder: Path) -> None:

@@ -1,18 +1,19 @@
-"""The batch job: its rules with a mapper that is a plain function, then as the command that people type."""
+"""The batch job: its rules with a service that is a plain function, then as the command that people type."""
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service import batch
-from tests.modal.service_under_test import EMBEDDED, MODAL, ROOT, TINY, Deployed
+from tests.modal.service_under_test import APP, EMBEDDED, MODAL, NAMED, ROOT, Deployed
 
 N_LINES = 200
 BAD = {17: '{"prompt": 5}', 90: "{not json", 151: '{"source": "1"}'}
@@ -28,34 +29,42 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
 
 
-class Mapper:
-    """Answers each body with its prompt; `faults` gives errors to raise for a prompt, one per attempt."""
+class Service:
+    """Answers each body with itself; `faults` gives errors for a prompt, one per attempt."""
 
     def __init__(self, **faults: list[Exception]) -> None:
-        self.sent: list[str] = []
+        self.calls: list[list[str]] = []
         self.faults = {f"Number {name[1:]}.": list(errors) for name, errors in faults.items()}
+        self.under_way = self.most_under_way = 0
 
-    def __call__(self, name: str) -> Callable[..., Iterator[Any]]:
+    @property
+    def sent(self) -> list[str]:
+        return [prompt for call in self.calls for prompt in call]
+
+    async def ask(self, name: str, bodies: list[dict[str, Any]]) -> list[Any]:
         assert name == "activations"
-        return self.map
+        self.calls.append([body["prompt"] for body in bodies])
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        await asyncio.sleep(0)
+        self.under_way -= 1
+        return [self._outcome(body) for body in bodies]
 
-    def map(self, bodies: list[dict[str, Any]], *, return_exceptions: bool) -> Iterator[Any]:
-        assert return_exceptions
-        for body in bodies:
-            self.sent.append(body["prompt"])
-            faults = self.faults.get(body["prompt"])
-            yield faults.pop(0) if faults else {"echo": body}
+    def _outcome(self, body: dict[str, Any]) -> Any:
+        faults = self.faults.get(body["prompt"])
+        return faults.pop(0) if faults else {"echo": body}
 
 
-def run(tmp_path: Path, mapper: Mapper, fields: str = "") -> batch.Counts:
-    return batch.run(str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "activations", fields, mapper)
+def run(tmp_path: Path, service: Service, fields: str = "") -> batch.Counts:
+    files = str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")
+    return asyncio.run(batch.run(*files, "activations", fields, service.ask, pause_s=0))
 
 
 def test_good_lines_in_order_and_bad_ones_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_lines(tmp_path / "in.jsonl")
-    counts = run(tmp_path, Mapper(), '{"num_results": 3}')
+    counts = run(tmp_path, Service(), '{"num_results": 3}')
 
-    assert (counts.answered, counts.failed) == (197, 3)
+    assert (counts.answered, counts.failed, counts.exit_code) == (197, 3, batch.SOME_FAILED)
     out = read_lines(tmp_path / "out.jsonl")
     assert [entry["line"] for entry in out] == [i for i in range(1, N_LINES + 1) if i not in BAD]
     assert out[0]["answer"]["echo"] == {"num_results": 3, "prompt": "Number 1."}
@@ -68,12 +77,12 @@ def test_good_lines_in_order_and_bad_ones_by_number(tmp_path: Path, capsys: pyte
 
 def test_what_failed_is_tried_again_and_keeps_its_place(tmp_path: Path) -> None:
     write_lines(tmp_path / "in.jsonl", 6, {})
-    mapper = Mapper(
+    service = Service(
         n2=[TimeoutError("overloaded: full")],
         n4=[RuntimeError("lost")] * batch.ATTEMPTS,
         n5=[ValueError("limit_exceeded: too long")],
     )
-    counts = run(tmp_path, mapper)
+    counts = run(tmp_path, service)
 
     assert [entry["line"] for entry in read_lines(tmp_path / "out.jsonl")] == [1, 2, 3, 6]
     assert [(entry["line"], entry["error"]) for entry in read_lines(tmp_path / "out.jsonl.errors")] == [
@@ -81,41 +90,89 @@ def test_what_failed_is_tried_again_and_keeps_its_place(tmp_path: Path) -> None:
         (5, "limit_exceeded: too long"),
     ]
     assert (counts.answered, counts.failed) == (4, 2)
-    assert [mapper.sent.count(f"Number {i}.") for i in range(1, 7)] == [1, 2, 1, 3, 1, 1]
+    assert [service.sent.count(f"Number {i}.") for i in range(1, 7)] == [1, 2, 1, 3, 1, 1]
 
 
 def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """With a last line that was cut off in the middle, and an earlier failure that now succeeds in its place."""
     write_lines(tmp_path / "in.jsonl", 9, {})
-    run(tmp_path, Mapper(n2=[ValueError("no")]))
+    run(tmp_path, Service(n2=[ValueError("no")]))
     out = tmp_path / "out.jsonl"
     whole = out.read_bytes()
     out.write_bytes(whole[: whole.rindex(b'{"line": 9') + 20])
-    mapper = Mapper()
-    counts = run(tmp_path, mapper)
+    service = Service()
+    counts = run(tmp_path, service)
 
-    assert mapper.sent == ["Number 2.", "Number 9."]
-    assert (counts.answered, counts.skipped) == (2, 7)
+    assert service.sent == ["Number 2.", "Number 9."]
+    assert (counts.answered, counts.skipped, counts.exit_code) == (2, 7, batch.ANSWERED)
     assert [entry["line"] for entry in read_lines(out)] == list(range(1, 10))
     assert read_lines(tmp_path / "out.jsonl.errors") == []
 
 
 def test_output_of_another_job_is_refused(tmp_path: Path) -> None:
     write_lines(tmp_path / "in.jsonl", 3, {})
-    run(tmp_path, Mapper())
+    run(tmp_path, Service())
     with pytest.raises(batch.BatchFailed, match="line 1 was answered for another input"):
-        run(tmp_path, Mapper(), '{"num_results": 3}')
+        run(tmp_path, Service(), '{"num_results": 3}')
     (tmp_path / "out.jsonl").write_text("something else\n")
     with pytest.raises(batch.BatchFailed, match="is not the output of a batch"):
-        run(tmp_path, Mapper())
+        run(tmp_path, Service())
 
 
 def test_a_service_that_answers_nothing_stops_the_job(tmp_path: Path) -> None:
     write_lines(tmp_path / "in.jsonl", 3, {})
     fault: Exception = RuntimeError("startup_failed: no such model")
-    mapper = Mapper(n1=[fault] * 9, n2=[fault] * 9, n3=[fault] * 9)
+    service = Service(n1=[fault] * 9, n2=[fault] * 9, n3=[fault] * 9)
     with pytest.raises(batch.BatchFailed, match="nothing is answered: startup_failed"):
-        run(tmp_path, mapper)
+        run(tmp_path, service)
+
+
+def test_many_lines_a_call_and_a_bounded_number_of_calls(tmp_path: Path) -> None:
+    n_lines = 3 * batch.CALLS * batch.LINES_PER_CALL + 5
+    write_lines(tmp_path / "in.jsonl", n_lines, {})
+    service = Service()
+    assert run(tmp_path, service).answered == n_lines
+    assert [len(call) for call in service.calls] == [batch.LINES_PER_CALL] * (n_lines // batch.LINES_PER_CALL) + [5]
+    assert service.most_under_way == batch.CALLS
+
+
+def test_a_slow_call_does_not_hold_up_those_beside_it(tmp_path: Path) -> None:
+    """The first is answered only once a full window of others has been asked for: a barrier would wait for ever."""
+    write_lines(tmp_path / "in.jsonl", batch.CALLS * batch.LINES_PER_CALL, {})
+
+    class Slow(Service):
+        async def ask(self, name: str, bodies: list[dict[str, Any]]) -> list[Any]:
+            is_first = bodies[0]["prompt"] == "Number 1."
+            answers = await super().ask(name, bodies)
+            while is_first and len(self.calls) < batch.CALLS:
+                await asyncio.sleep(0)
+            return answers
+
+    assert run(tmp_path, Slow()).answered == batch.CALLS * batch.LINES_PER_CALL
+    numbers = [entry["line"] for entry in read_lines(tmp_path / "out.jsonl")]
+    assert numbers == sorted(numbers)
+
+
+def test_a_service_that_stops_answering_stops_the_job(tmp_path: Path) -> None:
+    """What was answered before stays, and the next run goes on behind it."""
+    n_lines, n_good = 10 * batch.LINES_PER_CALL, 2 * batch.LINES_PER_CALL
+    write_lines(tmp_path / "in.jsonl", n_lines, {})
+    dead: list[Exception] = [RuntimeError("gone")] * batch.ATTEMPTS
+    service = Service(**{f"n{number}": list(dead) for number in range(n_good + 1, n_lines + 1)})
+    with pytest.raises(batch.BatchFailed, match="nothing is answered: gone"):
+        run(tmp_path, service)
+    assert len(read_lines(tmp_path / "out.jsonl")) == n_good
+    assert run(tmp_path, Service()).skipped == n_good
+    assert len(read_lines(tmp_path / "out.jsonl")) == n_lines
+
+
+def test_one_job_at_a_time_writes_to_an_output(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in.jsonl", 3, {})
+    with (tmp_path / "out.jsonl.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(batch.BatchFailed, match="another batch is writing"):
+            run(tmp_path, Service())
+    assert run(tmp_path, Service()).answered == 3
 
 
 @pytest.mark.parametrize(
@@ -125,12 +182,12 @@ def test_a_service_that_answers_nothing_stops_the_job(tmp_path: Path) -> None:
 def test_wrong_arguments(tmp_path: Path, operation: str, fields: str, why: str) -> None:
     source = write_lines(tmp_path / "in.jsonl", 3, {})
     with pytest.raises(batch.BatchFailed, match=why):
-        batch.run(str(source), str(tmp_path / "out.jsonl"), operation, fields, Mapper())
+        asyncio.run(batch.run(str(source), str(tmp_path / "out.jsonl"), operation, fields, Service().ask))
 
 
 def test_strings_are_prompts_and_blank_lines_are_nothing(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('"one"\n\n  \n"two \\u2028 lines"\n', encoding="utf-8")
-    counts = run(tmp_path, Mapper())
+    counts = run(tmp_path, Service())
     with (tmp_path / "out.jsonl").open(encoding="utf-8") as file:
         entries = [json.loads(text) for text in file]
     assert [(entry["line"], entry["answer"]["echo"]["prompt"]) for entry in entries] == [
@@ -144,11 +201,11 @@ def test_killed_half_way_and_started_again(deployed: Deployed, tmp_path: Path) -
     source, output = write_lines(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
     command = ["run", "service/inference_cls.py::batch", "--input", str(source), "--output", str(output)]
     command += ["--operation", "activations", "--fields", '{"source_set": "neurons", "num_results": 1}']
-    command += ["--model-id", TINY, "--sae-sets", "[]"]
+    command += ["--model-id", NAMED, "--sae-sets", "[]"]
 
     first = subprocess.Popen(
         [str(MODAL), *command],
-        env=deployed.env(**EMBEDDED),
+        env=deployed.env(MODELS=NAMED, **EMBEDDED),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -161,9 +218,9 @@ def test_killed_half_way_and_started_again(deployed: Deployed, tmp_path: Path) -
     before = output.read_bytes()
     assert 30 <= before.count(b"\n") < 197
 
-    said = deployed.modal(*command, **EMBEDDED)
+    said = deployed.modal(*command, MODELS=NAMED, **EMBEDDED)
 
-    assert said.code == 0, said.text
+    assert said.code == batch.SOME_FAILED, said.text
     assert output.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
     entries = read_lines(output)
     assert [entry["line"] for entry in entries] == [i for i in range(1, N_LINES + 1) if i not in BAD]
@@ -171,3 +228,16 @@ def test_killed_half_way_and_started_again(deployed: Deployed, tmp_path: Path) -
     assert [entry["line"] for entry in read_lines(tmp_path / "out.jsonl.errors")] == sorted(BAD)
     n_before = before.count(b"\n")
     assert f"{n_before} answered before" in said.text
+
+
+def test_what_is_deployed_answers(deployed: Deployed, tmp_path: Path) -> None:
+    """With `--app` no container is started for the job, and everything answered is exit code 0."""
+    source, output = write_lines(tmp_path / "in.jsonl", 40, {}), tmp_path / "out.jsonl"
+    deployed.python('result = Inference().tokenize.remote(model="x", text="a")')
+    before = len(deployed.plane.containers)
+    command = ["run", "service/inference_cls.py::batch", "--input", str(source), "--output", str(output)]
+    command += ["--operation", "top_k", "--fields", '{"source": "15-res-4k", "top_k": 2}', "--app", APP]
+    said = deployed.modal(*command, **EMBEDDED)
+    assert said.code == batch.ANSWERED, said.text
+    assert len(read_lines(output)) == 40
+    assert len(deployed.plane.containers) == before

@@ -24,8 +24,9 @@ OF_A_PROGRAM = ("run", "deploy", "serve", "shell")
 
 def commands() -> Iterator[tuple[str, str]]:
     for page in PAGES:
-        for match in COMMAND.finditer(page.read_text(encoding="utf-8")):
-            yield page.name, match.group(1).partition("#")[0].strip()
+        current = page.read_text(encoding="utf-8").partition("\n## Old names")[0]
+        for match in COMMAND.finditer(current):
+            yield page.name, match.group(1).partition("#")[0].strip().removesuffix('"')
 
 
 def problem(command: str) -> str | None:

@@ -24,8 +24,8 @@ from tests.modal.test_modal_commands import problem
 
 GUIDE = ROOT / "docs" / "operating.md"
 PAGES = (GUIDE, ROOT / "README.md")
-METHODS = {*(operation.name for operation in OPERATIONS), "steer_stream", "capabilities"}
-CALLS = {"remote", "remote_gen", "map", "spawn", "with_options"}
+METHODS = {*(operation.name for operation in OPERATIONS), "steer_stream", "answer_many", "capabilities"}
+CALLS = {"remote", "remote_gen", "map", "spawn", "get", "with_options"}
 
 SHAPES = {
     "smollm2-135m-instruct": (134_515_008, 2 * 30 * 3 * 64, 3, 576, 4096),
@@ -75,7 +75,7 @@ def test_names_in_python_blocks_exist() -> None:
             elif isinstance(node, ast.Attribute) and not ast.unparse(node.value).startswith("modal"):
                 assert node.attr in METHODS | CALLS, node.attr
             elif isinstance(node, ast.Call) and any(key.arg == "model_id" for key in node.keywords):
-                assert {key.arg for key in node.keywords} <= {*PARAMETERS}
+                assert {key.arg for key in node.keywords} <= {*PARAMETERS, "requests"}
 
 
 def test_every_choice_is_in_the_guide() -> None:

@@ -16,7 +16,7 @@ from neuronpedia_inference_client.exceptions import UnauthorizedException
 
 from tests.modal.local_modal import Plane
 from tests.modal.local_modal.containers import Container
-from tests.modal.service_under_test import BROKEN, TINY, Deployed, fill_volume
+from tests.modal.service_under_test import BROKEN, NAMED, TINY, Deployed, fill_volume
 
 SECRET = "sésame"
 NEURON: dict[str, Any] = {"model": TINY, "prompt": "The cat sat.", "source": "1", "index": "3"}
@@ -156,7 +156,7 @@ def test_a_container_whose_device_fails_is_replaced(snapshots: Deployed, locked:
 
 
 def test_run_prints_a_first_activation_as_proof(snapshots: Deployed) -> None:
-    said = snapshots.modal("run", "service/inference_cls.py", "--model-id", TINY, "--sae-sets", "[]")
+    said = snapshots.modal("run", "service/inference_cls.py", "--model-id", NAMED, "--sae-sets", "[]", MODELS=NAMED)
     assert said.code == 0, said.text
     assert "Strongest feature: " in said.out
 

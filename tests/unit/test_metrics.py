@@ -330,3 +330,20 @@ def test_runtimes_share_nothing() -> None:
     one.decoded(7)
     assert value(other, "generated_tokens_total") == 0
     assert not [family for family in REGISTRY.collect() if family.name.startswith("neuronpedia")]
+
+
+def test_what_was_counted_can_be_forgotten() -> None:
+    """Everything is as if it had just been made, watched numbers included."""
+    metrics, fresh = Metrics(), Metrics()
+    for one in (metrics, fresh):
+        quiet(one)
+    with metrics.request("steer"):
+        metrics.decoded(3)
+    metrics.ended("answered")
+    metrics.first_token(0.2)
+    assert series(metrics) != series(fresh)
+    metrics.reset()
+    assert series(metrics) == series(fresh)
+    assert metrics.describe() == fresh.describe()
+    metrics.ended("answered")
+    assert metrics.counts()["answered"] == 1

@@ -38,6 +38,7 @@ class Container:
         self.running: dict[str, Input] = {}
         self.cancelled: list[str] = []
         self.most_running = 0
+        self.n_log_lines_at_snapshot = 0
         self.n_answered = 0
         self.failure: api_pb2.GenericResult | None = None
         self.exit_code: int | None = None
@@ -185,9 +186,17 @@ class Container:
         return api_pb2.ContainerHeartbeatResponse(cancel_input_event=api_pb2.CancelInputEvent(input_ids=cancelled))
 
     async def ContainerCheckpoint(self, _: api_pb2.ContainerCheckpointRequest) -> Empty:
-        """No snapshot is taken: the process goes on as one that was restored."""
+        """No snapshot is taken: the process is looked at, and goes on as one that was restored."""
+        self._plane.at_snapshot(self)
+        self.n_log_lines_at_snapshot = len(self.log)
         (self._folder / "restore.json").write_text(f'{{"task_id": "{self.id}"}}')
         return Empty()
+
+    async def FunctionGetDynamicConcurrency(
+        self, request: api_pb2.FunctionGetDynamicConcurrencyRequest
+    ) -> api_pb2.FunctionGetDynamicConcurrencyResponse:
+        """There is never another container, so this one takes as many inputs as it may."""
+        return api_pb2.FunctionGetDynamicConcurrencyResponse(concurrency=request.max_concurrency)
 
     async def FunctionGetInputs(self, _: api_pb2.FunctionGetInputsRequest) -> api_pb2.FunctionGetInputsResponse:
         waiting = self.pool.waiting

@@ -18,10 +18,15 @@ ASGI = api_pb2.DATA_FORMAT_ASGI
 class Front:
     """Serves one web method of a function. Query values named as class parameters choose the pool, as at Modal."""
 
-    def __init__(self, calls: Calls, function: Function, method: str) -> None:
+    def __init__(self, calls: Calls, function_id: str, method: str) -> None:
         self._calls = calls
-        self._function = function
+        self._function_id = function_id
         self._method = method
+
+    @property
+    def _function(self) -> Function:
+        """As it was deployed last."""
+        return self._calls.objects.functions[self._function_id]
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         call = self._start(request)

@@ -19,6 +19,7 @@ from modal_proto import api_pb2
 
 from tests.modal.local_modal.calls import Calls
 from tests.modal.local_modal.containers import Container
+from tests.modal.local_modal.desk import Desk
 from tests.modal.local_modal.front import Front
 from tests.modal.local_modal.objects import Objects
 from tests.modal.local_modal.records import App, Bell, Function, Pool
@@ -38,6 +39,8 @@ class Plane:
         self.snapshots = snapshots
         self.fault = ""
         """Code that containers run first when they start: how a test breaks one."""
+        self.at_snapshot: Callable[[Container], None] = lambda container: None
+        """Called when a container says that its memory may be kept."""
         self.can_mount = _can_mount()
         self.containers: list[Container] = []
         self._loop = asyncio.new_event_loop()
@@ -90,7 +93,8 @@ class Plane:
         self.objects.on_function = self._serve_web  # type: ignore[method-assign]
         self.calls = Calls(self.objects, self.bell)
         self.store.url = await self._listen(self.store.routes())
-        self._server = Server([Service(self, self.calls, self.objects, self.store)])
+        self.desk = Desk(self.objects)
+        self._server = Server([Service(self, self.calls, self.objects, self.store, self.desk)])
         listener = socket.create_server((HOST, 0))
         port = listener.getsockname()[1]
         await self._server.start(sock=listener)
@@ -122,7 +126,7 @@ class Plane:
         configs = {name: method.webhook_config for name, method in made.method_definitions.items()}
         for method, config in {"": made.webhook_config, **configs}.items():
             if config.type and method not in function.urls:
-                front = Front(self.calls, function, method)
+                front = Front(self.calls, function.id, method)
                 function.urls[method] = await self._listen([web.route("*", "/{path:.*}", front.answer)])
 
     # Containers

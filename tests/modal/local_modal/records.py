@@ -44,7 +44,7 @@ class Bell:
 class App:
     id: str
     name: str
-    state: int
+    state: api_pb2.AppState.ValueType
     functions: dict[str, str] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
     logs: list[str] = field(default_factory=list)

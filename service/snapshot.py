@@ -1,0 +1,66 @@
+"""What a process must be when its memory is kept: everything imported, nothing open, no weights mapped from files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from neuronpedia_inference.loading import HostWeights, Loaded
+
+
+@contextmanager
+def without_cuda() -> Iterator[None]:
+    """Whoever asks torch for CUDA inside is told that there is none, and the driver is not asked.
+
+    It would remember that it saw no GPU, and a restored process has one.
+    """
+    import torch
+
+    asked = torch.cuda.is_available, torch.cuda.device_count
+    torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0
+    try:
+        yield
+    finally:
+        torch.cuda.is_available, torch.cuda.device_count = asked
+
+
+def import_everything() -> None:
+    """All that a request will need: seconds, of which none is left after a restore."""
+    import tqdm
+
+    for name in ("sae_lens", "neuronpedia_inference.runtime", "neuronpedia_inference.web.app", "service.self_test"):
+        import_module(name)
+    tqdm.tqdm.monitor_interval = 0  # no thread that watches progress bars
+
+
+def own_weights(host: HostWeights) -> HostWeights:
+    """The same, with weights in memory of their own: a file on the volume may be another after a restore."""
+    _own(host.model)
+    return host
+
+
+def own_saes(loaded: Loaded) -> Loaded:
+    """The same for the SAEs that are in host memory."""
+    for source in loaded.store.sources:
+        with loaded.store.lease(source.name) as reader:
+            module = getattr(reader, "module", None)
+            if module is not None:
+                _own(module)
+    return loaded
+
+
+def close_connections() -> None:
+    """The hub's client keeps some open for the next request."""
+    from huggingface_hub.utils import close_session
+
+    close_session()
+
+
+def _own(module: nn.Module) -> None:
+    for weights in (*module.parameters(), *module.buffers()):
+        weights.data = weights.data.clone()
