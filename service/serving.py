@@ -82,6 +82,7 @@ class Serving:
         with _saying_why():
             self._runtime = self._load()
             await self_test(self._runtime)
+        self._runtime.settle()
         self._runtime.metrics.reset()
         self._started = time.monotonic()
         self._watching = asyncio.create_task(self._leave_when_unhealthy())
@@ -164,7 +165,10 @@ class Serving:
 
     @modal.method()
     async def steer_stream(self, prompt: str | list[Body] | Body, **fields: Any) -> AsyncIterator[Answer]:
-        """`steer` as it is written: each item is the whole answer so far. Call with `.remote_gen`."""
+        """`steer` as it is written: each item is the whole answer so far, or with `deltas` what is new in it.
+
+        Call with `.remote_gen`.
+        """
         from neuronpedia_inference.operations import answer_events, by_name
 
         with builtin_errors():
