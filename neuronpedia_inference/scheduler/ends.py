@@ -44,6 +44,20 @@ class Ends:
             free_caches()
         return not self.device_failed
 
+    def alone(self, jobs: Sequence[Job], failure: Exception) -> list[Job]:
+        """A merged pass that failed says nothing about whose fault it is: those who have to run it again, each alone.
+
+        One who was alone already answers for it.
+        """
+        inside = [job for job in jobs if not job.has_ended]
+        if len(inside) > 1:
+            log.warning("a merged forward pass failed, its requests run one by one", exc_info=failure)
+            if self.give_up(failure):
+                return inside
+        for job in inside:
+            self.fail(job, failure)
+        return []
+
     def answer(self, job: Job, result: Any = None) -> None:
         self.end(job, "answered", partial(job.ticket.resolve, result))
 

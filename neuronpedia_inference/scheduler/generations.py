@@ -30,7 +30,7 @@ class _Generation:
     has_begun: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Group:
     """Jobs whose prompts run in one pass of one lane."""
 
@@ -80,10 +80,12 @@ class Generations:
 
     def advance(self, most: int, *, beside_steps: bool) -> None:
         """One piece of the oldest group, of at most so many tokens; fewer where rows wait for it to decode."""
-        group = self._groups.popleft()
+        group = self._groups[0]
         failure = failure_of(lambda: self._piece(group, most, beside_steps=beside_steps))
         if failure is not None:
-            self._one_by_one(group, failure)
+            self._remove(group)
+            alone = self._ends.alone(group.jobs, failure)
+            self._groups.extendleft(_Group(group.lane, [job]) for job in reversed(alone))
 
     def decode(self) -> None:
         """One token for every row."""
@@ -103,14 +105,17 @@ class Generations:
     # Prompts
 
     def _piece(self, group: _Group, most: int, *, beside_steps: bool) -> None:
-        running = group.running or group.lane.begin(self._new_rows(group))
+        running = group.running = group.running or group.lane.begin(self._new_rows(group))
         started = time.perf_counter()
         n_run = running.advance(self._pace.tokens(1.0, most) if beside_steps else most)
         self._pace.passed(n_run, 1.0, time.perf_counter() - started)
         if running.is_done:
-            self._join(group, running.join())
-        else:
-            self._groups.appendleft(_Group(group.lane, group.jobs, running))
+            steps = running.join()
+            self._remove(group)
+            self._join(group, steps)
+
+    def _remove(self, group: _Group) -> None:
+        self._groups = deque(one for one in self._groups if one is not group)
 
     def _new_rows(self, group: _Group) -> list[tuple[RowId, RowSpec]]:
         jobs = [job for job in group.jobs if not job.has_ended]
@@ -124,20 +129,6 @@ class Generations:
         for job in jobs:
             self._decoding[job.id] = _Generation(job, n_left=len(self._rows.pop(job.id)))
         self._deliver(steps)
-
-    def _one_by_one(self, group: _Group, failure: Exception) -> None:
-        """A merged pass that failed says nothing about whose fault it is: each job runs alone and answers for it."""
-        jobs = [job for job in group.jobs if not job.has_ended]
-        if len(jobs) < 2:
-            for job in jobs:
-                self._ends.fail(job, failure)
-            return
-        log.warning("a merged forward pass failed, its requests run one by one", exc_info=failure)
-        if self._ends.give_up(failure):
-            self._groups.extendleft(_Group(group.lane, [job]) for job in reversed(jobs))
-            return
-        for job in jobs:
-            self._ends.fail(job, failure)
 
     # Steps
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,6 @@ from neuronpedia_inference.scheduler.ends import Ends
 from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, Job, Steps
 from neuronpedia_inference.scheduler.pace import Pace
 from neuronpedia_inference.scheduler.turns import Turns
-
-log = logging.getLogger(__name__)
 
 Prompt = tuple[int, ...]
 
@@ -64,16 +61,17 @@ class Readings:
 
     def advance(self, most: int, *, beside_steps: bool) -> None:
         """One piece of the oldest pass, of at most so many tokens; fewer where rows wait for it to decode."""
-        jobs: Sequence[Job] = ()
         if self._pass is None:
-            jobs = self._groups.popleft()
+            jobs = self._groups[0]
             failure = failure_of(lambda: self._start(jobs))
+            self._groups.popleft()
         else:
             jobs = self._pass.jobs
             failure = failure_of(lambda: self._piece(most, beside_steps=beside_steps))
         if failure is not None:
             self._pass = None
-            self._one_by_one(jobs, failure)
+            alone = self._ends.alone(jobs, failure)
+            self._groups.extendleft([job] for job in reversed(alone))
 
     def forget(self, job: Job) -> None:
         """A pass that nobody waits for any more is not run on."""
@@ -106,20 +104,6 @@ class Readings:
             if not job.has_ended:
                 self._turns.add(job, _reduction(_work(job), shared), partial(self._ends.answer, job))
         self.shared_lately = len(done.jobs) if len(done.jobs) > 1 else 0
-
-    def _one_by_one(self, jobs: Sequence[Job], failure: Exception) -> None:
-        """A merged pass that failed says nothing about whose fault it is: each job runs alone and answers for it."""
-        jobs = [job for job in jobs if not job.has_ended]
-        if len(jobs) < 2:
-            for job in jobs:
-                self._ends.fail(job, failure)
-            return
-        log.warning("a merged forward pass failed, its requests run one by one", exc_info=failure)
-        if self._ends.give_up(failure):
-            self._groups.extendleft([job] for job in reversed(jobs))
-            return
-        for job in jobs:
-            self._ends.fail(job, failure)
 
 
 def _work(job: Job) -> CaptureWork:

@@ -298,6 +298,28 @@ def test_a_dying_worker_fails_every_ticket(engine: CountingEngine, monkeypatch: 
         generate(worker, 1)
 
 
+@pytest.mark.parametrize("where", ["begin_capture", "capture", "begin", "join", "decode"])
+def test_nobody_waits_on_a_worker_that_dies_in_the_middle(
+    engine: CountingEngine, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Whatever it held in its hands at that moment."""
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)  # the death is what is wanted here
+    dying: dict[str, tuple[object, str]] = {
+        "begin_capture": (engine, "begin_capture"),
+        "capture": (SummingPass, "advance"),
+        "begin": (engine.lanes[0], "begin"),
+        "join": (CountingJoining, "join"),
+        "decode": (engine.lanes[0], "decode"),
+    }
+    monkeypatch.setattr(*dying[where], lambda *_: _raise(SystemExit()))
+    worker = start(engine)
+    tickets = [worker.submit(summing([4])), generate(worker, 5), worker.submit(summing([5]))]
+    failures = [ticket.future.exception(60) for ticket in tickets]
+    assert any(isinstance(failure, NotReady) for failure in failures)
+    assert all(failure is None or isinstance(failure, NotReady) for failure in failures)
+    _until(lambda: not worker.healthy)
+
+
 def test_a_device_on_which_nothing_works_any_more_leaves_nobody_waiting(
     engine: CountingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
