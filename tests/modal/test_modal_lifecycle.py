@@ -22,14 +22,14 @@ SECRET = "sésame"
 NEURON: dict[str, Any] = {"model": TINY, "prompt": "The cat sat.", "source": "1", "index": "3"}
 
 FAILING_DEVICE = """
-import gc, pathlib, threading, time
+import pathlib, threading, time
 
 def fail():
     while not pathlib.Path({poison!r}).exists():
         time.sleep(0.1)
-    for one in gc.get_objects():
-        if type(one).__name__ == "Worker" and hasattr(one, "healthy"):
-            one.healthy = False
+    for one in threading.enumerate():
+        if one.name == "inference-worker":
+            one._target.__self__.healthy = False
 
 threading.Thread(target=fail, daemon=True).start()
 """
