@@ -1,7 +1,7 @@
 """What a request takes, in numbers that admission can add up. Arithmetic over the model's sizes; no tensors.
 
 generation   slots × columns × cache bytes of a position, the pass over its prompt, and 512 + 400 × log-probabilities
-             for every new token on its way to the caller
+             for every new token on its way to the caller, and 96 for every number of the vectors that came with it
              slots     the next power of two of its rows, doubled while the cache grows
              columns   prompt and completion, in whole steps of 64
              cache     2 × layers × key-value heads × d_head × bytes of the model's precision
@@ -25,6 +25,8 @@ COLUMNS_AT_ONCE = 64
 """Positions by which the cache grows."""
 TOKEN_BYTES, LOGPROB_BYTES = 512, 400
 """Of a new token, and of each candidate reported with it, as steps, as text and as JSON."""
+NUMBER_BYTES = 96
+"""Of a number that a caller sent: in the body, as it is read and checked, and in a tensor."""
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of a number, by precision."""
 
@@ -47,15 +49,22 @@ class Costs:
         return 2 * self.position_bytes
 
     def generation(
-        self, n_rows: int, n_prompt_tokens: int, n_new_tokens: int, *, n_logprobs: int = 0, pattern: bool
+        self,
+        n_rows: int,
+        n_prompt_tokens: int,
+        n_new_tokens: int,
+        *,
+        n_logprobs: int = 0,
+        n_numbers: int = 0,
+        pattern: bool,
     ) -> Demand:
-        """Rows that share a prompt."""
+        """Rows that share a prompt. n_numbers: of the vectors that came with the request."""
         slots = 2 * (1 << (n_rows - 1).bit_length())
         columns = -(-(n_prompt_tokens + n_new_tokens) // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE
         tokens = n_rows * n_prompt_tokens
         held = slots * columns * self.position_bytes
         told = n_rows * n_new_tokens * (TOKEN_BYTES + n_logprobs * LOGPROB_BYTES)
-        taken = held + told + self._pass([n_prompt_tokens] * n_rows, pattern=pattern)
+        taken = held + told + n_numbers * NUMBER_BYTES + self._pass([n_prompt_tokens] * n_rows, pattern=pattern)
         return Demand(rows=n_rows, tokens=tokens, bytes=taken)
 
     def capture(

@@ -275,6 +275,7 @@ class Runtime:
             work.n_prompt_tokens,
             sampling.max_new_tokens,
             n_logprobs=sampling.n_logprobs,
+            n_numbers=sum(plan.n_numbers for plan in steered),
             pattern=pattern,
         )
         events = TicketEvents(lambda put: self._submit(work, demand, on_event=put), at_the_end=not stream)

@@ -48,3 +48,8 @@ class SteerPlan:
     """Divide every vector by its norm first."""
     skip_special_tokens: bool = False
     """Leave the prompt's special tokens untouched; generated positions are always steered."""
+
+    @property
+    def n_numbers(self) -> int:
+        """Of all vectors that came with the request."""
+        return sum(len(steer.vector) for steer in self.steers if isinstance(steer, SteerVector))

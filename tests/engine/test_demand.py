@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import tracemalloc
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +17,9 @@ from neuronpedia_inference.engine.generation import Lane
 from neuronpedia_inference.engine.memory import free_bytes
 from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.engine.protocol import RowId, RowSpec
+from neuronpedia_inference.operations import by_name, validate
+from neuronpedia_inference.steering.resolve import check_vector
+from neuronpedia_inference.web.parsing import parsed
 from tests import models
 from tests.allocation import allocated_at_the_peak
 from tests.engine.engines import engine
@@ -80,3 +85,32 @@ def test_free_memory_is_measured() -> None:
     less = free_bytes(torch.device("cpu"))
     assert 0 < less < free
     assert held.sum() == 2**26
+
+
+def test_vectors_that_came_with_a_request_are_counted_as_they_are_read_and_checked() -> None:
+    """The body's text, its numbers as Python reads them, and the check of each vector."""
+    vector = [round(0.01 * n, 6) for n in range(576)]
+    steers = [{"hook": "blocks.1.hook_resid_post", "vector": vector, "strength": 0.5} for _ in range(100)]
+    raw = json.dumps({"prompt": "a", "vectors": steers}).encode()
+    n_numbers = 100 * 576
+    plain = costs("llama").generation(1, 5, 9, pattern=False)
+    more = costs("llama").generation(1, 5, 9, n_numbers=n_numbers, pattern=False)
+    tracemalloc.start()
+    try:
+        text = bytes(raw)
+        body = exhausted(parsed(text))
+        request: Any = validate(by_name["steer"], body)
+        for one in request.vectors:
+            check_vector(one.vector, 576, one.hook)
+        taken = tracemalloc.get_traced_memory()[1] + len(text) + 4 * n_numbers
+    finally:
+        tracemalloc.stop()
+    assert taken <= more.bytes - plain.bytes
+
+
+def exhausted(steps: Generator[None, None, Any]) -> Any:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
