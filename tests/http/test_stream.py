@@ -265,7 +265,8 @@ def test_hanging_up_on_a_stream_frees_the_worker(http: httpx.Client, path: str, 
     asked = "max_new_tokens" if path == "/v1/steer" else "n_completion_tokens"
     before = cancelled(http)
     with http.stream("POST", path, json={**body, "prompt": SHORT[path], asked: 28}) as answer:
-        assert len(list(itertools.islice(events_of(answer.iter_lines()), 2))) == 2
+        events = events_of(answer.iter_lines())  # kept: dropping it would hang up
+        assert len(list(itertools.islice(events, 2))) == 2
         assert running(http) > 0
     until(lambda: running(http) == 0)
     assert cancelled(http) == before + 1
