@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from neuronpedia_inference import downloads, embedded
 from neuronpedia_inference.embedded.weights import default_cache_dir
 from neuronpedia_inference.engine import weights
-from neuronpedia_inference.engine.bridge import BridgeEngine
+from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.linear import TIMED_ROWS, Chosen, Shape, choose_products, described, names_of
 from neuronpedia_inference.engine.memory import free_bytes
 from neuronpedia_inference.engine.points import Point
@@ -46,7 +46,7 @@ Progress = Callable[[str], None]
 class Loaded:
     """Everything that takes long to make."""
 
-    engine: BridgeEngine
+    engine: ModelEngine
     codec: TextCodec
     store: SaeStore
     info: ModelInfo
@@ -109,15 +109,15 @@ def _load(
         chosen = _choose_products(model, settings)
         log.info("fastest products by weight, for %s rows: %s", TIMED_ROWS, described(chosen))
     stop_ids = _stop_ids(tokenizer.eos_token_id, model.generation_config)
-    engine = BridgeEngine(
+    engine = ModelEngine(
         model,
         model_id=settings.model_id,
         name=settings.weights_id,
         stop_ids=stop_ids,
+        max_positions=settings.max_tokens,
         graphs=settings.cuda_graphs,
+        cache_dir=default_cache_dir(),
     )
-    if not engine.direct:
-        log.warning("the direct path disagrees with the bridge on this model: the bridge serves everything")
     if settings.cuda_graphs and engine.graphs_off_because:
         log.warning("decode steps are not replayed as CUDA graphs: %s", engine.graphs_off_because)
     codec = TextCodec(tokenizer, chatml_fallback=settings.chatml_fallback)
@@ -187,7 +187,7 @@ def n_threads(settings: Settings) -> int:
     return settings.num_threads or max(1, (os.cpu_count() or 2) - 1)
 
 
-def _check_sources(store: SaeStore, engine: BridgeEngine) -> None:
+def _check_sources(store: SaeStore, engine: ModelEngine) -> None:
     """Every SAE must fit the model, or its numbers would be of another model."""
     for source in store.sources:
         try:

@@ -308,7 +308,6 @@ class Runtime:
             "max_concurrent_requests": settings.max_concurrent_requests,
             "capture_points": list(self._engine.readable_places()),
             "writes_available": list(self._engine.writable_places()),
-            "direct_path": self._engine.direct,
             "chat": model.has_chat_template,
             "neurons": MLP_POST in self._engine.readable_places(),
             "dfa": any(source.has_dfa for source in self.sources),

@@ -31,7 +31,7 @@ from tests.rounding import APART
 
 BOS = "<|bos|>"
 VOCAB_SIZE = 260
-_SMALL: dict[str, Any] = {
+SMALL: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -41,7 +41,7 @@ _SMALL: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
-_GROUPED: dict[str, Any] = {**_SMALL, "num_key_value_heads": 2, "head_dim": 8}
+GROUPED: dict[str, Any] = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
 
 CONFIGS: dict[str, Any] = {
     "gpt2": GPT2Config(
@@ -56,19 +56,22 @@ CONFIGS: dict[str, Any] = {
         embd_pdrop=0,
         resid_pdrop=0,
     ),
-    "llama": LlamaConfig(**_GROUPED),
-    "gemma2": Gemma2Config(**_GROUPED, sliding_window=6, query_pre_attn_scalar=8),
-    "qwen2": Qwen2Config(**{k: v for k, v in _GROUPED.items() if k != "head_dim"}),
-    "qwen3": Qwen3Config(**_GROUPED),
-    "neox": GPTNeoXConfig(**_SMALL),
+    "llama": LlamaConfig(**GROUPED),
+    "gemma2": Gemma2Config(**GROUPED, sliding_window=6, query_pre_attn_scalar=8),
+    "qwen2": Qwen2Config(**{k: v for k, v in GROUPED.items() if k != "head_dim"}),
+    "qwen3": Qwen3Config(**GROUPED),
+    "neox": GPTNeoXConfig(**SMALL),
 }
 
 
 @cache
 def model(family: str) -> PreTrainedModel:
     """A seeded random model whose layers matter: weights are large enough for hooks to change its output."""
+    from tests import architectures
+
     torch.manual_seed(sum(map(ord, family)))
-    built = AutoModelForCausalLM.from_config(CONFIGS[family]).eval().requires_grad_(False)
+    config = CONFIGS.get(family) or architectures.CONFIGS[family]
+    built = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for parameter in built.parameters():
         if parameter.ndim >= 2:
             parameter.mul_(5)
@@ -141,6 +144,8 @@ def with_places(places: Sequence[str]) -> list[tuple[str, str]]:
 
 def blocks(net: Any) -> nn.ModuleList:
     base = net.base_model
+    for inner in ("language_model", "decoder"):
+        base = getattr(base, inner, base)
     return base.h if hasattr(base, "h") else base.layers
 
 
@@ -148,12 +153,15 @@ def blocks(net: Any) -> nn.ModuleList:
 def hooked(net: PreTrainedModel, family: str, layer: int, place: str, edit: Edit):
     """`edit` applied at a point by plain torch hooks. resid_mid is edited as the sum that it is: the skip
     connection's part is taken from the block's input."""
+    from tests import architectures
+
+    places = PLACES.get(family) or architectures.PLACES[family]
     block = blocks(net)[layer]
     with ExitStack() as stack:
         if place == "hook_resid_mid":
             entry: list[Tensor] = []
             stack.callback(_hook(block, True, lambda h: entry.append(h) or h).remove)
-            out = PLACES[family]["hook_attn_out"]
+            out = places["hook_attn_out"]
 
             def edit_sum(attn_out: Tensor) -> Tensor:
                 mid = entry[-1] + attn_out
@@ -161,7 +169,8 @@ def hooked(net: PreTrainedModel, family: str, layer: int, place: str, edit: Edit
 
             stack.callback(_hook(out.module(block), out.on_input, edit_sum).remove)
         else:
-            at = PLACES[family][place]
+            at = places[place]
+            edit = _in_rows(edit)
             stack.callback(_hook(at.module(block), at.on_input, edit).remove)
         yield
 
@@ -204,6 +213,11 @@ def formula(method: str, vector: Tensor, coefficient: float) -> Edit:
         return h + torch.outer((size.clamp(max=coefficient) - size).flatten(), unit).view_as(h)
 
     return edit
+
+
+def _in_rows(edit: Edit) -> Edit:
+    """OPT flattens a single prompt's positions into rows of the MLP; they are edited as [1, pos, width]."""
+    return lambda h: edit(h) if h.ndim == 3 else edit(h[None])[0]
 
 
 def _hook(module: nn.Module, on_input: bool, edit: Edit) -> Any:

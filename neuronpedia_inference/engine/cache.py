@@ -9,18 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from neuronpedia_inference.engine.rotation import Rotation
+
+ALL_LAYERS = "all"
+SLIDING = "sliding_attention"
 COLUMNS_AT_ONCE = 64
 """Slots grow in steps of this many positions."""
 
 Inputs = dict[str, Any]
 """Arguments of the model's forward beside the ids."""
+
+
+class MaskForm(StrEnum):
+    """How a model is told what each row of a decode step may see."""
+
+    ADDITIVE = "additive"
+    """Numbers added to the scores, and the rows' positions."""
+    LENGTHS = "lengths"
+    """Which columns are filled; the model finds positions, or distances, from that."""
 
 
 class RowMemory(Protocol):
@@ -33,6 +47,10 @@ class RowMemory(Protocol):
 
     def prompts(self, n_columns: int) -> Cache:
         """Where the keys and values of prompts of at most this many positions go until their rows join."""
+        ...
+
+    def is_outdated(self) -> bool:
+        """Whether what is kept is of no use to the next position, so that the whole text must be run again."""
         ...
 
     def join(self, prompts: Cache, rows: Sequence[int], lengths: Sequence[int], n_columns: int) -> None:
@@ -92,10 +110,10 @@ class _Columns(CacheLayerMixin):
         self._n_filled = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, which this layer gives up."""
-        assert self.keys is not None
-        assert self.values is not None
+    def take(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values, which this layer gives up; None of a layer that attends to those of another."""
+        if self.keys is None or self.values is None:
+            return None
         taken = self.keys, self.values
         self.keys = self.values = None
         return taken
@@ -115,21 +133,20 @@ class RowCache(Cache):
 
     in_pieces = True
 
-    def __init__(
-        self, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device, stays: bool = False
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, form: MaskForm, *, stays: bool = False) -> None:
         """`stays`: the slots are kept when the last row leaves, at the addresses that they have."""
-        text: Any = config.get_text_config()
+        text: Any = model.config.get_text_config()
         super().__init__(layers=[_Slots(self) for _ in range(text.num_hidden_layers)])
-        self._config = config
-        self._dtype, self._device = dtype, device
-        self._window: int | None = text.sliding_window if slides(text) else None
+        self._config = model.config
+        self._dtype, self._device = model.dtype, model.device
+        self._form = form
+        self._windows = windows(text)
         self._stays = stays
         self.lengths: list[int] = []
         """Positions of every row."""
         self.n_columns = 0
         """Positions that every slot has room for."""
-        self.positions = torch.empty(0, dtype=torch.long, device=device)
+        self.positions = torch.empty(0, dtype=torch.long, device=self._device)
         """[row]: the column that the decode step under way writes."""
         self.n_seen = 0
         """Columns that its queries may see."""
@@ -138,13 +155,18 @@ class RowCache(Cache):
     def prompts(self, n_columns: int) -> PromptCache:
         return PromptCache(self._config, n_columns)
 
+    def is_outdated(self) -> bool:
+        return False
+
     def join(self, prompts: Cache, rows: Sequence[int], lengths: Sequence[int], n_columns: int) -> None:
         n_columns = max(self.n_columns, -(-n_columns // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE)
         n_slots = _power_of_two(len(self.lengths) + len(rows))
         for slots, columns in zip(self.layers, prompts.layers, strict=True):
             assert isinstance(slots, _Slots)
             assert isinstance(columns, _Columns)
-            slots.join(*columns.take(), rows, lengths, (n_slots, n_columns))
+            taken = columns.take()
+            if taken is not None:
+                slots.join(*taken, rows, lengths, (n_slots, n_columns))
         self.n_columns = n_columns
         self.lengths += lengths
 
@@ -152,11 +174,7 @@ class RowCache(Cache):
     def decode(self) -> Iterator[Inputs]:
         self.positions = torch.tensor(self.lengths, device=self._device)
         self.n_seen, self._is_whole = max(self.lengths) + 1, False
-        yield {
-            "past_key_values": self,
-            "position_ids": self.positions[:, None],
-            "attention_mask": self.masks(),
-        }
+        yield self.inputs()
         self.lengths = [length + 1 for length in self.lengths]
 
     @contextmanager
@@ -184,28 +202,36 @@ class RowCache(Cache):
             self.reset()
             self.n_columns = 0
 
+    def inputs(self) -> Inputs:
+        """Of the forward pass of a decode step."""
+        positions = {} if self._form is MaskForm.LENGTHS else {"position_ids": self.positions[:, None]}
+        return {"past_key_values": self, "attention_mask": self.masks(), **positions}
+
     @property
     def shape(self) -> tuple[int, int]:
         """Slots, and columns of each, that every layer has."""
         held: list[Tensor | None] = [layer.keys for layer in self.layers if isinstance(layer, _Slots)]
-        shapes = [(0, 0) if keys is None else (len(keys), keys.shape[2]) for keys in held]
+        shapes = [(len(keys), keys.shape[2]) for keys in held if keys is not None] or [(0, 0)]
         return min(slots for slots, _ in shapes), min(columns for _, columns in shapes)
 
     def masks(self) -> Any:
-        """None where every row sees every column; else additive [row, 1, 1, column], by kind of layer if some slide."""
-        window = self._window
+        """What the queries of a step may see; None where every row sees every column.
+
+        Additive [row, 1, 1, column], by kind of layer if kinds differ; with LENGTHS, [row, column] of 0 and 1.
+        """
+        least = min(filter(None, self._windows.values()), default=self.n_seen)
         is_even = not self._is_whole and min(self.lengths) == self.n_seen - 1
-        if is_even and (window is None or self.n_seen <= window):
+        if is_even and self.n_seen <= least:
             return None
         columns = torch.arange(self.n_seen, device=self._device)
         seen = columns <= self.positions[:, None]
-        full = self._additive(seen)
-        if window is None:
-            return full
-        return {
-            "full_attention": full,
-            "sliding_attention": self._additive(seen & (columns > self.positions[:, None] - window)),
+        if self._form is MaskForm.LENGTHS:
+            return seen.long()
+        masks = {
+            kind: self._additive(seen & (columns > self.positions[:, None] - window) if window else seen)
+            for kind, window in self._windows.items()
         }
+        return masks.get(ALL_LAYERS, masks)
 
     def _additive(self, seen: Tensor) -> Tensor:
         """[row, column] of bool -> [row, 1, 1, column]"""
@@ -246,8 +272,8 @@ class _Slots(CacheLayerMixin):
         """Copy one slot over another."""
         if source != target:
             for held in (self.keys, self.values):
-                assert held is not None
-                held[target] = held[source]
+                if held is not None:
+                    held[target] = held[source]
 
     def join(
         self, keys: Tensor, values: Tensor, rows: Sequence[int], lengths: Sequence[int], shape: tuple[int, int]
@@ -299,20 +325,27 @@ class SoloCache:
 
     in_pieces = False
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: PreTrainedConfig, rotation: Rotation) -> None:
         self._config = config
+        self._rotation = rotation
         self._cache: Cache | None = None
+        self._length = 0
 
     def prompts(self, n_columns: int) -> Cache:
         return DynamicCache(config=self._config)
 
+    def is_outdated(self) -> bool:
+        return self._rotation.outdates(self._length + 1)
+
     def join(self, prompts: Cache, rows: Sequence[int], lengths: Sequence[int], n_columns: int) -> None:
         assert list(rows) == [0], rows
         self._cache = prompts
+        self._length = lengths[0]
 
     @contextmanager
     def decode(self) -> Iterator[Inputs]:
         yield {"past_key_values": self._cache}
+        self._length += 1
 
     def drop(self, row: int) -> None:
         self.clear()
@@ -321,6 +354,12 @@ class SoloCache:
         self._cache = None
 
 
-def slides(config: Any) -> bool:
-    """Whether some layers see only a window of the past."""
-    return "sliding_attention" in (getattr(config, "layer_types", None) or ())
+def windows(text: Any) -> dict[str, int]:
+    """Positions that a query of each kind of layer sees at the most, 0 for all. One kind is ALL_LAYERS."""
+    window: int = getattr(text, "sliding_window", None) or 0
+    kinds = getattr(text, "layer_types", None)
+    if not kinds:
+        return {ALL_LAYERS: window}
+    if SLIDING not in kinds:
+        return {ALL_LAYERS: 0}
+    return {"full_attention": 0, SLIDING: window}

@@ -1,4 +1,4 @@
-"""A module tree that decodes, and one forward pass of it."""
+"""One forward pass of the model, with the logits that are wanted and no others."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from neuronpedia_inference.engine.cache import Inputs
-from neuronpedia_inference.engine.hooks import Edit, Site, StopForwardError, edits
+from neuronpedia_inference.engine.hooks import Edit, StopForwardError, edits
 from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.engine.tree import Tree
 
 Changes = Sequence[tuple[Point, Edit]]
 Places = Sequence[tuple[int, int]]
@@ -22,17 +23,20 @@ Places = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Decoder:
-    """The plain model, or the bridge's twin."""
+    """A model that decodes."""
 
-    model: PreTrainedModel
-    site: Site
+    tree: Tree
     stop_ids: frozenset[int]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.tree.model
 
     def forward(self, ids: Tensor, inputs: Inputs, changes: Changes, wanted: Places) -> Tensor:
         """[row, pos] ids -> [place, vocab] logits at the places wanted, float32. Without any, no logits are made."""
         logits = torch.empty(0)
-        with edits(self.site, changes), _head_at(self.model, ids, wanted) as places, suppress(StopForwardError):
-            output = self.model(input_ids=ids.to(self.model.device), use_cache=True, **inputs, **places)
+        with edits(self.tree, changes), _head_at(self.model, ids, wanted) as places, suppress(StopForwardError):
+            output = self.tree.run(ids, use_cache=True, **inputs, **places)
             logits = output.logits[:, -1].float()
         return logits
 

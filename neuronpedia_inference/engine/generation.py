@@ -7,12 +7,12 @@ it as it was. Leaving is only noted, and done when the next step or joining begi
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from neuronpedia_inference.engine.cache import RowCache, RowMemory, SoloCache
+from neuronpedia_inference.engine.cache import MaskForm, RowCache, RowMemory, SoloCache
 from neuronpedia_inference.engine.decoder import Changes, Decoder, ends
 from neuronpedia_inference.engine.faults import failure_of
 from neuronpedia_inference.engine.prompts import PromptPass
@@ -30,8 +30,7 @@ class _Row:
     id: RowId
     spec: RowSpec
     sampler: Sampler
-    n_generated: int = 0
-    next_id: int = -1
+    generated: list[int] = field(default_factory=list)
     is_leaving: bool = False
 
 
@@ -50,11 +49,14 @@ class Lane:
     _static: StaticStep | None = field(default=None, init=False)
 
     @classmethod
-    def merging(cls, decoder: Decoder, record: Record | None = None) -> Lane:
+    def merging(cls, decoder: Decoder, form: MaskForm, record: Record | None = None) -> Lane:
         """For many rows."""
-        model = decoder.model
-        cache = RowCache(model.config, dtype=model.dtype, device=model.device, stays=record is not None)
-        return cls(decoder, cache, record)
+        return cls(decoder, RowCache(decoder.model, form, stays=record is not None), record)
+
+    @classmethod
+    def alone(cls, decoder: Decoder) -> Lane:
+        """For one row, with the cache that Hugging Face gives its model."""
+        return cls(decoder, SoloCache(decoder.model.config, decoder.tree.rotation))
 
     @property
     def rows(self) -> list[RowId]:
@@ -73,7 +75,7 @@ class Lane:
     def decode(self) -> list[RowStep]:
         """One more token for every row. After an exception the rows are as they were: it may be tried again."""
         self._settle()
-        logits = self.logits(torch.tensor([[row.next_id] for row in self._rows]))
+        logits = self.logits(torch.tensor([row.generated[-1:] for row in self._rows]))
         return self._draw(self._rows, list(logits))
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -81,6 +83,8 @@ class Lane:
         self._settle()
         if self.record is not None and StaticStep.fits([row.spec for row in self._rows]):
             return self._decode_whole(ids, self.record)
+        if self.memory.is_outdated():
+            return self._run_again()
         with self.memory.decode() as inputs:
             return self.decoder.forward(ids, inputs, self._changes, ends([1] * len(self._rows)))
 
@@ -106,6 +110,15 @@ class Lane:
             self._rows = [*self._rows, *(rows[place] for place in staying)]
             self._is_settled = False
         return steps
+
+    def _run_again(self) -> Tensor:
+        """As `logits` for one row's newest token, from the whole text, which takes the place of what was kept."""
+        (row,) = self._rows
+        text = replace(row.spec, prompt_ids=(*row.spec.prompt_ids, *row.generated))
+        prompts = PromptPass(self.decoder, [text], self.memory.prompts(len(text.prompt_ids)))
+        prompts.advance(prompts.width)
+        self.memory.join(prompts.cache, [0], [prompts.width], prompts.width)
+        return torch.stack(prompts.logits())
 
     def _decode_whole(self, ids: Tensor, record: Record) -> Tensor:
         """[row, 1] ids -> [row, vocab]; the step is recorded when the cache has got another shape."""
@@ -152,12 +165,11 @@ class Lane:
             raise _not_finite(row.spec)
         token = row.sampler.draw(logits)
         logprob, top = row.sampler.logprobs(logits, token)
-        row.next_id = token
-        row.n_generated += 1
+        row.generated.append(token)
         finish = None
         if token in self.decoder.stop_ids:
             finish = "stop"
-        elif row.n_generated >= row.spec.sampling.max_new_tokens:
+        elif len(row.generated) >= row.spec.sampling.max_new_tokens:
             finish = "length"
         return RowStep(row.id, token, logprob, top, finish)
 
@@ -200,7 +212,7 @@ class SoloLane:
         return list(self._lanes)
 
     def begin(self, rows: NewRows) -> SoloJoining:
-        return SoloJoining(self, {row[0]: self._alone().begin([row]) for row in rows})
+        return SoloJoining(self, {row[0]: Lane.alone(self._decoder).begin([row]) for row in rows})
 
     def prefill(self, rows: NewRows) -> list[RowStep]:
         joining = self.begin(rows)
@@ -220,9 +232,6 @@ class SoloLane:
         steps = [step for one in joining.values() for step in one.join()]
         self._lanes |= {id_: one.lane for id_, one in joining.items()}
         return self._without_finished(steps)
-
-    def _alone(self) -> Lane:
-        return Lane(self._decoder, SoloCache(self._decoder.model.config))
 
     def _without_finished(self, steps: list[RowStep]) -> list[RowStep]:
         self.drop({step.row for step in steps if step.ends})

@@ -1,7 +1,8 @@
 """Names of places inside the model. TransformerLens spelling is understood here and nowhere else.
 
-A point is a layer and a place in it. Most places are hook points of the bridge; two are computed from others:
-the RMS-normalised residual stream before the norm's gain, which GemmaScope transcoders read.
+A point is a layer and a place in it. Most places are the input or output of one of the model's own modules
+(`tree.py` says which); two are computed from others: the RMS-normalised residual stream before the norm's gain, which
+GemmaScope transcoders read.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from neuronpedia_inference.errors import UnknownPoint
 RESID_PRE = "hook_resid_pre"
 RESID_MID = "hook_resid_mid"
 RESID_POST = "hook_resid_post"
+ATTN_IN = "attn.hook_in"
 ATTN_OUT = "hook_attn_out"
+MLP_IN = "mlp.hook_in"
 MLP_OUT = "hook_mlp_out"
 HOOK_Z = "attn.hook_z"
 HOOK_V = "attn.hook_v"
 PATTERN = "attn.hook_pattern"
+MLP_PRE = "mlp.hook_pre"
+MLP_PRE_LINEAR = "mlp.hook_pre_linear"
 MLP_POST = "mlp.hook_post"
-
-RESIDUAL = frozenset({RESID_PRE, RESID_POST})
-"""Places at the border of a block: the direct path reads and writes them without the bridge."""
 
 WRITABLE = (RESID_PRE, HOOK_Z, ATTN_OUT, RESID_MID, MLP_OUT, RESID_POST)
 """Places that can be steered, in the order in which a block reaches them."""
@@ -32,19 +34,19 @@ NORMALIZED = {"ln1.hook_normalized": RESID_PRE, "ln2.hook_normalized": RESID_MID
 
 READABLE = (
     *WRITABLE,
-    "attn.hook_in",
+    ATTN_IN,
     "attn.hook_out",
     HOOK_V,
-    "mlp.hook_in",
+    MLP_IN,
     "mlp.hook_out",
-    "mlp.hook_pre",
-    "mlp.hook_pre_linear",
+    MLP_PRE,
+    MLP_PRE_LINEAR,
     MLP_POST,
     *NORMALIZED,
 )
 """Places with one vector per token."""
 
-_ALIASES = {"hook_z": HOOK_Z, "hook_mlp_in": "mlp.hook_in", "hook_attn_in": "attn.hook_in"}
+_ALIASES = {"hook_z": HOOK_Z, "hook_mlp_in": MLP_IN, "hook_attn_in": ATTN_IN}
 _NAME = re.compile(r"blocks\.(\d{1,4})\.([\w.]+)")
 
 
@@ -57,12 +59,8 @@ class Point:
 
     @property
     def name(self) -> str:
-        """The bridge's name, `blocks.7.hook_resid_pre`."""
+        """TransformerLens's name, `blocks.7.hook_resid_pre`."""
         return f"blocks.{self.layer}.{self.place}"
-
-    @property
-    def is_residual(self) -> bool:
-        return self.place in RESIDUAL
 
     @classmethod
     def parse(cls, name: str) -> Point:

@@ -66,7 +66,7 @@ class PromptPass:
 
 
 class CapturePass:
-    """Prompts that are only read, at points of one module tree. The pass ends at the last of them."""
+    """Prompts that are only read. The pass ends at the last point wanted."""
 
     def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], points: Collection[Point]) -> None:
         self._decoder = decoder
@@ -81,6 +81,11 @@ class CapturePass:
     def width(self) -> int:
         """Positions of the longest prompt."""
         return self._ids.shape[1]
+
+    @property
+    def n_tokens(self) -> int:
+        """Of all prompts, padding included."""
+        return self._ids.numel()
 
     @property
     def is_done(self) -> bool:
@@ -105,8 +110,8 @@ class CapturePass:
 
     def _run(self, ids: Tensor, inputs: dict[str, Any]) -> dict[Point, Tensor]:
         capture = Capture(self._points)
-        with capture.on(self._decoder.site):
-            self._decoder.model(input_ids=ids, **inputs)
+        with capture.on(self._decoder.tree):
+            self._decoder.tree.run(ids, **inputs)
         return capture.seen
 
     def _keep(self, point: Point, tensor: Tensor, piece: slice) -> None:

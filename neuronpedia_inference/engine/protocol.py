@@ -1,4 +1,4 @@
-"""What the scheduler asks of an engine. Satisfied by `bridge.BridgeEngine` and by a counting fake in the tests.
+"""What the scheduler asks of an engine. Satisfied by `engine.ModelEngine` and by a counting fake in the tests.
 
 Left out on purpose: text (the tokenizer is the runtime's), SAEs (reductions get tensors), and threads: every call
 comes from the one worker thread.
@@ -154,8 +154,6 @@ class Engine(Protocol):
         ...
 
     @property
-    def lanes(self) -> Sequence[Lane]: ...
-
-    def lane(self, rows: Sequence[RowSpec]) -> Lane:
-        """The lane that reaches every point at which the rows, all of one request, are steered."""
+    def lane(self) -> Lane:
+        """Where all rows decode."""
         ...

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+RECORDED = frozenset({RESID_PRE, RESID_POST})
+"""Places whose additive steering fits the table."""
+
 Step = Callable[[], Tensor]
 Record = Callable[[Step], Step]
 
@@ -53,7 +56,7 @@ class StaticStep:
     def fits(rows: Sequence[RowSpec]) -> bool:
         """Whether tables can hold all that these rows are steered with."""
         steers = (steering for row in rows for steering in row.steering)
-        return all(s.point.is_residual and s.method is SteerMethod.SIMPLE_ADDITIVE for s in steers)
+        return all(s.point.place in RECORDED and s.method is SteerMethod.SIMPLE_ADDITIVE for s in steers)
 
     def steer(self, rows: Sequence[RowSpec]) -> None:
         """The rows as they are now, in the order of their slots."""
@@ -70,9 +73,9 @@ class StaticStep:
 
     def _forward(self) -> Tensor:
         """[slot, vocab]; reads nothing but tensors that stay where they are."""
-        with edits(self._decoder.site, self._changes):
-            output = self._decoder.model(
-                input_ids=self._ids,
+        with edits(self._decoder.tree, self._changes):
+            output = self._decoder.tree.run(
+                self._ids,
                 position_ids=self.cache.positions[:, None],
                 attention_mask=self.cache.masks(),
                 past_key_values=self.cache,

@@ -32,15 +32,14 @@ class _Generation:
 
 @dataclass(eq=False)
 class _Group:
-    """Jobs whose prompts run in one pass of one lane."""
+    """Jobs whose prompts run in one pass."""
 
-    lane: Lane
     jobs: Sequence[Job]
     running: Joining | None = None
 
 
 class Generations:
-    """What is known of rows is in their lanes; here is only whose they are."""
+    """What is known of rows is in their lane; here is only whose they are."""
 
     def __init__(self, engine: Engine, ends: Ends, metrics: Metrics, pace: Pace) -> None:
         self._engine = engine
@@ -69,14 +68,8 @@ class Generations:
         self._rows[job.id] = rows
 
     def begin(self, jobs: Sequence[Job]) -> None:
-        """The prompts of these jobs, which are prepared, run in one pass of each lane."""
-        by_lane: dict[int, list[Job]] = {}
-        lanes: dict[int, Lane] = {}
-        for job in jobs:
-            lane = self._engine.lane(self._rows[job.id])
-            lanes[id(lane)] = lane
-            by_lane.setdefault(id(lane), []).append(job)
-        self._groups.extend(_Group(lanes[key], group) for key, group in by_lane.items())
+        """The prompts of these jobs, which are prepared, run in one pass."""
+        self._groups.append(_Group(jobs))
 
     def advance(self, most: int, *, beside_steps: bool) -> None:
         """One piece of the oldest group, of at most so many tokens; fewer where rows wait for it to decode."""
@@ -85,27 +78,27 @@ class Generations:
         if failure is not None:
             self._remove(group)
             alone = self._ends.alone(group.jobs, failure)
-            self._groups.extendleft(_Group(group.lane, [job]) for job in reversed(alone))
+            self._groups.extendleft(_Group([job]) for job in reversed(alone))
 
     def decode(self) -> None:
         """One token for every row."""
-        for lane in self._engine.lanes:
-            self._drop_strangers(lane)
-            if lane.rows:
-                self._step(lane)
+        lane = self._engine.lane
+        self._drop_strangers(lane)
+        if lane.rows:
+            self._step(lane)
 
     def forget(self, job: Job) -> None:
         """Its rows leave at once; prompts that nobody waits for any more are not run on."""
         self._rows.pop(job.id, None)
         if self._decoding.pop(job.id, None) is not None:
-            for lane in self._engine.lanes:
-                lane.drop({row for row in lane.rows if row.job == job.id})
+            lane = self._engine.lane
+            lane.drop({row for row in lane.rows if row.job == job.id})
         self._groups = deque(group for group in self._groups if not all(one.has_ended for one in group.jobs))
 
     # Prompts
 
     def _piece(self, group: _Group, most: int, *, beside_steps: bool) -> None:
-        running = group.running = group.running or group.lane.begin(self._new_rows(group))
+        running = group.running = group.running or self._engine.lane.begin(self._new_rows(group))
         started = time.perf_counter()
         n_run = running.advance(self._pace.tokens(1.0, most) if beside_steps else most)
         self._pace.passed(n_run, 1.0, time.perf_counter() - started)

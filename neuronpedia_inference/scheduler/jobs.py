@@ -70,11 +70,6 @@ class CaptureWork:
     def lengths(self) -> list[int]:
         return [len(prompt) for prompt in self.prompts]
 
-    @property
-    def is_residual(self) -> bool:
-        """Whether the cheaper way through the model serves it; merged with other work it would lose that."""
-        return all(point.is_residual for point in self.points)
-
 
 @dataclass(frozen=True)
 class GenerateWork:

@@ -77,7 +77,7 @@ class Worker:
     @property
     def n_rows(self) -> int:
         """Rows that decode."""
-        return sum(len(lane.rows) for lane in self._engine.lanes)
+        return len(self._engine.lane.rows)
 
     def submit(self, work: Work, *, on_event: Callable[[Any], None] | None = None) -> Ticket:
         """Raises NotReady once the worker is closing or its device has failed."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from neuronpedia_inference.domain import MAX_STEERS, Source
-from neuronpedia_inference.engine.bridge import BridgeEngine
+from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import Steering
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
@@ -23,7 +23,7 @@ from neuronpedia_inference.steering.plan import Steer, SteerFeature, SteerMethod
 class SteerResolver:
     """Knows the model's points and the SAEs' decoder rows."""
 
-    def __init__(self, engine: BridgeEngine, store: SaeStore, find_source: Callable[[str], Source]) -> None:
+    def __init__(self, engine: ModelEngine, store: SaeStore, find_source: Callable[[str], Source]) -> None:
         self._engine = engine
         self._store = store
         self._find_source = find_source

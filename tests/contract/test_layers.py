@@ -60,7 +60,7 @@ KEPT_TO = {
         "embedded.weights",
     ),
     "transformers": ("engine", "embedded.weights", "loading"),
-    "transformer_lens": ("engine.bridge",),
+    "transformer_lens": ("engine.tree",),
     "sae_lens": ("saes.load",),
     "fastapi": ("web",),
     "starlette": ("web",),

@@ -6,11 +6,11 @@ from functools import cache
 
 import torch
 
-from neuronpedia_inference.engine.bridge import BridgeEngine
+from neuronpedia_inference.engine.engine import ModelEngine
 from tests import models
 
 
 @cache
-def engine(family: str, stop_ids: tuple[int, ...] = ()) -> BridgeEngine:
+def engine(family: str, stop_ids: tuple[int, ...] = ()) -> ModelEngine:
     with torch.inference_mode(False):
-        return BridgeEngine(models.model(family), model_id=family, name=family, stop_ids=stop_ids)
+        return ModelEngine(models.model(family), model_id=family, name=family, stop_ids=stop_ids)

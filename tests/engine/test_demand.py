@@ -50,7 +50,7 @@ def test_a_capture_stays_within_its_demand(family: str, lengths: Sequence[int], 
 @pytest.mark.parametrize("family", models.CONFIGS)
 @pytest.mark.parametrize(("n_rows", "n_prompt", "n_new"), [(1, 5, 90), (2, 100, 60), (1, 200, 3)])
 def test_a_generation_stays_within_its_demand(family: str, n_rows: int, n_prompt: int, n_new: int) -> None:
-    lane = engine(family).lane([])
+    lane = engine(family).lane
     rows = [(RowId(0, n), RowSpec(prompt(n_prompt), Sampling(n_new))) for n in range(n_rows)]
 
     def run() -> None:
@@ -66,7 +66,7 @@ def test_a_generation_stays_within_its_demand(family: str, n_rows: int, n_prompt
 
 def test_slots_hold_what_the_formula_says() -> None:
     built = engine("llama")
-    lane = built.lane([])
+    lane = built.lane
     assert isinstance(lane, Lane)
     assert isinstance(lane.memory, RowCache)
     rows = [(RowId(0, n), RowSpec(prompt(30), Sampling(80))) for n in range(3)]

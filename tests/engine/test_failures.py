@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.engine.cache import MaskForm
 from neuronpedia_inference.engine.generation import Lane
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
@@ -65,7 +66,7 @@ def to_the_end(lane: Lane, steps: list[RowStep]) -> dict[int, list[RowStep]]:
 
 
 def by_itself(spec: RowSpec) -> list[RowStep]:
-    lane = Lane.merging(engine(FAMILY)._plain)
+    lane = Lane.merging(engine(FAMILY).decoder, MaskForm.ADDITIVE)
     return to_the_end(lane, lane.prefill([(RowId(0, 0), spec)]))[0]
 
 
@@ -78,7 +79,7 @@ def failing_steps(act: Callable[[Lane], list[RowStep]]) -> Iterator[Outcome]:
     while True:
         n += 1
         with torch.inference_mode():
-            lane = Lane.merging(engine(FAMILY)._plain)
+            lane = Lane.merging(engine(FAMILY).decoder, MaskForm.ADDITIVE)
             steps = lane.prefill([(RowId(number, 0), row) for number, row in enumerate(rows()[:2])])
             lane.drop({RowId(7, 0)})
             mode, failure = FailsAt(n), None
@@ -242,7 +243,7 @@ def test_a_delivery_that_raises_ends_its_own_request(expected: list[list[int]]) 
 def test_rows_that_nobody_knows_are_dropped(expected: list[list[int]]) -> None:
     """If a lane should ever hold a row whose request is not there, it leaves, and the worker lives."""
     with running() as worker:
-        lane = engine(FAMILY).lane([])
+        lane = engine(FAMILY).lane
         assert isinstance(lane, Lane)
         with torch.inference_mode():
             lane.prefill([(RowId(10**6, 0), rows()[0])])
@@ -274,7 +275,7 @@ def test_hostile_numbers_end_their_own_row_at_most(expected: list[list[int]], ho
 
 def test_an_overflow_is_not_blamed_on_steering_where_there_is_none() -> None:
     built = models.model(FAMILY)
-    lane = Lane.merging(engine(FAMILY)._plain)
+    lane = Lane.merging(engine(FAMILY).decoder, MaskForm.ADDITIVE)
     head: Any = built.get_output_embeddings()
 
     def overflow(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:

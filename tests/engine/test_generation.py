@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from neuronpedia_inference.domain import Sampling
-from neuronpedia_inference.engine.bridge import BridgeEngine
+from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.points import WRITABLE, Point
 from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep, Steering
 from neuronpedia_inference.steering.plan import SteerMethod
@@ -20,10 +20,10 @@ N_TOKENS = 24
 LAYER = 1
 
 
-def run(built: BridgeEngine, rows: list[RowSpec]) -> list[list[RowStep]]:
+def run(built: ModelEngine, rows: list[RowSpec]) -> list[list[RowStep]]:
     """Every row's steps."""
     out: list[list[RowStep]] = [[] for _ in rows]
-    lane = built.lane(rows)
+    lane = built.lane
     with torch.inference_mode():
         steps = lane.prefill([(RowId(0, place), spec) for place, spec in enumerate(rows)])
         while steps:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from neuronpedia_inference.engine import linear as products
-from neuronpedia_inference.engine.bridge import BridgeEngine
+from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.protocol import RowSpec
 from tests import models
 from tests.engine.engines import engine
@@ -111,20 +111,19 @@ def test_gradients_still_flow(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "neox"])
 @pytest.mark.parametrize("product", [products.turned, products.onednn])
 def test_rows_are_the_same_either_way(product: products.Product, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the plain model and through the bridge, whose twin has layers of its own."""
+    """Steered between blocks and inside them."""
     pretend(monkeypatch, dict.fromkeys(products.TIMED_ROWS, product))
     with torch.inference_mode(False):
         net = copy.deepcopy(models.model(family))
         products.choose_products(net)
-        built = BridgeEngine(net, model_id=family, name=family, stop_ids=())
-    assert built.direct
+        built = ModelEngine(net, model_id=family, name=family, stop_ids=())
     assert not built.unmerged_because
     for places in (["hook_resid_post"], ["hook_mlp_out"]):
         rows: list[RowSpec] = steered_rows(family, places)
-        for row, steps in zip(rows, staggered(built.lane(rows), rows, 2), strict=True):
+        for row, steps in zip(rows, staggered(built.lane, rows, 2), strict=True):
             assert ids(steps) == alone(family, row)
-    layers = [m for m in (*net.modules(), *built._twin.modules()) if "forward" in vars(m)]
-    assert len(layers) == 2 * sum(type(m) is nn.Linear for m in models.model(family).modules())
+    layers = [m for m in net.modules() if "forward" in vars(m)]
+    assert len(layers) == sum(type(m) is nn.Linear for m in models.model(family).modules())
     assert all(vars(layer)["forward"].__self__ is layer for layer in layers)
     assert not any("forward" in vars(m) for m in models.model(family).modules())
     assert engine(family) is not built

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from neuronpedia_inference.domain import Sampling
-from neuronpedia_inference.engine.bridge import BridgeEngine
 from neuronpedia_inference.engine.cache import RowCache
+from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.generation import Lane, SoloLane
-from neuronpedia_inference.engine.points import RESIDUAL, WRITABLE, Point
+from neuronpedia_inference.engine.points import WRITABLE, Point
 from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep, Steering
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.steering.plan import SteerMethod
@@ -49,14 +49,14 @@ def steering(family: str, place: str, method: SteerMethod, layer: int, seed: int
     return Steering(Point(layer, place), vector, size, method)
 
 
-def steered_rows(family: str, places: Sequence[str]) -> list[RowSpec]:
+def steered_rows(family: str, places: Sequence[str], layers: Sequence[int] = (0, 1, 2)) -> list[RowSpec]:
     """Every method at every place, in other layers, over prompts of other lengths; two rows are not steered."""
     combinations = [(place, method) for place in places for method in SteerMethod]
     rows = [
         RowSpec(
             PROMPTS[number % len(PROMPTS)],
             Sampling(6 + 5 * number % 11),
-            (steering(family, place, method, number % 3, number),),
+            (steering(family, place, method, layers[number % len(layers)], number),),
         )
         for number, (place, method) in enumerate(combinations)
     ]
@@ -102,20 +102,15 @@ def ids(steps: Sequence[RowStep]) -> list[int]:
 def lanes_are_left_empty() -> Iterator[None]:
     yield
     for family in models.CONFIGS:
-        assert all(not lane.rows for lane in engine(family).lanes)
+        assert not engine(family).lane.rows
 
 
 @pytest.mark.parametrize("family", models.CONFIGS)
 @pytest.mark.parametrize("at_once", [1, 3])
-@pytest.mark.parametrize("which", ["plain model", "bridge"])
-def test_merged_rows_equal_rows_alone(family: str, at_once: int, which: str) -> None:
-    assert engine(family).direct
+def test_merged_rows_equal_rows_alone(family: str, at_once: int) -> None:
     assert not engine(family).unmerged_because
-    places = [p for f, p in models.with_places(WRITABLE) if f == family]
-    rows = steered_rows(family, [p for p in places if p in RESIDUAL] if which == "plain model" else places)
-    lane = engine(family).lane(rows)
-    assert (lane is engine(family).lanes[0]) == (which == "plain model")
-    merged = staggered(lane, rows, at_once)
+    rows = steered_rows(family, [p for f, p in models.with_places(WRITABLE) if f == family])
+    merged = staggered(engine(family).lane, rows, at_once)
     for row, steps in zip(rows, merged, strict=True):
         assert ids(steps) == alone(family, row), row.steering
         if row.steering:
@@ -137,9 +132,9 @@ def test_sampled_rows_draw_the_same_merged_as_alone(family: str) -> None:
         )
         for number in range(6)
     ]
-    merged = staggered(engine(family).lane(rows), rows, 2)
+    merged = staggered(engine(family).lane, rows, 2)
     for row, steps in zip(rows, merged, strict=True):
-        (single,) = staggered(engine(family).lane(rows), [row], 1)
+        (single,) = staggered(engine(family).lane, [row], 1)
         assert ids(single) == ids(steps)
         assert [s.logprob for s in steps] == pytest.approx([s.logprob for s in single], abs=1e-4)
         for one, other in zip(steps, single, strict=True):
@@ -152,7 +147,7 @@ def test_positions_left_alone_are_those_of_the_row(family: str) -> None:
     steer = steering(family, "hook_resid_post", SteerMethod.SIMPLE_ADDITIVE, 1, 3)
     masks = [(0, 3), (0,), (1, 2)]
     rows = [RowSpec(PROMPTS[n], Sampling(8), (steer,), mask) for n, mask in enumerate(masks)]
-    merged = staggered(engine(family).lane(rows), rows, 3)
+    merged = staggered(engine(family).lane, rows, 3)
     net = models.model(family)
     for row, steps in zip(rows, merged, strict=True):
         keep = torch.ones(1, 64, 1)
@@ -165,7 +160,7 @@ def test_positions_left_alone_are_those_of_the_row(family: str) -> None:
 @pytest.mark.parametrize("family", models.CONFIGS)
 def test_a_row_that_is_dropped_leaves_the_others_as_they_were(family: str) -> None:
     rows = [RowSpec(prompt, Sampling(12)) for prompt in PROMPTS[:4]]
-    lane = engine(family).lane(rows)
+    lane = engine(family).lane
     out: dict[int, list[int]] = defaultdict(list)
     with torch.inference_mode():
         steps = lane.prefill([(RowId(n, 0), row) for n, row in enumerate(rows)])
@@ -188,7 +183,7 @@ def test_a_row_that_overflows_ends_alone_and_its_slot_is_clean_for_the_next() ->
         RowSpec(PROMPTS[0], Sampling(9)),
         RowSpec(PROMPTS[4], Sampling(9)),
     ]
-    burst, plain, later = staggered(built.lane(rows), rows, 2)
+    burst, plain, later = staggered(built.lane, rows, 2)
     assert isinstance(burst[0].error, InvalidRequest)
     assert len(burst) == 1
     assert ids(plain) == alone("llama", rows[1])
@@ -199,7 +194,7 @@ def test_a_failing_prefill_leaves_the_running_rows_as_they_were() -> None:
     built = engine("llama")
     first = RowSpec(PROMPTS[0], Sampling(9))
     bad = RowSpec((0, 10**6), Sampling(9))
-    lane = built.lane([first])
+    lane = built.lane
     with torch.inference_mode():
         steps = lane.prefill([(RowId(0, 0), first)])
         with pytest.raises(IndexError):
@@ -209,30 +204,23 @@ def test_a_failing_prefill_leaves_the_running_rows_as_they_were() -> None:
     assert ids(steps) == alone("llama", first)
 
 
-def test_an_unproven_family_runs_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neuronpedia_inference.engine.bridge.MERGING", frozenset())
+def test_a_model_whose_rows_differ_runs_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that hides nothing is found by the probe, and then nothing is merged."""
+    monkeypatch.setattr(RowCache, "masks", lambda self: None)
     with torch.inference_mode(False):
-        built = BridgeEngine(models.model("gemma2"), model_id="gemma2", name="gemma2", stop_ids=())
-    assert "not been proven" in built.unmerged_because
+        built = ModelEngine(models.model("gemma2"), model_id="gemma2", name="gemma2", stop_ids=())
+    assert "different" in built.unmerged_because
     rows = steered_rows("gemma2", ["hook_resid_post"])
-    lane = built.lane(rows)
+    lane = built.lane
     assert isinstance(lane, SoloLane)
     for row, steps in zip(rows, staggered(lane, rows, 2), strict=True):
         assert ids(steps) == alone("gemma2", row)
 
 
-def test_wrong_positions_or_masks_are_found_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check at start is no formality: a cache that hides nothing is refused."""
-    monkeypatch.setattr(RowCache, "masks", lambda self: None)
-    with torch.inference_mode(False):
-        built = BridgeEngine(models.model("llama"), model_id="llama", name="llama", stop_ids=())
-    assert "different" in built.unmerged_because
-
-
 def test_slots_are_reused_and_given_back() -> None:
     built = engine("gpt2")
     rows = [RowSpec(PROMPTS[n % 6], Sampling(3 + n)) for n in range(6)]
-    lane = built.lane(rows)
+    lane = built.lane
     assert isinstance(lane, Lane)
     assert isinstance(lane.memory, RowCache)
     staggered(lane, rows, 2)

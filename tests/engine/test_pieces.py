@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neuronpedia_inference.domain import Sampling
-from neuronpedia_inference.engine.points import PATTERN, RESIDUAL, Point
+from neuronpedia_inference.engine.points import PATTERN, RESID_POST, RESID_PRE, Point
 from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
 from tests import models
 from tests.engine.engines import engine
@@ -56,7 +56,7 @@ def test_pieces_see_what_plain_hugging_face_sees(family: str) -> None:
 
 def joined_in_pieces(family: str, rows: Sequence[RowSpec], n_tokens: int) -> list[list[RowStep]]:
     """The first row decodes while the others' prompts run, a step of it after every piece."""
-    lane = engine(family).lane(rows)
+    lane = engine(family).lane
     steps: list[RowStep] = []
     with torch.inference_mode():
         steps += lane.prefill([(RowId(0, 0), rows[0])])
@@ -73,10 +73,9 @@ def joined_in_pieces(family: str, rows: Sequence[RowSpec], n_tokens: int) -> lis
 
 @pytest.mark.parametrize("family", models.CONFIGS)
 @pytest.mark.parametrize("n_tokens", [1, 60])
-@pytest.mark.parametrize("which", ["plain model", "bridge"])
-def test_rows_whose_prompts_ran_in_pieces_equal_rows_alone(family: str, n_tokens: int, which: str) -> None:
+@pytest.mark.parametrize("places", [[RESID_PRE, RESID_POST], ["attn.hook_z", "hook_mlp_out"]])
+def test_rows_whose_prompts_ran_in_pieces_equal_rows_alone(family: str, n_tokens: int, places: list[str]) -> None:
     """Every method; prompts from 1 to 16 tokens, so that some end in an earlier piece than others."""
-    places = sorted(RESIDUAL) if which == "plain model" else ["attn.hook_z", "hook_mlp_out"]
     rows = [RowSpec(PROMPTS[0], Sampling(40)), *steered_rows(family, places)]
     rows[4] = replace(rows[4], untouched=(0, 1))
     for row, steps in zip(rows, joined_in_pieces(family, rows, n_tokens), strict=True):

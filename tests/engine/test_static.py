@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuronpedia_inference.domain import Sampling
-from neuronpedia_inference.engine.agreement import recording_agrees
-from neuronpedia_inference.engine.bridge import BridgeEngine
+from neuronpedia_inference.engine.cache import MaskForm
+from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.generation import Lane
+from neuronpedia_inference.engine.merging import why_not_record
+from neuronpedia_inference.engine.probe import IDS
 from neuronpedia_inference.engine.protocol import RowId, RowSpec
 from neuronpedia_inference.engine.static import Step, as_cuda_graph, as_it_is
 from neuronpedia_inference.steering.plan import SteerMethod
@@ -43,7 +45,7 @@ def test_equals_rows_alone_and_is_recorded_once_per_shape(family: str) -> None:
         return step
 
     rows = additive_rows(family)
-    lane = Lane.merging(engine(family)._plain, record)
+    lane = Lane.merging(engine(family).decoder, MaskForm.ADDITIVE, record)
     for _ in range(2):
         for row, steps in zip(rows, staggered(lane, rows, 3), strict=True):
             assert ids(steps) == alone(family, row), row.steering
@@ -57,7 +59,7 @@ def test_rows_that_do_not_fit_the_tables_take_the_other_way(family: str) -> None
     """All rows of a step, while such a row is among them."""
     capped = steering(family, "hook_resid_post", SteerMethod.PROJECTION_CAP, 1, 3)
     rows = [*additive_rows(family)[:5], RowSpec(PROMPTS[2], Sampling(4), (capped,)), *additive_rows(family)[5:8]]
-    lane = Lane.merging(engine(family)._plain, as_it_is)
+    lane = Lane.merging(engine(family).decoder, MaskForm.ADDITIVE, as_it_is)
     for row, steps in zip(rows, staggered(lane, rows, 2), strict=True):
         assert ids(steps) == alone(family, row)
 
@@ -92,7 +94,7 @@ def test_the_step_reads_nothing_on_the_host_and_its_tensors_stay(family: str) ->
         return watched
 
     rows = [row for row in additive_rows(family) if len(row.prompt_ids) < 10][:4]
-    lane = Lane.merging(engine(family)._plain, record)
+    lane = Lane.merging(engine(family).decoder, MaskForm.ADDITIVE, record)
     with torch.inference_mode():
         lane.prefill([(RowId(n, 0), replace(row, sampling=Sampling(9))) for n, row in enumerate(rows)])
         while lane.rows:
@@ -103,16 +105,19 @@ def test_the_step_reads_nothing_on_the_host_and_its_tensors_stay(family: str) ->
 
 def test_without_a_card_the_reason_is_said() -> None:
     with torch.inference_mode(False):
-        asked = BridgeEngine(models.model("llama"), model_id="llama", name="llama", stop_ids=(), graphs=True)
+        asked = ModelEngine(models.model("llama"), model_id="llama", name="llama", stop_ids=(), graphs=True)
     assert asked.graphs_off_because == "the device is cpu"
     assert engine("llama").graphs_off_because == "CUDA_GRAPHS is off"
 
 
 def test_a_recording_that_differs_is_found() -> None:
-    tree, probe = engine("llama")._plain, [1, 2, 3, 5, 8]
+    decoder = engine("llama").decoder
     with torch.inference_mode():
-        assert recording_agrees(tree, as_it_is, probe)
-        assert not recording_agrees(tree, lambda step: lambda: step().roll(1, -1), probe)
+        assert why_not_record(decoder, MaskForm.ADDITIVE, as_it_is, IDS) == ""
+        rolled = why_not_record(decoder, MaskForm.ADDITIVE, lambda step: lambda: step().roll(1, -1), IDS)
+        assert "different" in rolled
+        assert "another form" in why_not_record(decoder, MaskForm.LENGTHS, as_it_is, IDS)
+        assert "do not decode together" in why_not_record(decoder, "", as_it_is, IDS)
 
 
 @pytest.mark.gpu
@@ -122,14 +127,14 @@ def test_replayed_on_a_card(family: str) -> None:
     with torch.inference_mode(False):
         net: Any = models.model(family)
         net.to("cuda")
-        built = BridgeEngine(net, model_id=family, name=family, stop_ids=(), graphs=True)
+        built = ModelEngine(net, model_id=family, name=family, stop_ids=(), graphs=True)
     try:
         assert built.graphs_off_because == ""
         rows = additive_rows(family)
-        merged = staggered(built.lane(rows), rows, 3)
-        plain = staggered(Lane.merging(built._plain), rows, 3)
+        merged = staggered(built.lane, rows, 3)
+        plain = staggered(Lane.merging(built.decoder, MaskForm.ADDITIVE), rows, 3)
         assert [ids(steps) for steps in merged] == [ids(steps) for steps in plain]
         with torch.inference_mode():
-            assert recording_agrees(built._plain, as_cuda_graph, [1, 2, 3, 5, 8])
+            assert why_not_record(built.decoder, MaskForm.ADDITIVE, as_cuda_graph, IDS) == ""
     finally:
         net.to("cpu")

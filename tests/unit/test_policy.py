@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -138,13 +137,8 @@ def test_one_long_row_does_not_widen_the_slots_of_all_without_bound() -> None:
     assert plan_tick([long], UnderWay(decoding=running[:1]), limits, 0.0).prefill == (long,)
 
 
-@dataclass(frozen=True)
-class Place:
-    is_residual: bool
-
-
-def capture(number: int, *lengths: int, is_residual: bool = True) -> Job:
-    work = CaptureWork([[1] * n for n in lengths], [Place(is_residual)], lambda seen: at_once(lambda: seen)())
+def capture(number: int, *lengths: int) -> Job:
+    work = CaptureWork([[1] * n for n in lengths], ["point"], lambda seen: at_once(lambda: seen)())
     return Job(number, work, 0.0, None)
 
 
@@ -154,7 +148,7 @@ def test_captures_of_like_length_share_a_pass() -> None:
         capture(0, 16),
         capture(1, 60),
         capture(2, 18, 20),
-        capture(3, 16, is_residual=False),
+        capture(3, 40),
         job(4, generates=False),
     )
     assert plan_tick([short, long, same, other, call], UnderWay(), limits, 0.0).run == (short, same)

@@ -18,7 +18,7 @@ from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, GenerateWork, Steps, Ticket
 from neuronpedia_inference.scheduler.policy import Limits
 from neuronpedia_inference.scheduler.worker import Worker
-from tests.unit.test_policy import LIMITS, Place, at_once
+from tests.unit.test_policy import LIMITS, at_once
 
 
 class CountingEngine:
@@ -30,14 +30,11 @@ class CountingEngine:
         self.pieces: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
-        self.lanes = [CountingLane(self)]
+        self.lane = CountingLane(self)
 
     def begin_capture(self, prompts: Sequence[Sequence[int]], points: object) -> SummingPass:
         self.passes.append(len(prompts))
         return SummingPass(self, prompts)
-
-    def lane(self, rows: Sequence[RowSpec]) -> CountingLane:
-        return self.lanes[0]
 
 
 class CountingPass:
@@ -133,7 +130,7 @@ def worker(engine: CountingEngine):
     yield made
     engine.gate.set()
     made.close()
-    assert engine.lanes[0].rows == []
+    assert engine.lane.rows == []
 
 
 def counts(worker: Worker) -> dict[str, int]:
@@ -176,7 +173,7 @@ def generate(worker: Worker, n_steps: int, on_event: Callable[[Any], None] | Non
 
 
 def summing(*prompts: Sequence[int]) -> CaptureWork:
-    return CaptureWork(prompts, [Place(True)], lambda seen: at_once(lambda: seen[0]["sum"])())
+    return CaptureWork(prompts, ["point"], lambda seen: at_once(lambda: seen[0]["sum"])())
 
 
 def call(run: Callable[[], Any]) -> CallWork:
@@ -210,7 +207,7 @@ def ask_together(worker: Worker, engine: CountingEngine, prompts: list[list[int]
     """Captures that wait at the same time, because a generation is in the middle of a step."""
     engine.gate.clear()
     busy = generate(worker, 1)
-    _until(lambda: engine.lanes[0].prefills != [])
+    _until(lambda: engine.lane.prefills != [])
     tickets = [worker.submit(summing(p)) for p in prompts]
     engine.gate.set()
     busy.future.result(60)
@@ -307,9 +304,9 @@ def test_nobody_waits_on_a_worker_that_dies_in_the_middle(
     dying: dict[str, tuple[object, str]] = {
         "begin_capture": (engine, "begin_capture"),
         "capture": (SummingPass, "advance"),
-        "begin": (engine.lanes[0], "begin"),
+        "begin": (engine.lane, "begin"),
         "join": (CountingJoining, "join"),
-        "decode": (engine.lanes[0], "decode"),
+        "decode": (engine.lane, "decode"),
     }
     monkeypatch.setattr(*dying[where], lambda *_: _raise(SystemExit()))
     worker = start(engine)
@@ -328,10 +325,10 @@ def test_a_device_on_which_nothing_works_any_more_leaves_nobody_waiting(
     worker = start(engine)
     engine.gate.clear()
     tickets = [generate(worker, 50) for _ in range(3)]
-    _until(lambda: engine.lanes[0].prefills != [])
+    _until(lambda: engine.lane.prefills != [])
     tickets.append(Asked(worker, generation(*[40] * 4)))  # waits for room
-    monkeypatch.setattr(engine.lanes[0], "drop", lambda rows: rows and _raise(RuntimeError("assert")))
-    engine.lanes[0].is_broken = True
+    monkeypatch.setattr(engine.lane, "drop", lambda rows: rows and _raise(RuntimeError("assert")))
+    engine.lane.is_broken = True
     engine.gate.set()
     for ticket in tickets:
         assert isinstance(ticket.future.exception(60), EngineFailed | NotReady)
@@ -345,7 +342,7 @@ def test_waiting_too_long_is_a_refusal_and_not_a_hang(engine: CountingEngine, mo
     worker = start(engine, 0.05)
     engine.gate.clear()
     running = generate(worker, 2)
-    _until(lambda: engine.lanes[0].prefills != [])
+    _until(lambda: engine.lane.prefills != [])
     late = generate(worker, 2)
     now_s[0] += 0.1
     engine.gate.set()
@@ -360,14 +357,14 @@ def test_generations_that_come_together_decode_together_and_each_leaves_at_its_e
 ) -> None:
     engine.gate.clear()
     first = generate(worker, 9)
-    _until(lambda: engine.lanes[0].prefills == [1])
+    _until(lambda: engine.lane.prefills == [1])
     others = [Asked(worker, generation(n)) for n in (2, 4)]
     engine.gate.set()
     assert [ticket.future.result(60) for ticket in (first, *others)] == [[0], [0], [0]]
-    assert engine.lanes[0].prefills == [1, 2]
-    assert max(engine.lanes[0].batches) == 3
-    assert engine.lanes[0].batches[-1] == 1
-    assert sum(engine.lanes[0].batches) + 3 == 9 + 2 + 4
+    assert engine.lane.prefills == [1, 2]
+    assert max(engine.lane.batches) == 3
+    assert engine.lane.batches[-1] == 1
+    assert sum(engine.lane.batches) + 3 == 9 + 2 + 4
 
 
 def test_a_generation_waits_until_its_rows_fit(worker: Worker, engine: CountingEngine) -> None:
@@ -375,7 +372,7 @@ def test_a_generation_waits_until_its_rows_fit(worker: Worker, engine: CountingE
     tickets = [Asked(worker, generation(3, 3)) for _ in range(4)]
     engine.gate.set()
     assert [ticket.future.result(60) for ticket in tickets] == [[0, 0]] * 4
-    assert max(engine.lanes[0].batches) <= LIMITS.max_rows
+    assert max(engine.lane.batches) <= LIMITS.max_rows
 
 
 def test_a_row_that_fails_takes_its_own_request_with_it_and_no_other(worker: Worker, engine: CountingEngine) -> None:
@@ -391,14 +388,14 @@ def test_a_row_that_fails_takes_its_own_request_with_it_and_no_other(worker: Wor
 def test_a_failing_member_of_a_merged_prefill_fails_alone(worker: Worker, engine: CountingEngine) -> None:
     engine.gate.clear()
     busy = generate(worker, 2)
-    _until(lambda: engine.lanes[0].prefills == [1])
+    _until(lambda: engine.lane.prefills == [1])
     bad = worker.submit(GenerateWork(at_once(lambda: [RowSpec((-1,), Sampling(3))]), 1, 1, 4))
     good = generate(worker, 3)
     engine.gate.set()
     assert (busy.future.result(60), good.future.result(60)) == ([0], [0])
     with pytest.raises(EngineFailed):
         bad.future.result(60)
-    assert engine.lanes[0].prefills == [1, 2, 1, 1]
+    assert engine.lane.prefills == [1, 2, 1, 1]
 
 
 def test_a_failing_step_fails_the_rows_in_it_and_the_next_request_is_served(
@@ -406,13 +403,13 @@ def test_a_failing_step_fails_the_rows_in_it_and_the_next_request_is_served(
 ) -> None:
     engine.gate.clear()
     tickets = [generate(worker, 50), generate(worker, 60)]
-    _until(lambda: engine.lanes[0].prefills != [])
-    engine.lanes[0].is_broken = True
+    _until(lambda: engine.lane.prefills != [])
+    engine.lane.is_broken = True
     engine.gate.set()
     for ticket in tickets:
         with pytest.raises(EngineFailed):
             ticket.future.result(60)
-    engine.lanes[0].is_broken = False
+    engine.lane.is_broken = False
     assert generate(worker, 2).future.result(60) == [0]
 
 
@@ -437,7 +434,7 @@ def test_work_that_waits_for_weights_does_not_keep_others_waiting(worker: Worker
     loading: list[Future[Any]] = [Future() for _ in range(3)]
     used: list[Any] = []
     slow_call = worker.submit(CallWork(lambda: waiting_for(loading[0], used)))
-    slow_capture = worker.submit(CaptureWork([[1]], [Place(True)], lambda seen: waiting_for(loading[1], used)))
+    slow_capture = worker.submit(CaptureWork([[1]], ["point"], lambda seen: waiting_for(loading[1], used)))
 
     def prepare() -> Steps:
         yield from waiting_for(loading[2], used)

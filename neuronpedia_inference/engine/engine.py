@@ -1,0 +1,224 @@
+"""The engine: one Hugging Face model, read and steered at its own modules, with what a probe has found it to give."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from neuronpedia_inference.engine.cache import MaskForm, windows
+from neuronpedia_inference.engine.decoder import Decoder
+from neuronpedia_inference.engine.generation import Lane, SoloLane
+from neuronpedia_inference.engine.places import adopt, rms_normalized
+from neuronpedia_inference.engine.points import MLP_POST, NORMALIZED, PATTERN, READABLE, WRITABLE, Point
+from neuronpedia_inference.engine.probe import probe
+from neuronpedia_inference.engine.prompts import CapturePass
+from neuronpedia_inference.engine.protocol import Captured, ModelInfo
+from neuronpedia_inference.engine.static import as_cuda_graph
+from neuronpedia_inference.engine.tree import ATTENTION, Tree
+from neuronpedia_inference.engine.verdict import Finding, Verdict, VerdictFile
+from neuronpedia_inference.errors import UnknownPoint
+
+
+class ModelEngine:
+    """One model on one device. Not thread-safe: the worker owns it."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        model_id: str,
+        name: str,
+        stop_ids: Iterable[int],
+        max_positions: int | None = None,
+        graphs: bool = False,
+        cache_dir: Path | None = None,
+    ) -> None:
+        """max_positions: of the longest text that will be served. `graphs`: replay decode steps as CUDA graphs if the
+        device can. cache_dir: where verdicts are kept from start to start; None: the model is probed.
+
+        Raises StartupError for an architecture that TransformerLens does not know.
+        """
+        self._model = model
+        self._tree = Tree(model)
+        self._names = {"id": model_id, "name": name, "family": self._tree.architecture}
+        self.decoder = Decoder(self._tree, frozenset(stop_ids))
+        self.verdict = self._judged(max_positions, graphs, cache_dir)
+        record = None if self.verdict.unrecorded_because else as_cuda_graph
+        self.lane: Lane | SoloLane = (
+            SoloLane(self.decoder)
+            if self.unmerged_because
+            else Lane.merging(self.decoder, MaskForm(self.verdict.mask_form), record)
+        )
+
+    def _judged(self, max_positions: int | None, graphs: bool, cache_dir: Path | None) -> Verdict:
+        """The verdict that was kept, else a new one; the tree's places are what it says."""
+        horizon_matters = max_positions is None or self._tree.rotation.passes(max_positions)
+        kept = None if cache_dir is None else VerdictFile(cache_dir, self._model, horizon_matters, graphs)
+        verdict = None if kept is None else kept.read()
+        if verdict is not None:
+            adopt(self._tree, verdict.findings)
+            return verdict
+        with torch.inference_mode():
+            verdict = probe(self.decoder, max_positions=max_positions, graphs=graphs)
+        if kept is not None:
+            kept.write(verdict)
+        return verdict
+
+    def model_info(self, *, has_bos: bool, has_chat_template: bool, known_names: tuple[str, ...]) -> ModelInfo:
+        """Sizes of the model, with what only the tokenizer knows."""
+        cfg = self._tree.cfg
+        n_key_value_heads = self.verdict.n_value_heads or cfg.n_key_value_heads or cfg.n_heads
+        return ModelInfo(
+            **self._names,
+            n_layers=self._tree.n_layers,
+            d_model=cfg.d_model,
+            n_heads=cfg.n_heads,
+            n_key_value_heads=n_key_value_heads,
+            d_head=cfg.d_head,
+            d_mlp=max(self._finding(Point(n, MLP_POST)).width for n in range(self._tree.n_layers)) or cfg.d_mlp or 0,
+            vocab_size=len(self._embedding.weight),
+            context_length=cfg.n_ctx,
+            dtype=str(self._model.dtype).removeprefix("torch."),
+            device=str(self.device),
+            has_bos=has_bos,
+            has_chat_template=has_chat_template,
+            known_names=known_names,
+        )
+
+    @property
+    def n_layers(self) -> int:
+        return self._tree.n_layers
+
+    @property
+    def _embedding(self) -> Any:
+        return self._model.get_input_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._model.dtype
+
+    @property
+    def unmerged_because(self) -> str:
+        """Why rows of different requests do not decode together; empty if they do."""
+        return self.verdict.unmerged_because
+
+    @property
+    def graphs_off_because(self) -> str:
+        """Why decode steps run operation by operation; empty if they are replayed."""
+        return self.verdict.unrecorded_because
+
+    def readable_places(self) -> tuple[str, ...]:
+        """Places that some layer has."""
+        return tuple(place for place in READABLE if any(not f.unread_because for f in self._layers(place)))
+
+    def writable_places(self) -> tuple[str, ...]:
+        """Places at which some layer can be steered."""
+        return tuple(place for place in WRITABLE if any(not f.unwritten_because for f in self._layers(place)))
+
+    def check(self, point: Point, *, write: bool = False) -> None:
+        """Raises UnknownPoint unless this model has the point (and, with `write`, can be steered there)."""
+        if point.layer >= self._tree.n_layers:
+            raise UnknownPoint(f"Unknown hook {point.name!r}: the model has layers 0 to {self._tree.n_layers - 1}.")
+        finding = self._finding(point)
+        if finding.unread_because:
+            raise UnknownPoint(
+                f"This model has no hook {point.name!r}: {finding.unread_because}. "
+                f"Places in a block: {', '.join(self.readable_places())}."
+            )
+        if write and (finding.unwritten_because or point.place not in WRITABLE):
+            because = f": {finding.unwritten_because}" if finding.unwritten_because else ""
+            raise UnknownPoint(
+                f"Cannot steer at {point.name!r}{because}. "
+                f"Places that can be steered: {', '.join(self.writable_places())}."
+            )
+
+    def width(self, point: Point) -> int:
+        """Length of one position's vector at a point with heads concatenated."""
+        return self._finding(point).width
+
+    def makes_pattern(self, points: Collection[Point]) -> bool:
+        """Whether work at these points runs through attention that holds its whole pattern in memory."""
+        config: Any = self._model.config
+        text = config.get_text_config()
+        reads_attention = any(point.place in ATTENTION for point in points)
+        return reads_attention or text._attn_implementation == "eager" or any(windows(text).values())
+
+    def capture(self, prompts: Sequence[Sequence[int]], points: Collection[Point]) -> list[Captured]:
+        """As `begin_capture`, to its end in one pass."""
+        capturing = self.begin_capture(prompts, points)
+        while not capturing.is_done:
+            capturing.advance(capturing.n_tokens)
+        return capturing.result()
+
+    def begin_capture(self, prompts: Sequence[Sequence[int]], points: Collection[Point]) -> Capturing:
+        """A forward pass over right-padded prompts, ended at the last point wanted.
+
+        Causal attention keeps the padding out of every real position. Where that is not enough, prompts run alone.
+        """
+        sources = frozenset(Point(p.layer, NORMALIZED.get(p.place, p.place)) for p in points)
+        groups = [prompts] if not self.verdict.uncaptured_because else [[prompt] for prompt in prompts]
+        return Capturing(self, [CapturePass(self.decoder, group, sources) for group in groups], prompts, points)
+
+    def of_prompt(self, seen: Mapping[Point, Tensor], point: Point, row: int, length: int) -> Tensor:
+        """One prompt's part of what a pass has seen: [pos, width], heads concatenated; patterns [heads, pos, pos]."""
+        if point.place in NORMALIZED:
+            resid = seen[Point(point.layer, NORMALIZED[point.place])][row, :length]
+            return rms_normalized(resid, self._tree.rms_eps)
+        if point.place == PATTERN:
+            return seen[point][row, :, :length, :length]
+        return seen[point][row, :length].flatten(1)
+
+    def _finding(self, point: Point) -> Finding:
+        return self.verdict.findings[point]
+
+    def _layers(self, place: str) -> list[Finding]:
+        return [self._finding(Point(layer, place)) for layer in range(self._tree.n_layers)]
+
+
+class Capturing:
+    """A capture under way, all at once or in pieces."""
+
+    def __init__(
+        self,
+        engine: ModelEngine,
+        passes: Sequence[CapturePass],
+        prompts: Sequence[Sequence[int]],
+        points: Collection[Point],
+    ) -> None:
+        """`passes`: one over all prompts, or one for each."""
+        self._engine = engine
+        self._passes = passes
+        self._lengths = [len(prompt) for prompt in prompts]
+        self._points = points
+        self.n_tokens = sum(one.n_tokens for one in passes)
+        """Of all prompts, padding included."""
+        self.depth = (1 + max(point.layer for point in points)) / engine.n_layers
+        """Share of the layers that it runs."""
+
+    @property
+    def is_done(self) -> bool:
+        return all(one.is_done for one in self._passes)
+
+    def advance(self, n_tokens: int) -> int:
+        """Run about so many tokens more, at least one of each prompt; how many it were. After an exception: no more."""
+        running = next(one for one in self._passes if not one.is_done)
+        n_rows = running.n_tokens // running.width
+        n_positions = running.width if self._engine.unmerged_because else max(1, n_tokens // n_rows)
+        return n_rows * running.advance(n_positions)
+
+    def result(self) -> list[Captured]:
+        """Per prompt and point: [pos, width], heads concatenated; `attn.hook_pattern` [heads, pos, pos]."""
+        rows = [(one.seen, row) for one in self._passes for row in range(one.n_tokens // one.width)]
+        return [
+            {point: self._engine.of_prompt(seen, point, row, length) for point in self._points}
+            for (seen, row), length in zip(rows, self._lengths, strict=True)
+        ]

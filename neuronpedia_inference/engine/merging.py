@@ -1,0 +1,159 @@
+"""Whether rows may share a pass: the loaded model's own rows, merged and alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.engine.agreement import logits_agree
+from neuronpedia_inference.engine.cache import SLIDING, MaskForm, windows
+from neuronpedia_inference.engine.decoder import Decoder
+from neuronpedia_inference.engine.faults import failure_of
+from neuronpedia_inference.engine.generation import Lane
+from neuronpedia_inference.engine.points import RESID_POST, Point
+from neuronpedia_inference.engine.prompts import CapturePass
+from neuronpedia_inference.engine.protocol import RowId, RowSpec, Steering
+from neuronpedia_inference.engine.static import Record
+from neuronpedia_inference.steering.plan import SteerMethod
+
+_WINDOW = 4
+"""Positions, while merging is tried: a text of a few tokens then passes the window."""
+_PIECE = 2
+_MERGED_KINDS = frozenset(("full_attention", SLIDING))
+
+Results = Sequence[Sequence[Tensor]]
+"""Of every row, what each of its steps gave."""
+
+
+def why_not_merge(decoder: Decoder, ids: Sequence[int], max_positions: int | None) -> tuple[str, str]:
+    """How decode steps are masked, and why rows of different requests must not share them; empty if they may.
+
+    `ids`: at least 7 tokens. max_positions: of the longest text that will be served.
+    """
+    because = _turns(decoder, max_positions) or _keeps_a_state(decoder)
+    if because:
+        return "", because
+    decoder = replace(decoder, stop_ids=frozenset())
+    rows = _rows(decoder, ids)
+    with _short_windows(decoder):
+        alone = _steps_alone(decoder, rows)
+        for form in MaskForm:
+            because = _why_different(decoder, alone, lambda form=form: _steps(Lane.merging(decoder, form), rows))
+            if not because:
+                return form, ""
+    return "", because
+
+
+def why_not_capture(decoder: Decoder, ids: Sequence[int], max_positions: int | None) -> str:
+    """Why prompts of different length must not share a pass that is only read; empty if they may."""
+    prompts = [list(ids), list(ids[1:3]), list(ids[2:7])]
+    point = Point(decoder.tree.n_layers - 1, RESID_POST)
+
+    def read(group: Sequence[Sequence[int]]) -> Results:
+        passing = CapturePass(decoder, group, [point])
+        passing.advance(passing.width)
+        return [[seen[: len(prompt)]] for seen, prompt in zip(passing.seen[point], group, strict=True)]
+
+    with _short_windows(decoder):
+        alone = [read([prompt])[0] for prompt in prompts]
+        return _turns(decoder, max_positions) or _why_different(decoder, alone, lambda: read(prompts))
+
+
+def why_not_record(decoder: Decoder, form: str, record: Record, ids: Sequence[int]) -> str:
+    """Why decode steps must run operation by operation; empty if recorded ones give the same logits."""
+    if not form:
+        return "rows of this model do not decode together"
+    if form != MaskForm.ADDITIVE:
+        return "the rows' masks have another form on this model"
+    decoder = replace(decoder, stop_ids=frozenset())
+    rows = _rows(decoder, ids)
+    usual = _steps(Lane.merging(decoder, MaskForm(form)), rows)
+    return _why_different(decoder, usual, lambda: _steps(Lane.merging(decoder, MaskForm(form), record), rows))
+
+
+def _rows(decoder: Decoder, ids: Sequence[int]) -> list[RowSpec]:
+    """Three of different length, the second steered."""
+    embedding: Any = decoder.model.get_input_embeddings()
+    width = embedding.weight.shape[1]
+    vector = torch.ones(width, device=decoder.model.device)
+    steering = (Steering(Point(0, RESID_POST), vector, 1.0, SteerMethod.SIMPLE_ADDITIVE),)
+    return [
+        RowSpec(tuple(ids[:7]), Sampling(8)),
+        RowSpec(tuple(ids[1:3]), Sampling(8), steering),
+        RowSpec(tuple(ids[2:7]), Sampling(8)),
+    ]
+
+
+def _steps_alone(decoder: Decoder, rows: Sequence[RowSpec]) -> Results:
+    """The logits of what `_steps` runs, each row for itself with Hugging Face's own cache."""
+    results = []
+    for row, fed in zip(rows, ((1, 2), (1, 2, 3), (2, 3)), strict=True):
+        lane = Lane.alone(decoder)
+        lane.prefill([(RowId(0, 0), row)])
+        results.append([lane.logits(torch.tensor([[token]]))[0] for token in fed])
+    return results
+
+
+def _steps(lane: Lane, rows: Sequence[RowSpec]) -> Results:
+    """Two rows begin, the third joins late and in pieces, then the first leaves. A step feeds all rows one token."""
+    first, second, third = ((RowId(0, place), row) for place, row in enumerate(rows))
+    lane.prefill([first, second])
+    one = lane.logits(torch.full((2, 1), 1))
+    joining = lane.begin([third])
+    while not joining.is_done:
+        joining.advance(_PIECE)
+    joining.join()
+    two = lane.logits(torch.full((3, 1), 2))
+    lane.drop([first[0]])
+    three = dict(zip(_settled(lane), lane.logits(torch.full((2, 1), 3)), strict=True))
+    return [[one[0], two[0]], [one[1], two[1], three[second[0]]], [two[2], three[third[0]]]]
+
+
+def _settled(lane: Lane) -> Sequence[RowId]:
+    """Who will have which row of the next step: the last takes the place of one that has left."""
+    rows = lane.rows
+    return [rows[-1], *rows[:-1]]
+
+
+def _why_different(decoder: Decoder, expected: Results, attempt: Callable[[], Results]) -> str:
+    """Empty if what `attempt` gives is what is expected."""
+    found: list[Results] = []
+    failure = failure_of(lambda: found.append(attempt()))
+    if failure is not None:
+        return f"rows of this model cannot be run together: {type(failure).__name__}"
+    dtype = decoder.model.dtype
+    pairs = ((a, b) for row, of in zip(found[0], expected, strict=True) for a, b in zip(row, of, strict=True))
+    return "" if all(logits_agree(a, b, dtype) for a, b in pairs) else "rows come out different together and alone"
+
+
+def _turns(decoder: Decoder, max_positions: int | None) -> str:
+    rotation = decoder.tree.rotation
+    if rotation.horizon is None or (max_positions is not None and not rotation.passes(max_positions)):
+        return ""
+    return f"beyond {rotation.horizon} positions the rotary angles of a text depend on its length"
+
+
+def _keeps_a_state(decoder: Decoder) -> str:
+    text: Any = decoder.model.config.get_text_config()
+    others = set(getattr(text, "layer_types", None) or ()) - _MERGED_KINDS
+    return f"layers of the kind {min(others)} keep what they know of a row elsewhere than in slots" if others else ""
+
+
+@contextmanager
+def _short_windows(decoder: Decoder) -> Iterator[None]:
+    """Sliding windows so short that a probe passes them. Masks and caches are made from the configuration."""
+    text: Any = decoder.model.config.get_text_config()
+    if not any(windows(text).values()):
+        yield
+        return
+    window, text.sliding_window = text.sliding_window, _WINDOW
+    try:
+        yield
+    finally:
+        text.sliding_window = window
