@@ -23,6 +23,11 @@ _DELTA: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
 _GPT: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "n_layer": 3, "n_head": 4, "bos_token_id": 0, "eos_token_id": 1}
+_GEMMA4: dict[str, Any] = {
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+}
 _GEMMA3 = t.Gemma3TextConfig(**GROUPED, **_SLIDING, query_pre_attn_scalar=8)
 
 CONFIGS: dict[str, Any] = {
@@ -59,7 +64,7 @@ CONFIGS: dict[str, Any] = {
         **GROUPED,
         sliding_window=6,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-        **{"global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE},
+        **_GEMMA4,
     ),
     "gpt_oss": t.GptOssConfig(**GROUPED, **_SLIDING, **_EXPERTS, num_local_experts=4),
     "qwen3_moe": t.Qwen3MoeConfig(**GROUPED, **_EXPERTS, num_experts=4, moe_intermediate_size=16),

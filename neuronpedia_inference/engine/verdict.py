@@ -56,7 +56,7 @@ class Verdict:
     def to_json(self) -> dict[str, Any]:
         """As `from_json` reads it."""
         findings = {point.name: asdict(finding) for point, finding in self.findings.items()}
-        return {**asdict(self), "findings": findings}
+        return {**vars(self), "findings": findings}
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Verdict:
