@@ -183,6 +183,10 @@ def read(net: PreTrainedModel, family: str, ids: Sequence[int], layer: int, plac
     return seen[0][0]
 
 
+class NearTie(AssertionError):
+    """Rounding could decide which token comes next, so nothing can be compared."""
+
+
 def greedy(net: PreTrainedModel, ids: Sequence[int], n_tokens: int) -> list[int]:
     """A plain greedy loop without cache; wrap it in `hooked` to steer it.
 
@@ -193,7 +197,8 @@ def greedy(net: PreTrainedModel, ids: Sequence[int], n_tokens: int) -> list[int]
         for _ in range(n_tokens):
             logits = net(torch.tensor([tokens]), use_cache=False).logits[0, -1]
             best, second = logits.topk(2).values.tolist()
-            assert best - second > APART * float(logits.abs().max()), "a near-tie: take another prompt or seed"
+            if best - second <= APART * float(logits.abs().max()):
+                raise NearTie("take another prompt or seed")
             tokens.append(int(logits.argmax()))
     return tokens[len(ids) :]
 
