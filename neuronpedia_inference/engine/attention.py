@@ -74,8 +74,9 @@ def _attend(own: str, module: nn.Module, query: Tensor, key: Tensor, value: Tens
     """As the attention functions of Hugging Face's library: -> output, pattern or None."""
     plain: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     readers = _READERS.get(module)
+    functions: Any = ALL_ATTENTION_FUNCTIONS
     if not readers or plain is None:
-        return ALL_ATTENTION_FUNCTIONS.get_interface(own, plain)(module, query, key, value, mask, **options)
+        return functions.get_interface(own, plain)(module, query, key, value, mask, **options)
     output, pattern = plain(module, query, key, value, mask, **options)
     for place, read in readers:
         read(pattern if place == PATTERN else value[:, :, -query.shape[2] :].transpose(1, 2))
