@@ -332,7 +332,7 @@ class Runtime:
             )
         point = Point(layer, MLP_POST)
         self._engine.check(point)
-        width = self.model.d_mlp
+        width = self._engine.width(point)
         return Source(name, NEURONS, layer, point.name, width, width, NEURONS)
 
     async def _nearest_to_feature(self, source: Source, other: Source, index: int, limit: int) -> list[FeatureValue]:
@@ -391,6 +391,9 @@ class Runtime:
         return rows
 
     async def _ask(self, work: CaptureWork | CallWork) -> Any:
+        if isinstance(work, CaptureWork):
+            for point in work.points:
+                self._engine.check(point)
         demand = self._capture_demand(work) if isinstance(work, CaptureWork) else Demand()
         return await asyncio.wrap_future(self._submit(work, demand).future)
 

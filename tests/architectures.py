@@ -43,6 +43,11 @@ CONFIGS: dict[str, Any] = {
             "original_max_position_embeddings": 16,
         },
     ),
+    "llama_dynamic": t.LlamaConfig(
+        **GROUPED,
+        max_position_embeddings=12,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    ),
     "gemma": t.GemmaConfig(**GROUPED),
     "gemma3_text": _GEMMA3,
     "gemma3": t.Gemma3Config(
@@ -129,15 +134,17 @@ CONFIGS: dict[str, Any] = {
         shared_expert_intermediate_size=16,
     ),
 }
-ALL = (*models.CONFIGS, *CONFIGS)
 
 _SANDWICH = models.PLACES["gemma2"]
 _MLP = {"mlp.hook_post": Place(lambda block: block.mlp.down_proj, True)}
+_EITHER_ATTENTION = Place(lambda block: getattr(block, "self_attn", None) or block.linear_attn, False)
 _PRE_NORM = {**LLAMA_PLACES, **_MLP}
 PLACES: dict[str, dict[str, Place]] = {
-    **dict.fromkeys(("llama3", "gemma", "mistral", "phi3", "phi3_longrope", "smollm3"), _PRE_NORM),
-    **dict.fromkeys(("cohere", "cohere2", "qwen3_5"), _PRE_NORM),
-    **dict.fromkeys(("gpt_oss", "qwen3_moe", "mixtral", "deepseek_v3", "qwen3_5_moe"), LLAMA_PLACES),
+    **dict.fromkeys(("llama3", "llama_dynamic", "gemma", "mistral", "phi3", "phi3_longrope", "smollm3"), _PRE_NORM),
+    **dict.fromkeys(("cohere", "cohere2", "deepseek_v3"), _PRE_NORM),
+    **dict.fromkeys(("gpt_oss", "qwen3_moe", "mixtral"), LLAMA_PLACES),
+    "qwen3_5": {**_PRE_NORM, "hook_attn_out": _EITHER_ATTENTION},
+    "qwen3_5_moe": {**LLAMA_PLACES, "hook_attn_out": _EITHER_ATTENTION},
     **{family: {**_SANDWICH, **_MLP} for family in ("gemma3_text", "gemma3", "gemma4_text", "olmo2", "olmo3")},
     "bloom": {
         **LLAMA_PLACES,
@@ -159,3 +166,6 @@ PLACES: dict[str, dict[str, Place]] = {
         "mlp.hook_post": Place(lambda block: block.mlp.fc_out, True),
     },
 }
+
+models.MORE_CONFIGS.update(CONFIGS)
+models.MORE_PLACES.update(PLACES)

@@ -64,14 +64,15 @@ CONFIGS: dict[str, Any] = {
 }
 
 
+MORE_CONFIGS: dict[str, Any] = {}
+"""Of other modules' models, which they add when they are imported."""
+
+
 @cache
 def model(family: str) -> PreTrainedModel:
     """A seeded random model whose layers matter: weights are large enough for hooks to change its output."""
-    from tests import architectures
-
     torch.manual_seed(sum(map(ord, family)))
-    config = CONFIGS.get(family) or architectures.CONFIGS[family]
-    built = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    built = AutoModelForCausalLM.from_config((CONFIGS | MORE_CONFIGS)[family]).eval().requires_grad_(False)
     for parameter in built.parameters():
         if parameter.ndim >= 2:
             parameter.mul_(5)
@@ -137,6 +138,10 @@ PLACES: dict[str, dict[str, Place]] = {
 }
 
 
+MORE_PLACES: dict[str, dict[str, Place]] = {}
+"""As MORE_CONFIGS."""
+
+
 def with_places(places: Sequence[str]) -> list[tuple[str, str]]:
     """Every family with every place it has; GPT-NeoX's parallel blocks have no resid_mid."""
     return [(f, p) for f in CONFIGS for p in places if (f, p) != ("neox", "hook_resid_mid")]
@@ -153,9 +158,7 @@ def blocks(net: Any) -> nn.ModuleList:
 def hooked(net: PreTrainedModel, family: str, layer: int, place: str, edit: Edit):
     """`edit` applied at a point by plain torch hooks. resid_mid is edited as the sum that it is: the skip
     connection's part is taken from the block's input."""
-    from tests import architectures
-
-    places = PLACES.get(family) or architectures.PLACES[family]
+    places = (PLACES | MORE_PLACES)[family]
     block = blocks(net)[layer]
     with ExitStack() as stack:
         if place == "hook_resid_mid":
@@ -178,6 +181,7 @@ def hooked(net: PreTrainedModel, family: str, layer: int, place: str, edit: Edit
 def read(net: PreTrainedModel, family: str, ids: Sequence[int], layer: int, place: str) -> Tensor:
     """[pos, width] of one prompt on its own, no padding, no cache."""
     seen: list[Tensor] = []
+    _forget_lengths(net)
     with torch.no_grad(), hooked(net, family, layer, place, lambda h: seen.append(h.clone()) or h):
         net(torch.tensor([list(ids)]), use_cache=False)
     return seen[0][0]
@@ -193,6 +197,7 @@ def greedy(net: PreTrainedModel, ids: Sequence[int], n_tokens: int) -> list[int]
     Who compares with these tokens compares what rounding cannot change: a choice that it could is refused.
     """
     tokens = list(ids)
+    _forget_lengths(net)
     with torch.no_grad():
         for _ in range(n_tokens):
             logits = net(torch.tensor([tokens]), use_cache=False).logits[0, -1]
@@ -201,6 +206,15 @@ def greedy(net: PreTrainedModel, ids: Sequence[int], n_tokens: int) -> list[int]
                 raise NearTie("take another prompt or seed")
             tokens.append(int(logits.argmax()))
     return tokens[len(ids) :]
+
+
+def _forget_lengths(net: PreTrainedModel) -> None:
+    """Dynamic rotations go on with the angles of the longest text they have met: a reference is its own first text."""
+    modules: list[Any] = list(net.modules())
+    for module in modules:
+        if hasattr(module, "max_seq_len_cached") and hasattr(module, "original_inv_freq"):
+            module.max_seq_len_cached = module.original_max_seq_len
+            module.inv_freq = module.original_inv_freq.clone()
 
 
 def formula(method: str, vector: Tensor, coefficient: float) -> Edit:

@@ -3,7 +3,7 @@
 These are no module's input or output. But most architectures in Hugging Face's library choose the function that
 attends by name, so one of our own stands in while somebody reads. It computes the pattern, which fused kernels never
 hold, in the layers that are read, by the architecture's own plain function (which knows its soft-caps and sinks), and
-leaves the other layers to the function that the model was loaded with.
+leaves the other layers to the function that the model was loaded with, if that takes the same masks.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from neuronpedia_inference.engine.hooks import Edit, Remove
 from neuronpedia_inference.engine.points import PATTERN
 
 _NAME = "read-{}"
+_TAKE_MASKS = ("sdpa", "eager")
+"""Functions that take the additive masks that the plain ones need."""
 _READERS: WeakKeyDictionary[nn.Module, list[tuple[str, Edit]]] = WeakKeyDictionary()
 
 
@@ -31,8 +33,12 @@ class AttentionReader:
     def __init__(self, modules: Sequence[nn.Module | None]) -> None:
         """`modules`: each layer's attention, None for a layer that has none of this kind."""
         self._modules = modules
-        owners: Sequence[Any] = [module for module in modules if hasattr(module, "config")]
-        self._configs = list({id(owner.config): owner.config for owner in owners}.values())
+        configs: list[Any] = [getattr(module, "config", None) for module in modules]
+        self._configs = list(
+            {id(config): config for config in configs if config and config._attn_implementation}.values()
+        )
+        self._own: list[str] = []
+        """Names of the model's own functions, while others stand in for them."""
         self._n_attached = 0
 
     def attach(self, layer: int, place: str, edit: Edit) -> Remove:
@@ -57,10 +63,11 @@ class AttentionReader:
     def _stand_in(self, more: int) -> None:
         """The function of our own takes the place of the model's as long as anybody reads."""
         before, self._n_attached = self._n_attached, self._n_attached + more
+        if not before:
+            self._own = [config._attn_implementation for config in self._configs]
         if bool(before) != bool(self._n_attached):
-            for config in self._configs:
-                name = config._attn_implementation
-                config._attn_implementation = name.removeprefix("read-") if before else _registered(name)
+            for config, own in zip(self._configs, self._own, strict=True):
+                config._attn_implementation = own if before else _registered(own)
 
 
 def _registered(own: str) -> str:
@@ -76,7 +83,8 @@ def _attend(own: str, module: nn.Module, query: Tensor, key: Tensor, value: Tens
     readers = _READERS.get(module)
     functions: Any = ALL_ATTENTION_FUNCTIONS
     if not readers or plain is None:
-        return functions.get_interface(own, plain)(module, query, key, value, mask, **options)
+        takes_masks = own if own in _TAKE_MASKS or plain is None else "eager"
+        return functions.get_interface(takes_masks, plain)(module, query, key, value, mask, **options)
     output, pattern = plain(module, query, key, value, mask, **options)
     for place, read in readers:
         read(pattern if place == PATTERN else value[:, :, -query.shape[2] :].transpose(1, 2))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Callable
 
 import torch
 
 from neuronpedia_inference.errors import EngineFailed, InferenceError, OutOfMemory
+
+log = logging.getLogger(__name__)
 
 _HOST_ALLOCATOR = "DefaultCPUAllocator"
 """Names torch's allocator on the host in its failures, which have no type of their own."""
@@ -29,6 +32,17 @@ def failure_of(work: Callable[[], object]) -> Exception | None:
     except Exception as exc:
         return exc
     return None
+
+
+def trial_failure(trial: Callable[[], object]) -> Exception | None:
+    """As `failure_of`, for what is tried of a model. Want of memory says nothing of the model, and is raised."""
+    failure = failure_of(trial)
+    if failure is None:
+        return None
+    if isinstance(as_inference_error(failure), OutOfMemory):
+        raise failure
+    log.debug("a trial at start failed: what it tried is not served", exc_info=failure)
+    return failure
 
 
 def let_go(failure: BaseException) -> None:

@@ -14,7 +14,7 @@ from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.engine.agreement import logits_agree
 from neuronpedia_inference.engine.cache import SLIDING, MaskForm, windows
 from neuronpedia_inference.engine.decoder import Decoder
-from neuronpedia_inference.engine.faults import failure_of
+from neuronpedia_inference.engine.faults import trial_failure
 from neuronpedia_inference.engine.generation import Lane
 from neuronpedia_inference.engine.points import RESID_POST, Point
 from neuronpedia_inference.engine.prompts import CapturePass
@@ -124,9 +124,10 @@ def _settled(lane: Lane) -> Sequence[RowId]:
 def _why_different(decoder: Decoder, expected: Results, attempt: Callable[[], Results]) -> str:
     """Empty if what `attempt` gives is what is expected."""
     found: list[Results] = []
-    failure = failure_of(lambda: found.append(attempt()))
+    failure = trial_failure(lambda: found.append(attempt()))
     if failure is not None:
-        return f"rows of this model cannot be run together: {type(failure).__name__}"
+        first_line = str(failure).partition("\n")[0][:100]
+        return f"rows of this model cannot be run together: {type(failure).__name__}: {first_line}"
     dtype = decoder.model.dtype
     pairs = ((a, b) for row, of in zip(found[0], expected, strict=True) for a, b in zip(row, of, strict=True))
     return "" if all(logits_agree(a, b, dtype) for a, b in pairs) else "rows come out different together and alone"

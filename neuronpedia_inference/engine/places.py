@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.engine.agreement import agree, error
-from neuronpedia_inference.engine.faults import failure_of
+from neuronpedia_inference.engine.faults import trial_failure
 from neuronpedia_inference.engine.hooks import Edit, edits
 from neuronpedia_inference.engine.points import (
     ATTN_OUT,
@@ -36,6 +36,8 @@ from neuronpedia_inference.steering.plan import SteerMethod
 
 ABSENT = "this block has no such tensor"
 _LN = {"ln1.hook_normalized": ("ln1.hook_in", "ln1.hook_out"), "ln2.hook_normalized": ("ln2.hook_in", "ln2.hook_out")}
+_GIVES = {HOOK_Z: ATTN_OUT, MLP_POST: MLP_OUT}
+"""Places that are the input of an output projection, and what that gives."""
 _OFFERED = [place for place in CANDIDATES if not place.startswith("ln") and place != "attn.o.hook_out"]
 
 
@@ -122,20 +124,22 @@ def _identify(layer: _Layer) -> None:
     pre, post = layer.at(RESID_PRE), layer.at(RESID_POST)
     if pre is None or post is None:
         return
-    pairs = list(product(_fired(layer, ATTN_OUT), _fired(layer, MLP_OUT)))
+    pairs = list(product(_like(layer, ATTN_OUT, pre), _like(layer, MLP_OUT, pre)))
     sums = {(a, m): attn + mlp for (a, attn), (m, mlp) in pairs}
     best = min(sums, key=lambda pair: error(sums[pair], post - pre), default=None)
     if best is not None and agree(sums[best], post - pre, pre, post):
         layer.adds_up = True
         layer.which |= {ATTN_OUT: best[0], MLP_OUT: best[1]}
-    for (mid, read), (a, attn) in product(_fired(layer, RESID_MID), _fired(layer, ATTN_OUT)):
+    for (mid, read), (a, attn) in product(_like(layer, RESID_MID, pre), _like(layer, ATTN_OUT, pre)):
         if a == layer.which.get(ATTN_OUT, a) and agree(read - pre, attn, pre, read):
             layer.which |= {RESID_MID: mid, ATTN_OUT: a}
             return
 
 
-def _fired(layer: _Layer, place: str) -> list[tuple[int, Tensor]]:
-    return [(which, tensor) for which, tensor in enumerate(layer.candidates[place]) if tensor is not None]
+def _like(layer: _Layer, place: str, resid: Tensor) -> list[tuple[int, Tensor]]:
+    """The candidates that could be added to the residual stream."""
+    seen = enumerate(layer.candidates[place])
+    return [(which, tensor) for which, tensor in seen if tensor is not None and tensor.shape == resid.shape]
 
 
 def _readable(layer: _Layer) -> Iterator[tuple[str, Finding]]:
@@ -149,12 +153,23 @@ def _readable(layer: _Layer) -> Iterator[tuple[str, Finding]]:
             because = "nothing in this block reads the sum of its input and its attention's output"
         elif place == RESID_POST and post is not None and layer.after is not None and not agree(post, layer.after):
             because = "what follows this block does not read its output"
+        elif not because and place in _GIVES and not _gives(layer, _GIVES[place]):
+            because = "the module that should read it does not give what this block's attention or MLP does"
         elif place in (MLP_PRE, MLP_PRE_LINEAR) and (seen is None or hidden is None or seen.shape != hidden.shape):
             because = ABSENT
         elif place == MLP_PRE_LINEAR and layer.which[MLP_PRE] != 0:
             because = "this block's MLP has no gate"
         width = 0 if seen is None else seen.shape[-1]
         yield place, Finding(width, layer.which.get(place, 0), because, because if place in WRITABLE else "")
+
+
+def _gives(layer: _Layer, contribution: str) -> bool:
+    """Whether the output projection's output is its module's (the candidate before it), or what the block adds."""
+    parts = [part for part, _ in CANDIDATES[contribution]]
+    last = next(which for which, part in enumerate(parts) if "." in part)
+    projected, whole = layer.candidates[contribution][last], layer.candidates[contribution][last - 1]
+    is_whole = projected is not None and whole is not None and agree(projected, whole)
+    return is_whole or layer.which.get(contribution) == last
 
 
 def _normalized(layer: _Layer, rms_eps: float) -> Iterator[tuple[str, Finding]]:
@@ -190,7 +205,7 @@ def _attention(tree: Tree, prompt: Tensor, layers: Sequence[_Layer]) -> tuple[di
         ):
             tree.run(prompt, use_cache=False)
 
-    failure = failure_of(run)
+    failure = trial_failure(run)
     found: dict[Point, Finding] = {}
     n_value_heads = 0
     for number, layer in enumerate(layers):
@@ -226,7 +241,7 @@ def _written(
     row = RowSpec(tuple(prompt[0].tolist()), Sampling(1), steering)
     steered = [plain]
     with _collected(tree) as seen_by, edits(tree, steering_edits([row])):
-        failure = failure_of(lambda: steered.append(tree.run(prompt, use_cache=False).logits))
+        failure = trial_failure(lambda: steered.append(tree.run(prompt, use_cache=False).logits))
     changes_nothing = failure is not None or torch.equal(steered[-1], plain)
     seen = [replace(now, which=was.which, adds_up=was.adds_up) for now, was in zip(seen_by(), layers, strict=True)]
     because = {

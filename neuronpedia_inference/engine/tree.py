@@ -80,14 +80,18 @@ class Tree:
         """Raises StartupError for an architecture that TransformerLens does not know."""
         self.model = model
         self.architecture, self.cfg, mapping = _described(model)
+        self.blocks: Sequence[nn.Module] = list(_descend(model, mapping["blocks"].name) or ())
+        if not self.blocks:
+            raise StartupError(
+                f"No blocks of {self.architecture} at {mapping['blocks'].name!r} in {type(model).__name__}."
+            )
         self.rotation = Rotation(model)
         self.rms_eps = _rms_eps(model.config)
         """Epsilon of RMS norms; 0 for other norms."""
-        self.blocks: Sequence[nn.Module] = list(_descend(model, mapping["blocks"].name))
         self._parts = [dict(_parts(block, mapping["blocks"].submodules)) | {BLOCK: block} for block in self.blocks]
         self._attention = AttentionReader([parts.get("attn") for parts in self._parts])
         final = mapping.get("ln_final")
-        self.final_norm: nn.Module | None = None if final is None else _descend(model, final.name)
+        self.final_norm = None if final is None else _descend(model, final.name)
         self._sides: Mapping[Point, ModuleSide] = {}
         self._n_rows = 0
 
@@ -179,7 +183,7 @@ def _parts(parent: nn.Module, components: Mapping[str, Any], prefix: str = "") -
     for key, component in components.items():
         if has_dense and key in ("gate", "in", "out"):
             continue  # of the same names, the router
-        module = parent if component.name is None else _descend(parent, component.name, missing=None)
+        module = parent if component.name is None else _descend(parent, component.name)
         if isinstance(module, nn.Module):
             name = prefix + key.removeprefix("dense_")
             if module is not parent:
@@ -187,12 +191,10 @@ def _parts(parent: nn.Module, components: Mapping[str, Any], prefix: str = "") -
             yield from _parts(module, component.submodules, f"{name}.")
 
 
-_NOTHING = object()
-
-
-def _descend(module: Any, path: str, missing: Any = _NOTHING) -> Any:
+def _descend(module: Any, path: str) -> Any:
+    """The module at a path; None where there is none."""
     for name in path.split("."):
-        module = getattr(module, name) if missing is _NOTHING else getattr(module, name, missing)
+        module = getattr(module, name, None)
     return module
 
 

@@ -14,11 +14,14 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from neuronpedia_inference.errors import LimitExceeded
+from neuronpedia_inference.errors import LimitExceeded, UnknownPoint
 from neuronpedia_inference.operations import answer, by_name
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings
-from tests import models
+from tests import (
+    architectures,  # noqa: F401  its models are added to those of `models`
+    models,
+)
 
 TEXT = "grouped heads"
 SOURCE, LAYER, D_SAE = "1-tiny-att-16", 1, 40
@@ -44,6 +47,23 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
     loaded = Runtime.load(settings)
     yield loaded
     loaded.close()
+
+
+def test_a_model_whose_attention_is_not_read_says_so(tmp_path: Path) -> None:
+    """GPT-J attends by a function of its own: an attribution is refused by name, and activations elsewhere are not."""
+    models.save("gptj", tmp_path / "model")
+    attention_sae().save_model(tmp_path / "saes" / SOURCE)
+    loaded = Runtime.load(
+        Settings.read(model_id=str(tmp_path / "model"), local_sae_dir=tmp_path / "saes", num_threads=1)
+    )
+    try:
+        for body in ({"source": SOURCE, "index": "3"}, {"source": SOURCE, "index": "39"}):
+            with pytest.raises(UnknownPoint, match=r"attn\.hook_pattern.*attention is not read"):
+                ask(loaded, "activation_single", prompt=TEXT, **body)
+        neurons = ask(loaded, "activation_single", prompt=TEXT, source="1", index="3")
+        assert max(neurons["activation"]["values"]) > 0
+    finally:
+        loaded.close()
 
 
 def ask(runtime: Runtime, operation: str, **body: Any) -> dict[str, Any]:

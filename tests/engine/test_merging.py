@@ -49,8 +49,13 @@ def steering(family: str, place: str, method: SteerMethod, layer: int, seed: int
     return Steering(Point(layer, place), vector, size, method)
 
 
-def steered_rows(family: str, places: Sequence[str], layers: Sequence[int] = (0, 1, 2)) -> list[RowSpec]:
-    """Every method at every place, in other layers, over prompts of other lengths; two rows are not steered."""
+def steered_rows(
+    family: str, places: Sequence[str], layers: Sequence[int] = (0, 1, 2), strength: float = 1
+) -> list[RowSpec]:
+    """Every method at every place, in other layers, over prompts of other lengths; two rows are not steered.
+
+    strength: times that of `steering`.
+    """
     combinations = [(place, method) for place in places for method in SteerMethod]
     rows = [
         RowSpec(
@@ -60,6 +65,9 @@ def steered_rows(family: str, places: Sequence[str], layers: Sequence[int] = (0,
         )
         for number, (place, method) in enumerate(combinations)
     ]
+    for number, row in enumerate(rows):
+        stronger = (replace(s, coefficient=s.coefficient * strength) for s in row.steering)
+        rows[number] = replace(row, steering=tuple(stronger))
     plain = [RowSpec(PROMPTS[3], Sampling(14)), RowSpec(PROMPTS[1], Sampling(9))]
     return [plain[0], *rows, plain[1]]
 
