@@ -19,7 +19,7 @@ from neuronpedia_inference.engine.probe import probe
 from neuronpedia_inference.engine.prompts import CapturePass
 from neuronpedia_inference.engine.protocol import Captured, ModelInfo
 from neuronpedia_inference.engine.static import as_cuda_graph
-from neuronpedia_inference.engine.tree import ATTENTION, Tree
+from neuronpedia_inference.engine.tree import Tree
 from neuronpedia_inference.engine.verdict import Finding, Verdict, VerdictFile
 from neuronpedia_inference.errors import UnknownPoint
 
@@ -149,7 +149,7 @@ class ModelEngine:
         """Whether work at these points runs through attention that holds its whole pattern in memory."""
         config: Any = self._model.config
         text = config.get_text_config()
-        reads_attention = any(point.place in ATTENTION for point in points)
+        reads_attention = any(point.is_inside_attention for point in points)
         return reads_attention or text._attn_implementation == "eager" or any(windows(text).values())
 
     def capture(self, prompts: Sequence[Sequence[int]], points: Collection[Point]) -> list[Captured]:

@@ -17,6 +17,7 @@ from neuronpedia_inference.engine.hooks import Edit, edits
 from neuronpedia_inference.engine.points import (
     ATTN_OUT,
     HOOK_Z,
+    INSIDE_ATTENTION,
     MLP_OUT,
     MLP_POST,
     MLP_PRE,
@@ -30,7 +31,7 @@ from neuronpedia_inference.engine.points import (
 )
 from neuronpedia_inference.engine.protocol import RowSpec, Steering
 from neuronpedia_inference.engine.steered import steering_edits
-from neuronpedia_inference.engine.tree import ATTENTION, CANDIDATES, IN, ModuleSide, Tree
+from neuronpedia_inference.engine.tree import CANDIDATES, IN, ModuleSide, Tree
 from neuronpedia_inference.engine.verdict import Finding
 from neuronpedia_inference.steering.plan import SteerMethod
 
@@ -197,7 +198,7 @@ def rms_normalized(resid: Tensor, eps: float) -> Tensor:
 def _attention(tree: Tree, prompt: Tensor, layers: Sequence[_Layer]) -> tuple[dict[Point, Finding], int]:
     """Pattern and values, offered where the values weighted by the pattern are what the heads give."""
     seen: dict[Point, Tensor] = {}
-    points = [Point(number, place) for number in range(tree.n_layers) for place in ATTENTION]
+    points = [Point(number, place) for number in range(tree.n_layers) for place in INSIDE_ATTENTION]
 
     def run() -> None:
         with edits(
@@ -209,14 +210,14 @@ def _attention(tree: Tree, prompt: Tensor, layers: Sequence[_Layer]) -> tuple[di
     found: dict[Point, Finding] = {}
     n_value_heads = 0
     for number, layer in enumerate(layers):
-        pattern, values = (seen.get(Point(number, place)) for place in ATTENTION)
+        pattern, values = (seen.get(Point(number, place)) for place in INSIDE_ATTENTION)
         because = "" if failure is None else "attention could not be read in this model"
         if not because and (pattern is None or values is None):
             because = "this architecture's attention is not read"
         z = layer.at(HOOK_Z)
         if pattern is not None and values is not None and (z is None or not _are_heads(z, pattern, values)):
             because = "what these heads give is not their values weighted by their pattern"
-        for place in ATTENTION:
+        for place in INSIDE_ATTENTION:
             width = 0 if because or values is None else values.flatten(2).shape[-1]
             found[Point(number, place)] = Finding(width, 0, because)
         if not because and values is not None:

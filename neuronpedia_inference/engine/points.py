@@ -22,6 +22,8 @@ MLP_OUT = "hook_mlp_out"
 HOOK_Z = "attn.hook_z"
 HOOK_V = "attn.hook_v"
 PATTERN = "attn.hook_pattern"
+INSIDE_ATTENTION = (PATTERN, HOOK_V)
+"""Places that are no module's input or output."""
 MLP_PRE = "mlp.hook_pre"
 MLP_PRE_LINEAR = "mlp.hook_pre_linear"
 MLP_POST = "mlp.hook_post"
@@ -61,6 +63,11 @@ class Point:
     def name(self) -> str:
         """TransformerLens's name, `blocks.7.hook_resid_pre`."""
         return f"blocks.{self.layer}.{self.place}"
+
+    @property
+    def is_inside_attention(self) -> bool:
+        """Whether reading it makes attention hold its pattern, for every row of the pass."""
+        return self.place in INSIDE_ATTENTION
 
     @classmethod
     def parse(cls, name: str) -> Point:

@@ -22,14 +22,12 @@ from neuronpedia_inference.engine.hooks import Edit, Remove
 from neuronpedia_inference.engine.points import (
     ATTN_IN,
     ATTN_OUT,
-    HOOK_V,
     HOOK_Z,
     MLP_IN,
     MLP_OUT,
     MLP_POST,
     MLP_PRE,
     MLP_PRE_LINEAR,
-    PATTERN,
     RESID_MID,
     RESID_POST,
     RESID_PRE,
@@ -61,8 +59,6 @@ CANDIDATES: Mapping[str, Sequence[tuple[str, bool]]] = {
     "attn.o.hook_out": (("attn.o", OUT),),
 }
 """Place -> the parts of a block whose input or output may be it, the likeliest first. Names as TransformerLens's."""
-ATTENTION = (PATTERN, HOOK_V)
-"""Places inside attention, which are no module's input or output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +112,7 @@ class Tree:
 
     def attach(self, point: Point, edit: Edit) -> Remove:
         """Install `edit` at `point`; the answer removes it. At places inside attention it can only read."""
-        if point.place in ATTENTION:
+        if point.is_inside_attention:
             return self._attention.attach(point.layer, point.place, edit)
         return self.hook(self._sides[point], edit)
 

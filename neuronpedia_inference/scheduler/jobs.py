@@ -70,6 +70,11 @@ class CaptureWork:
     def lengths(self) -> list[int]:
         return [len(prompt) for prompt in self.prompts]
 
+    @property
+    def reads_attention(self) -> bool:
+        """Whether its pass holds patterns. Rows of others, admitted without theirs, must not be in it."""
+        return any(point.is_inside_attention for point in self.points)
+
 
 @dataclass(frozen=True)
 class GenerateWork:

@@ -76,7 +76,7 @@ def _read_together(ready: Sequence[Job], limits: Limits) -> tuple[Job, ...]:
     group, lengths = [oldest], oldest.work.lengths
     for job in ready:
         work = job.work
-        if job is not oldest and isinstance(work, CaptureWork):
+        if job is not oldest and isinstance(work, CaptureWork) and work.reads_attention == oldest.work.reads_attention:
             longer = lengths + work.lengths
             if _fits_one_pass(longer, limits.max_capture_tokens, limits):
                 group, lengths = [*group, job], longer

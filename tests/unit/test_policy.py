@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -137,8 +138,13 @@ def test_one_long_row_does_not_widen_the_slots_of_all_without_bound() -> None:
     assert plan_tick([long], UnderWay(decoding=running[:1]), limits, 0.0).prefill == (long,)
 
 
-def capture(number: int, *lengths: int) -> Job:
-    work = CaptureWork([[1] * n for n in lengths], ["point"], lambda seen: at_once(lambda: seen)())
+@dataclass(frozen=True)
+class Place:
+    is_inside_attention: bool = False
+
+
+def capture(number: int, *lengths: int, reads_attention: bool = False) -> Job:
+    work = CaptureWork([[1] * n for n in lengths], [Place(reads_attention)], lambda seen: at_once(lambda: seen)())
     return Job(number, work, 0.0, None)
 
 
@@ -148,7 +154,7 @@ def test_captures_of_like_length_share_a_pass() -> None:
         capture(0, 16),
         capture(1, 60),
         capture(2, 18, 20),
-        capture(3, 40),
+        capture(3, 16, reads_attention=True),
         job(4, generates=False),
     )
     assert plan_tick([short, long, same, other, call], UnderWay(), limits, 0.0).run == (short, same)

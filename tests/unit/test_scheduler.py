@@ -18,7 +18,7 @@ from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, GenerateWork, Steps, Ticket
 from neuronpedia_inference.scheduler.policy import Limits
 from neuronpedia_inference.scheduler.worker import Worker
-from tests.unit.test_policy import LIMITS, at_once
+from tests.unit.test_policy import LIMITS, Place, at_once
 
 
 class CountingEngine:
@@ -173,7 +173,7 @@ def generate(worker: Worker, n_steps: int, on_event: Callable[[Any], None] | Non
 
 
 def summing(*prompts: Sequence[int]) -> CaptureWork:
-    return CaptureWork(prompts, ["point"], lambda seen: at_once(lambda: seen[0]["sum"])())
+    return CaptureWork(prompts, [Place()], lambda seen: at_once(lambda: seen[0]["sum"])())
 
 
 def call(run: Callable[[], Any]) -> CallWork:
@@ -434,7 +434,7 @@ def test_work_that_waits_for_weights_does_not_keep_others_waiting(worker: Worker
     loading: list[Future[Any]] = [Future() for _ in range(3)]
     used: list[Any] = []
     slow_call = worker.submit(CallWork(lambda: waiting_for(loading[0], used)))
-    slow_capture = worker.submit(CaptureWork([[1]], ["point"], lambda seen: waiting_for(loading[1], used)))
+    slow_capture = worker.submit(CaptureWork([[1]], [Place()], lambda seen: waiting_for(loading[1], used)))
 
     def prepare() -> Steps:
         yield from waiting_for(loading[2], used)
