@@ -392,7 +392,7 @@ class Runtime:
 
     async def _ask(self, work: CaptureWork | CallWork) -> Any:
         if isinstance(work, CaptureWork):
-            for point in work.points:
+            for point in sorted(work.points):
                 self._engine.check(point)
         demand = self._capture_demand(work) if isinstance(work, CaptureWork) else Demand()
         return await asyncio.wrap_future(self._submit(work, demand).future)
