@@ -21,7 +21,7 @@ IDS = (1, 2, 3, 5, 8, 13, 21)
 
 
 def probe(decoder: Decoder, *, max_positions: int | None = None, graphs: bool = False) -> Verdict:
-    """Try everything; a second or two for a small model. The tree's places are then what was found.
+    """Try everything: some thirty passes over a few tokens. The tree's places are then what was found.
 
     max_positions: of the longest text that will be served; None for any. `graphs`: whether decode steps should be
     recorded.
