@@ -75,6 +75,7 @@ def run(service: Deployed, line: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long
 def test_every_command_does_what_it_should(guided: Deployed) -> None:
     said: dict[str, str] = {}
     for line in lines():
