@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check serve docs bench soak stalls deploy fix
+.PHONY: help demo test test-quick test-long lint check serve docs bench soak stalls deploy fix
 
 help:  ## List these commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 $(VENV)/ready: constraints.txt constraints-dev.txt pyproject.toml
 	python3 -m venv $(VENV)
@@ -18,15 +18,22 @@ $(VENV)/ready: constraints.txt constraints-dev.txt pyproject.toml
 demo: $(VENV)/ready  ## Set up, then show features and steering of the embedded model
 	@$(BIN)/neuronpedia-inference demo
 
-test: $(VENV)/ready  ## Set up, then run all tests
-	$(BIN)/python -m pytest -q
+test: $(VENV)/ready  ## Set up, then run the tests, all but the long ones
+	$(BIN)/python -m pytest -q -m "not long"
 
-check: $(VENV)/ready  ## What CI runs: format, lint, types, docs, tests
+test-quick: $(VENV)/ready  ## The tests for every change, without a model: units and the rules of the tree
+	$(BIN)/python -m pytest -q -m "not long" tests/unit tests/contract
+
+test-long: $(VENV)/ready  ## The long ones: tables, searches at random, kits
+	$(BIN)/python -m pytest -q -m long
+
+lint: $(VENV)/ready  ## Format, lint, types, generated documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/python scripts/render_docs.py --check
-	$(BIN)/python -m pytest -q
+
+check: lint test test-long  ## What CI runs
 
 serve: $(VENV)/ready  ## Serve the embedded model on http://127.0.0.1:5002
 	$(BIN)/neuronpedia-inference serve

@@ -1,10 +1,21 @@
-"""Settings of the whole test run: variables that libraries read at import, and no time limits of Hypothesis's own."""
+"""Settings of the whole test run: a cache folder of its own, variables that libraries read at import, and no time
+limits of Hypothesis's own."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
 
 from hypothesis import HealthCheck, settings
+
+from neuronpedia_inference.embedded.weights import CACHE_VARIABLE, default_cache_dir, model_folder
+from neuronpedia_inference.errors import StartupError
+
+PREFIX = "neuronpedia-inference-tests-"
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,3 +25,19 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # An example may take as long as it does: a busy machine is no fault of the code.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+def own_cache() -> Path:
+    """A cache folder for this run and its subprocesses. The embedded model's weights and the directory of SAEs are the
+    user's own, because making them takes seconds; what is measured about the tests' small models goes with the run."""
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with suppress(StartupError, OSError):  # the tests that need the weights say what is wrong with them
+        (folder / model_folder().name).symlink_to(model_folder(), target_is_directory=True)
+    for copy in default_cache_dir().glob("sae-directory-*.json"):
+        (folder / copy.name).symlink_to(copy)
+    return folder
+
+
+CACHE = own_cache()
+os.environ[CACHE_VARIABLE] = str(CACHE)

@@ -15,7 +15,7 @@ from neuronpedia_inference.saes.store import Lease, SaeStore
 
 NAMES = tuple(f"{layer}-res-t" for layer in range(6))
 SPECS = tuple(SourceSpec(name, "res-t") for name in NAMES)
-SOON = 60.0
+SOON = 300.0
 """Seconds after which something that must happen has not."""
 
 

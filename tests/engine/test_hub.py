@@ -18,6 +18,7 @@ import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
+from neuronpedia_inference.embedded.weights import CACHE_VARIABLE
 from tests import models
 from tests.rounding import differences
 
@@ -62,7 +63,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(home: Path, **environment: str) -> dict[str, Any]:
     """The answers of a fresh process with exactly these settings."""
-    base = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "OMP_NUM_THREADS", "LANG")}
+    kept = ("PATH", "HOME", "OMP_NUM_THREADS", "LANG", CACHE_VARIABLE)
+    base = {k: v for k, v in os.environ.items() if k in kept}
     env = {**base, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "SAE_SETS": "res-jb"}
     env |= {"INCLUDE_SAE": "^[12]-res-jb$", "NUM_THREADS": "1", **environment}
     done = subprocess.run(  # noqa: PLW1510  (a start that is meant to fail answers too)

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from served import MODEL, SECRET, SOURCE, TEXT, Serve, Served, Wrapped, hang_up, raising, small_settings
+from served import MODEL, SECRET, SOON_S, SOURCE, TEXT, Serve, Served, Wrapped, hang_up, raising, small_settings
 
 from neuronpedia_inference.errors import EngineFailed, NotReady, OutOfMemory, Overloaded
 from neuronpedia_inference.runtime import Runtime
@@ -53,7 +53,7 @@ def counting(http: httpx.Client, **expected: int) -> Iterator[None]:
     """Requests that end within, of any operation, by outcome: exactly these."""
     before = values(http)
     yield
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + SOON_S
     while (found := ended(before, values(http))) != expected and time.monotonic() < deadline:
         time.sleep(0.02)
     assert found == expected

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from served import MODEL, SECRET, SOURCE, TEXT, Serve, Served, Wrapped, raising, small_settings
+from served import MODEL, SECRET, SOON_S, SOURCE, TEXT, Serve, Served, Wrapped, raising, small_settings
 
 from neuronpedia_inference import __version__
 from neuronpedia_inference.domain import FeatureActivations
@@ -213,7 +213,7 @@ def test_numbers_that_json_cannot_say(runtime: Runtime, serve: Serve) -> None:
 
 def request_lines(caplog: pytest.LogCaptureFixture, n_lines: int) -> list[dict[str, Any]]:
     """A line is written once its answer has gone out, so perhaps after the client has it."""
-    until = time.monotonic() + 10
+    until = time.monotonic() + SOON_S
     while True:
         lines = [vars(record) for record in caplog.records if record.getMessage() == "request"]
         if len(lines) >= n_lines or time.monotonic() > until:

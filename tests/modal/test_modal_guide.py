@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.modal.local_modal import Plane
-from tests.modal.service_under_test import APP, MODAL, ROOT, Deployed, fill_volume
+from tests.modal.service_under_test import APP, MODAL, ROOT, START_S, Deployed, fill_volume
 
 GUIDE = ROOT / "docs" / "operating.md"
 ADDRESS = "https://workspace--neuronpedia-inference-serve.modal.run"
@@ -71,10 +71,11 @@ def run(service: Deployed, line: str) -> subprocess.CompletedProcess[str]:
     limit = f"timeout {FOLLOW_S} " if line.endswith(FOLLOWS) else ""
     env = {**service.env(), "SECRET": "another", "PATH": f"{BIN}:/usr/bin:/bin"}
     return subprocess.run(
-        ["bash", "-c", limit + line], env=env, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
+        ["bash", "-c", limit + line], env=env, cwd=ROOT, capture_output=True, text=True, timeout=START_S, check=False
     )
 
 
+@pytest.mark.long
 def test_every_command_does_what_it_should(guided: Deployed) -> None:
     said: dict[str, str] = {}
     for line in lines():

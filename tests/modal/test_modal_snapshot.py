@@ -18,7 +18,7 @@ from tests import models
 from tests.modal.local_modal import Plane
 from tests.modal.local_modal.containers import Container
 from tests.modal.local_modal.hub import a_hub
-from tests.modal.service_under_test import EMBEDDED, Deployed, fill_volume
+from tests.modal.service_under_test import EMBEDDED, START_S, Deployed, fill_volume
 
 REMOTE = "tests/remote"
 DUMP = "import faulthandler, signal; faulthandler.register(signal.SIGUSR2, file=open({path!r}, 'w'))"
@@ -47,11 +47,11 @@ def look_at(container: Container, plane: Plane, dump: Path) -> Process:
     tables = [(folder / "net" / name).read_text().splitlines()[1:] for name in ("tcp", "tcp6", "udp", "udp6")]
     mapped = {line.split(maxsplit=5)[-1] for line in (folder / "maps").read_text().splitlines() if "/" in line}
     os.kill(container.process.pid, signal.SIGUSR2)
-    deadline = time.monotonic() + 10
-    while "most recent call first" not in dump.read_text() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.2)
-    threads = re.split(r"^(?:Current t|T)hread .*$", dump.read_text(), flags=re.MULTILINE)[1:]
+    said, before, deadline = "", None, time.monotonic() + START_S
+    while (not said or said != before) and time.monotonic() < deadline:  # until all of it is written
+        time.sleep(0.2)
+        said, before = dump.read_text(), said
+    threads = re.split(r"^(?:Current t|T)hread .*$", said, flags=re.MULTILINE)[1:]
     return Process(
         inet_sockets=[row for table in tables for row in table if row.split()[9] in inodes],
         weights_mapped=sorted(path for path in mapped if WEIGHTS.search(path)),
@@ -72,7 +72,7 @@ class Watched:
 
     def ready(self, app: str) -> Container:
         url = self.service.function(app=app).urls["serve"]
-        response = httpx.get(f"{url}/ready", timeout=120)
+        response = httpx.get(f"{url}/ready", timeout=START_S)
         function = self.service.function(app=app)
         container = [one for one in self.service.plane.containers if one.pool.function is function][-1]
         assert response.status_code == 200, container.text
