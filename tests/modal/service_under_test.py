@@ -86,6 +86,7 @@ class Deployed:
         return self.function().urls["serve"]
 
     def containers(self, tag: str = "Inference.*") -> list[Container]:
+        """All that there have been: one that is idle for long is scaled down, and the next request starts another."""
         function = self.function(tag)
         return [one for one in self.plane.containers if one.pool.function is function]
 

@@ -184,7 +184,8 @@ def test_one_container_has_32_inputs_in_flight(deployed: Deployed) -> None:
         result = len(list(Inference().steer.map(texts, kwargs=kwargs)))
         """
     )
-    (container,) = deployed.containers()
+    container = deployed.containers()[-1]
+    assert container.n_answered >= 64
     assert container.most_running == 32
 
 
@@ -207,15 +208,15 @@ def test_large_bodies_go_both_ways(deployed: Deployed) -> None:
 
 
 def test_no_web_request_can_make_another_pool(deployed: Deployed) -> None:
-    """Fifty strangers, each with parameters of their own: the containers that there are, and no others."""
-    assert httpx.get(deployed.url + "/health", timeout=60).status_code == 200
-    before = (len(deployed.plane.calls.pools), len(deployed.plane.containers))
+    """Fifty strangers, each with parameters of their own: the pool that there is, and no other."""
+    assert httpx.get(deployed.url + "/health", timeout=600).status_code == 200
+    before = set(deployed.plane.calls.pools)
     for number in range(50):
         query = {PARAMETERS[number % len(PARAMETERS)]: str(number + 1), "model_id": NAMED, "token_limit": str(number)}
         answer = httpx.get(deployed.url + "/ready", params=query, timeout=600).json()
         assert answer["model"] == embedded.MODEL_ID
-    assert (len(deployed.plane.calls.pools), len(deployed.plane.containers)) == before
-    assert len(deployed.containers()) == 1
+    assert set(deployed.plane.calls.pools) == before
+    assert len({container.pool.id for container in deployed.containers()}) == 1
     assert not deployed.function().definition.class_parameter_info.schema
 
 
