@@ -162,7 +162,7 @@ def models(
         for name in known_models():
             print(name)
         return
-    rows = [(o.source_set, str(o.n_sources), o.first_source, o.last_source, o.release) for o in offered(model_id)]
+    rows = [(o.source_set, str(len(o.specs)), o.specs[0].name, o.specs[-1].name, o.release) for o in offered(model_id)]
     _table(("set", "sources", "first", "last", "release"), rows)
 
 
