@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -63,8 +64,12 @@ class OfferedSet:
     @property
     def refused(self) -> Mapping[str, int]:
         """Why some cannot be served, and how many."""
-        reasons = [spec.listed.refused for spec in self.specs if spec.listed and spec.listed.refused]
-        return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+        return Counter(spec.listed.refused for spec in self.specs if spec.listed and spec.listed.refused)
+
+    @property
+    def limited(self) -> Mapping[str, int]:
+        """Why a part of some is not served, and of how many."""
+        return Counter(spec.listed.limited for spec in self.specs if spec.listed and spec.listed.limited)
 
 
 @dataclass(frozen=True)

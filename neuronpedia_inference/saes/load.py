@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from neuronpedia_inference.domain import Source
 from neuronpedia_inference.errors import OutOfMemory, StartupError
 from neuronpedia_inference.saes.encode import ACROSS_LAYERS, FeatureReader, LoadedSae
-from neuronpedia_inference.saes.originals import headers_from_files, loader_of
+from neuronpedia_inference.saes.originals import loader_of
 from neuronpedia_inference.saes.specs import CONFIG_NAME, WEIGHTS_NAME, SourceSpec
 
 SERVED = frozenset(
@@ -218,7 +218,7 @@ def _from_hub(spec: SourceSpec, dtype: str) -> Any:
     assert release is not None, spec
     assert sae_id is not None, spec
     try:
-        with _without_model_advice(), headers_from_files():
+        with _without_model_advice(), _headers_from_files():
             module = SAE.from_pretrained(release, sae_id, device="cpu", dtype=dtype)
     except _UNREADABLE as exc:
         raise StartupError(f"SAE {spec.name!r}: {spec.address!r} could not be fetched or read: {_line(exc)}") from exc
@@ -285,6 +285,29 @@ def _without_model_advice() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
         yield
+
+
+@contextmanager
+def _headers_from_files() -> Iterator[None]:
+    """Inside, SAELens reads shapes from files in the hub's cache, which it fetches whole anyway.
+
+    For two formats its loaders would ask the hub for the header of a file even where that file is here.
+    """
+    from sae_lens.loading import pretrained_sae_loaders
+
+    before = pretrained_sae_loaders.get_safetensors_tensor_shapes
+    pretrained_sae_loaders.get_safetensors_tensor_shapes = _shapes_on_hub
+    try:
+        yield
+    finally:
+        pretrained_sae_loaders.get_safetensors_tensor_shapes = before
+
+
+def _shapes_on_hub(repo_id: str, filename: str) -> dict[str, list[int]]:
+    from huggingface_hub import hf_hub_download
+
+    with safe_open(hf_hub_download(repo_id, filename), framework="pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
 def _line(exc: Exception) -> str:

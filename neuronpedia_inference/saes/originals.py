@@ -1,13 +1,6 @@
-"""The formats in which SAEs lie on the hub: which files each needs, and how SAELens reads those that are here."""
+"""The formats in which SAEs lie on the hub, and the files that each of them needs."""
 
 from __future__ import annotations
-
-import json
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 from neuronpedia_inference.saes.directory import releases
 from neuronpedia_inference.saes.specs import CONFIG_NAME, WEIGHTS_NAME, SourceSpec
@@ -57,33 +50,3 @@ def all_files(spec: SourceSpec, path: str) -> tuple[str, ...]:
 def weight_files(spec: SourceSpec, path: str) -> tuple[str, ...]:
     """The needed ones that hold tensors."""
     return tuple(name for name in needed_files(spec, path) if name.endswith(_WEIGHTS))
-
-
-@contextmanager
-def headers_from_files() -> Iterator[None]:
-    """Inside, SAELens reads shapes from files in the hub's cache, which it fetches whole anyway.
-
-    For two formats its loaders would ask the hub for the header of a file even where that file is here.
-    """
-    from sae_lens.loading import pretrained_sae_loaders
-
-    before = pretrained_sae_loaders.get_safetensors_tensor_shapes
-    pretrained_sae_loaders.get_safetensors_tensor_shapes = _shapes_on_hub
-    try:
-        yield
-    finally:
-        pretrained_sae_loaders.get_safetensors_tensor_shapes = before
-
-
-def _shapes_on_hub(repo_id: str, filename: str) -> dict[str, list[int]]:
-    from huggingface_hub import hf_hub_download
-
-    return {name: about["shape"] for name, about in header(Path(hf_hub_download(repo_id, filename))).items()}
-
-
-def header(file: Path) -> dict[str, dict[str, Any]]:
-    """dtype and shape of each tensor in a safetensors file. Raises OSError, ValueError or struct.error."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        entries = json.loads(stream.read(min(length, 2**28)))
-    return {name: about for name, about in entries.items() if name != "__metadata__"}
