@@ -154,7 +154,8 @@ def models(
 ) -> None:
     """List the models that have SAEs, or the source sets of one model.
 
-    These are the embedded model and those in SAELens's directory: what MODEL_ID and SAE_SETS can be.
+    These are the embedded model and those in SAELens's directory: what MODEL_ID and SAE_SETS can be. Sets of the model
+    that it was finetuned from are marked with its name, and what cannot be served has its reason below.
     """
     from neuronpedia_inference.saes.catalogue import known_models, offered
 
@@ -162,8 +163,16 @@ def models(
         for name in known_models():
             print(name)
         return
-    rows = [(o.source_set, str(o.n_sources), o.first_source, o.last_source, o.release) for o in offered(model_id)]
-    _table(("set", "sources", "first", "last", "release"), rows)
+    sets = offered(model_id)
+    rows = [(o.source_set, str(len(o.specs)), o.specs[0].name, o.specs[-1].name, o.release, o.base or "") for o in sets]
+    _table(("set", "sources", "first", "last", "release", "of"), rows)
+    for one in sets:
+        for reason, count in one.refused.items():
+            _line(f"{one.source_set}: {count} not served: {reason}")
+        for reason, count in one.limited.items():
+            _line(f"{one.source_set}: {count} with a limit: {reason}")
+    if default := next((one.source_set for one in sets if one.is_default), None):
+        _line(f"Without SAE_SETS: {default}")
 
 
 @app.command()

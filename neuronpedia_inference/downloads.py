@@ -11,6 +11,7 @@ from neuronpedia_inference.embedded.weights import model_folder
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.saes.catalogue import SourceSpec, hub_location, resolve
 from neuronpedia_inference.saes.names import hugging_face_name
+from neuronpedia_inference.saes.originals import all_files, needed_files
 from neuronpedia_inference.settings import Settings
 
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -48,7 +49,7 @@ def fetch_everything(settings: Settings, progress: Callable[[str], None]) -> boo
     for number, spec in enumerate(missing, 1):
         progress(f"Downloading SAE {number} of {len(missing)}: {spec.name}")
         repo, path = hub_location(spec)
-        _download(repo, [path, f"{path}/*"], f"SAE {spec.name!r}")
+        _download(repo, all_files(spec, path), f"SAE {spec.name!r}")
     return is_missing or bool(missing)
 
 
@@ -58,7 +59,7 @@ def is_here(spec: SourceSpec) -> bool:
         return True
     repo, path = hub_location(spec)
     cached = _cached(repo)
-    return cached is not None and (cached / path).exists()
+    return cached is not None and all((cached / name).exists() for name in needed_files(spec, path))
 
 
 @contextmanager

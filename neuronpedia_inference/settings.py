@@ -44,12 +44,14 @@ class Settings(BaseSettings):
     )
     sae_sets: JsonList | None = Field(
         None,
-        description="Source sets, a JSON list or words. Unset: `res-4k` for the embedded model, every set in "
-        "LOCAL_SAE_DIR if that is given, else `res-jb`. `[]` serves no SAEs.",
+        description="Source sets, sources, or where SAEs are (`release/sae_id`, `hf://owner/repo/path`, `./folder`; "
+        "`NAME=` before it calls one otherwise), a JSON list or words. Unset: `res-4k` for the embedded model, every "
+        "set in LOCAL_SAE_DIR if that is given, else the model's first canonical residual set. `[]` serves no SAEs.",
     )
     local_sae_dir: Path | None = Field(
         None,
-        description="Folder of SAELens SAE folders named by source (`7-res-jb/`), used before the directory.",
+        description="Folder of SAELens SAE folders named by source (`7-res-jb/`), or one of these, used before the "
+        "directory.",
     )
     include_sae: JsonList = Field((), description="Regular expressions; keep only sources that one matches.")
     exclude_sae: JsonList = Field((), description="Regular expressions; drop sources that one matches.")

@@ -21,13 +21,19 @@ def is_name(text: str) -> bool:
 
 
 def check_models(chosen: Mapping[str, Any], listed: Iterable[str], own: Settings) -> None:
-    """Raises InvalidRequest unless callers may have every model that is chosen.
+    """Raises InvalidRequest unless callers may have every model that is chosen, and name their SAEs.
 
     listed: MODELS, empty for every model of SAELens's directory. own: the deployment's, always allowed.
     """
     for field in CHOICES:
         if name := chosen.get(field):
             _check(field, str(name), tuple(listed), own)
+    sets = str(chosen.get("sae_sets") or "")
+    if "/" in sets or "~" in sets:
+        raise InvalidRequest(
+            f"sae_sets {sets[:80]!r} says where SAEs are. Callers name sets and sources, such as 'res-jb'; paths, "
+            "repositories and releases are for the deployment's own SAE_SETS."
+        )
 
 
 def _check(field: str, name: str, listed: tuple[str, ...], own: Settings) -> None:

@@ -3,50 +3,78 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from neuronpedia_inference.errors import StartupError, unknown_name
+from neuronpedia_inference.saes import listed
 from neuronpedia_inference.saes.directory import releases
-from neuronpedia_inference.saes.names import aliases, all_names, lookup_order
+from neuronpedia_inference.saes.explicit import is_explicit, located
+from neuronpedia_inference.saes.listed import ListedSae
+from neuronpedia_inference.saes.names import aliases, all_names, bases, lookup_order
+from neuronpedia_inference.saes.specs import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    SetTable,
+    SourceSpec,
+    by_set,
+    from_directory,
+    from_folder,
+    holds_sae,
+    is_source_name,
+    set_of,
+)
 from neuronpedia_inference.settings import EMBEDDED_MODEL_ID, Settings
 
-__all__ = ["OfferedSet", "SaeCatalogue", "SourceSpec", "aliases", "hub_location", "known_models", "offered", "resolve"]
-
-DEFAULT_SET = "res-jb"
-CONFIG_NAME = "cfg.json"
-WEIGHTS_NAME = "sae_weights.safetensors"
-_NEURONS = "neurons"
-
-
-@dataclass(frozen=True)
-class SourceSpec:
-    """Where one SAE is found: a release and id of SAELens's directory, or a folder."""
-
-    name: str
-    source_set: str
-    release: str | None = None
-    sae_id: str | None = None
-    folder: Path | None = None
-    neuronpedia_id: str | None = None
+__all__ = [
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "OfferedSet",
+    "SaeCatalogue",
+    "SourceSpec",
+    "aliases",
+    "hub_location",
+    "known_models",
+    "offered",
+    "resolve",
+]
 
 
 @dataclass(frozen=True)
 class OfferedSet:
-    """One line of what could be served for a model."""
+    """What could be served for a model under one name."""
 
     source_set: str
-    release: str
-    n_sources: int
-    first_source: str
-    last_source: str
+    specs: tuple[SourceSpec, ...]
+    is_default: bool = False
+
+    @property
+    def release(self) -> str:
+        """Of several releases, all."""
+        return ", ".join(dict.fromkeys(spec.release or "embedded" for spec in self.specs))
+
+    @property
+    def base(self) -> str | None:
+        """The model whose SAEs these are, where the one asked about was finetuned from that."""
+        return self.specs[0].base
+
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """Why some cannot be served, and how many."""
+        return Counter(spec.listed.refused for spec in self.specs if spec.listed and spec.listed.refused)
+
+    @property
+    def limited(self) -> Mapping[str, int]:
+        """Why a part of some is not served, and of how many."""
+        return Counter(spec.listed.limited for spec in self.specs if spec.listed and spec.listed.limited)
 
 
 @dataclass(frozen=True)
 class SaeCatalogue:
-    """The SAEs to serve, set by set in the order asked for, sources in directory order."""
+    """The SAEs to serve, set by set in the order asked for, the sources of each by layer."""
 
     specs: tuple[SourceSpec, ...] = ()
     model_key: str | None = None
@@ -57,54 +85,59 @@ class SaeCatalogue:
         return tuple(dict.fromkeys(spec.source_set for spec in self.specs))
 
 
-SetTable = Mapping[str, tuple[SourceSpec, ...]]
-
-
 def resolve(settings: Settings) -> SaeCatalogue:
     """The SAEs that the settings ask for.
 
-    Raises StartupError, one line with the nearest names, for an unknown model or set, a set that the filters
-    empty, or a LOCAL_SAE_DIR that does not hold SAE folders.
+    Raises StartupError, one line with the nearest names, for an unknown model, set or address, an SAE that cannot be
+    served, a set that the filters empty, or a LOCAL_SAE_DIR that does not hold SAE folders.
     """
     if settings.sae_sets == ():
         return SaeCatalogue()
     local = _local_sets(settings.local_sae_dir) if settings.local_sae_dir else {}
     wanted = tuple(local) if settings.sae_sets is None else settings.sae_sets
     model_key, known = None, local
+    if not wanted and _is_folder(settings.sae_model_id):
+        return SaeCatalogue()
     if not wanted or any(name not in local for name in wanted):
-        if not wanted and _is_folder(settings.sae_model_id):
-            return SaeCatalogue()
-        model_key, known = _beside(local, settings)
-    wanted = wanted or _default_sets(model_key)
-    specs = _pick(wanted, known, settings.sae_model_id)
-    return SaeCatalogue(_filtered(specs, settings), model_key)
+        can_do_without = bool(local) or (bool(wanted) and all(map(is_explicit, wanted)))
+        model_key, known = _beside(local, settings, can_do_without=can_do_without)
+    wanted = wanted or (_default_set(known, settings.sae_model_id),)
+    specs = _filtered(_pick(wanted, known, settings.sae_model_id), settings)
+    _check_served(specs)
+    return SaeCatalogue(specs, model_key)
 
 
 def offered(model_id: str) -> tuple[OfferedSet, ...]:
     """The sets that exist for a model. Raises StartupError with the nearest names if it is unknown."""
-    table = _embedded_sets() if _is_embedded(model_id) else _directory()[_directory_key(model_id)]
-    return tuple(_offer(name, specs) for name, specs in table.items())
+    table = _embedded_sets() if _is_embedded(model_id) else _directory_sets(model_id)[1]
+    default = _first_choice(table)
+    return tuple(OfferedSet(name, specs, name == default) for name, specs in table.items())
 
 
 def known_models() -> tuple[str, ...]:
-    """Models that have at least one named SAE: the embedded one, then those of SAELens's directory."""
-    return (EMBEDDED_MODEL_ID, *(model for model, sets in _directory().items() if sets))
+    """Models that have SAEs: the embedded one, then those of SAELens's directory."""
+    return (EMBEDDED_MODEL_ID, *listed.models())
 
 
-def _offer(name: str, specs: tuple[SourceSpec, ...]) -> OfferedSet:
-    releases = dict.fromkeys(spec.release or "embedded" for spec in specs)
-    return OfferedSet(name, ", ".join(releases), len(specs), specs[0].name, specs[-1].name)
+def hub_location(spec: SourceSpec) -> tuple[str, str]:
+    """Repository and path, on the hub, of an SAE that is in no folder."""
+    if spec.repo is not None and spec.path is not None:
+        return spec.repo, spec.path
+    assert spec.release is not None, spec
+    assert spec.sae_id is not None, spec
+    release = releases()[spec.release]
+    return release.repo, release.paths[spec.sae_id]
 
 
-def _beside(local: SetTable, settings: Settings) -> tuple[str | None, SetTable]:
-    """The local sets, which win, and those listed for the model; with local ones it may be listed nowhere."""
+def _beside(local: SetTable, settings: Settings, *, can_do_without: bool) -> tuple[str | None, SetTable]:
+    """The local sets, which win, and those listed for the model; one that can do without may be listed nowhere."""
     try:
-        key, listed = _sets_of_model(settings)
+        key, found = _sets_of_model(settings)
     except StartupError:
-        if local:
+        if can_do_without:
             return None, local
         raise
-    return key, {**listed, **local}
+    return key, {**found, **local}
 
 
 def _sets_of_model(settings: Settings) -> tuple[str, SetTable]:
@@ -116,32 +149,71 @@ def _sets_of_model(settings: Settings) -> tuple[str, SetTable]:
             f"SAE_SETS names sets for the model in the folder {model_id!r}: LOCAL_SAE_DIR is needed to find "
             "them, or SAE_SETS='[]' to serve no SAEs."
         )
-    key = _directory_key(model_id)
-    return key, _directory()[key]
+    return _directory_sets(model_id)
 
 
-def hub_location(spec: SourceSpec) -> tuple[str, str]:
-    """Repository and path, on the hub, of an SAE of SAELens's directory."""
-    assert spec.release is not None, spec
-    assert spec.sae_id is not None, spec
-    release = releases()[spec.release]
-    return release.repo, release.paths[spec.sae_id]
+def _default_set(known: SetTable, model: str) -> str:
+    found = _first_choice(known)
+    if found is None:
+        sets = ", ".join(list(known)[:12])
+        raise StartupError(
+            f"{model} has no SAEs that read the residual stream, so none are served by default: SAE_SETS chooses "
+            f"among {sets}; SAE_SETS='[]' serves it without."
+        )
+    return found
 
 
-def _default_sets(model_key: str | None) -> tuple[str, ...]:
-    if model_key != EMBEDDED_MODEL_ID:
-        return (DEFAULT_SET,)
-    return tuple(_embedded_sets())
+def _first_choice(table: SetTable) -> str | None:
+    """Of the sets on the residual stream one of the model's own before its base's, one with a Neuronpedia name before
+    others, then that of most layers, the narrowest, the first. Embedded ones are all as good."""
+
+    def rank(item: tuple[str, tuple[SourceSpec, ...]]) -> tuple[bool, bool, int, int]:
+        name, specs = item
+        saes = [spec.listed for spec in specs]
+        is_canonical = "__" not in name and all(sae is not None and sae.neuronpedia_id for sae in saes)
+        widths = [sae.n_features or 0 for sae in saes if sae is not None]
+        return specs[0].base is not None, not is_canonical, -len(specs), max(widths, default=0)
+
+    return min((item for item in table.items() if _is_residual(item[1])), key=rank, default=(None, ()))[0]
+
+
+def _is_residual(specs: tuple[SourceSpec, ...]) -> bool:
+    saes = [spec.listed for spec in specs]
+    return all(sae is None or (sae.reads_residual and sae.refused is None) for sae in saes)
 
 
 def _pick(wanted: Iterable[str], known: SetTable, model: str) -> tuple[SourceSpec, ...]:
-    picked: list[SourceSpec] = []
-    for name in wanted:
-        if name not in known:
-            hint = "" if known else f" {model} has no SAE sets; SAE_SETS='[]' serves it without."
-            raise StartupError(f"SAE_SETS: {unknown_name('source set', name, known)}{hint}")
-        picked.extend(known[name])
-    return tuple(picked)
+    """Each SAE once. Raises StartupError for an unknown name, and for two SAEs of one name."""
+    by_name = {spec.name: spec for group in known.values() for spec in group}
+    picked: dict[str, SourceSpec] = {}
+    for word in wanted:
+        for spec in _named(word, known, by_name, model):
+            other = picked.setdefault(spec.name, spec)
+            if other.address != spec.address:
+                raise StartupError(
+                    f"SAE_SETS: {other.address} and {spec.address} are both called {spec.name!r}: give one another "
+                    f"name, such as {spec.name}-b={spec.address}"
+                )
+    return tuple(picked.values())
+
+
+def _named(word: str, known: SetTable, by_name: Mapping[str, SourceSpec], model: str) -> tuple[SourceSpec, ...]:
+    """The SAEs of a set, of a source, or at an address: under their names for this model, where they have one."""
+    if is_explicit(word):
+        ours = {spec.address: spec for spec in by_name.values()}
+        return tuple(_called(spec, ours, is_named="=" in word) for spec in located(word))
+    if word in known:
+        return known[word]
+    if word in by_name:
+        return (by_name[word],)
+    raise StartupError(f"SAE_SETS: {unknown_name('source set', word, known)}")
+
+
+def _called(spec: SourceSpec, ours: Mapping[str, SourceSpec], *, is_named: bool) -> SourceSpec:
+    sae = spec.listed
+    if is_named or sae is None:
+        return spec
+    return ours.get(spec.address) or from_directory(sae, sae.derived)
 
 
 def _filtered(specs: tuple[SourceSpec, ...], settings: Settings) -> tuple[SourceSpec, ...]:
@@ -167,6 +239,14 @@ def _passes(name: str, settings: Settings) -> bool:
     return included and not any(re.search(p, name) for p in settings.exclude_sae)
 
 
+def _check_served(specs: Iterable[SourceSpec]) -> None:
+    for spec in specs:
+        if spec.listed and spec.listed.refused:
+            raise StartupError(
+                f"SAE {spec.name!r} ({spec.address}) is not served: {spec.listed.refused}; EXCLUDE_SAE leaves it out."
+            )
+
+
 def _is_embedded(model_id: str) -> bool:
     return EMBEDDED_MODEL_ID in aliases(model_id)
 
@@ -178,66 +258,43 @@ def _is_folder(model_id: str) -> bool:
 def _embedded_sets() -> SetTable:
     from neuronpedia_inference import embedded
 
-    specs = (
-        SourceSpec(name=source, source_set=_set_of(source), folder=Path(embedded.sae_dir(source)))
-        for source in embedded.SOURCES
-    )
-    return _by_set(specs)
+    return by_set(from_folder(Path(embedded.sae_dir(source)), source) for source in embedded.SOURCES)
 
 
 def _local_sets(folder: Path) -> SetTable:
     folder = folder.expanduser()
     if not folder.is_dir():
         raise StartupError(f"LOCAL_SAE_DIR: {str(folder)!r} is not a folder.")
-    found = [child for child in folder.iterdir() if _holds_sae(child)]
+    found = [folder] if holds_sae(folder) else [child for child in folder.iterdir() if holds_sae(child)]
     for child in found:
-        if not re.fullmatch(r"[^-]+-.+", child.name) or _set_of(child.name) == _NEURONS:
+        if not is_source_name(child.name):
             raise StartupError(f"LOCAL_SAE_DIR: {str(child)!r} is not named as a source, such as '7-res-jb'.")
     if not found:
         raise StartupError(f"LOCAL_SAE_DIR: {str(folder)!r} holds no SAE folder, such as '7-res-jb'.")
-    found.sort(key=lambda child: _order(child.name))
-    specs = (SourceSpec(child.name, _set_of(child.name), folder=child) for child in found)
-    return dict(sorted(_by_set(specs).items()))
+    return dict(sorted(by_set(from_folder(child) for child in sorted(found)).items()))
 
 
-def _holds_sae(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))
+@cache
+def _directory_sets(model_id: str) -> tuple[str, SetTable]:
+    """The model's key in the directory, and its sets with those of its base; of two with one name the base goes by the
+    derived name. Raises StartupError with the nearest names for an unknown model.
+    """
+    own = [key for key in listed.models() if key in aliases(model_id)]
+    base = [key for key in listed.models() if key in bases(model_id)]
+    if not own and not base:
+        raise _unknown_model(model_id)
+    specs = [from_directory(sae) for key in own for sae in listed.of_model(key)]
+    taken = {spec.source_set for spec in specs}
+    specs += [_of_base(sae, taken) for key in base for sae in listed.of_model(key)]
+    return (own or base)[0], by_set(specs)
 
 
-def _order(name: str) -> tuple[int, int, str]:
-    layer = name.split("-", 1)[0]
-    return (0, int(layer), name) if layer.isdecimal() else (1, 0, name)
+def _of_base(sae: ListedSae, taken: set[str]) -> SourceSpec:
+    return from_directory(sae, sae.derived if set_of(sae.name) in taken else sae.name, base=sae.model)
 
 
-def _set_of(source: str) -> str:
-    return source.split("-", 1)[1]
-
-
-def _by_set(specs: Iterable[SourceSpec]) -> dict[str, tuple[SourceSpec, ...]]:
-    table: dict[str, list[SourceSpec]] = {}
-    for spec in specs:
-        table.setdefault(spec.source_set, []).append(spec)
-    return {name: tuple(group) for name, group in table.items()}
-
-
-def _directory_key(model_id: str) -> str:
-    directory = _directory()
-    for name in lookup_order(model_id):
-        if name in directory:
-            return name
-    listed = (name for name in all_names() if not directory.keys().isdisjoint(lookup_order(name)))
-    unknown = unknown_name("model", model_id, dict.fromkeys((*known_models(), *listed)))
-    raise StartupError(f"{unknown} SAE_SETS='[]' serves a model without SAEs.")
-
-
-@lru_cache(maxsize=1)
-def _directory() -> dict[str, SetTable]:
-    """Model -> set -> sources, in directory order. SAEs without a neuronpedia id have no source name here."""
-    rows: dict[str, list[SourceSpec]] = {}
-    for release, about in releases().items():
-        specs = rows.setdefault(about.model, [])
-        for sae_id, neuronpedia_id in about.neuronpedia_ids.items():
-            name = neuronpedia_id.rsplit("/", 1)[-1] if isinstance(neuronpedia_id, str) else ""
-            if "-" in name:
-                specs.append(SourceSpec(name, _set_of(name), release, sae_id, None, neuronpedia_id))
-    return {model: _by_set(specs) for model, specs in rows.items()}
+def _unknown_model(model_id: str) -> StartupError:
+    keys = set(listed.models())
+    reachable = (name for name in all_names() if not keys.isdisjoint(lookup_order(name)))
+    unknown = unknown_name("model", model_id, dict.fromkeys((*known_models(), *reachable)))
+    return StartupError(f"{unknown} SAE_SETS='[]' serves a model without SAEs.")

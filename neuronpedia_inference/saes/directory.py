@@ -15,6 +15,8 @@ from typing import Any
 from neuronpedia_inference.embedded.weights import default_cache_dir
 
 PACKAGE = "sae_lens"
+FORM = 2
+"""Of the copy: another number when its rows change."""
 FILE = "pretrained_saes.yaml"
 
 
@@ -28,13 +30,15 @@ class Release:
     """Path in the repository by SAE id."""
     neuronpedia_ids: Mapping[str, str | None]
     """By SAE id."""
+    loader: str | None = None
+    """SAELens's name for the format of the files; None for its own."""
 
 
 @lru_cache(maxsize=1)
 def releases() -> dict[str, Release]:
     """Every release by its name. From a copy in the cache folder, which reads sixty times faster than the original."""
     source = _source()
-    copy = default_cache_dir() / f"sae-directory-{metadata.version('sae-lens')}-{source.stat().st_size}.json"
+    copy = default_cache_dir() / f"sae-directory-{FORM}-{metadata.version('sae-lens')}-{source.stat().st_size}.json"
     try:
         rows = json.loads(copy.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -62,6 +66,7 @@ def _rows(source: Path) -> dict[str, list[Any]]:
             about["repo_id"],
             {sae["id"]: str(sae["path"]) for sae in about["saes"]},
             {sae["id"]: sae.get("neuronpedia") for sae in about["saes"]},
+            about.get("conversion_func"),
         ]
         for name, about in data.items()
     }

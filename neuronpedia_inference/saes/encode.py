@@ -18,6 +18,8 @@ from neuronpedia_inference.saes.order import stable_topk
 
 MAX_NEAREST = 128
 _ROWS_AT_ONCE = 8192
+ACROSS_LAYERS = "cross_layer_transcoder"
+"""One layer of it: features read there, and write to every later layer."""
 COPIED_NUMBERS = 2**22
 """Weights of a gated encoder that are scaled at once."""
 
@@ -50,7 +52,7 @@ class FeatureReader(Protocol):
         ...
 
     def decoder_row(self, index: int) -> Tensor:
-        """[decoder width], a float32 copy. Raises InvalidRequest for neurons."""
+        """[decoder width], a float32 copy. Raises InvalidRequest for neurons and layers of cross-layer transcoders."""
         ...
 
     def encoder_column(self, index: int) -> Tensor:
@@ -60,7 +62,7 @@ class FeatureReader(Protocol):
     def nearest_decoder_rows(self, query: Tensor, k: int) -> tuple[FeatureValue, ...]:
         """Features by cosine similarity to `query` [decoder width], descending; k is cut to [1, min(128, F)].
 
-        Raises InvalidRequest for neurons and for a query of another width.
+        Raises InvalidRequest for neurons, layers of cross-layer transcoders, and a query of another width.
         """
         ...
 
@@ -116,6 +118,7 @@ class LoadedSae:
             yield first, self._by_column(self.module, inputs, slice(first, first + block)).float()
 
     def decoder_row(self, index: int) -> Tensor:
+        self._check_rows()
         return self._copy(self.module.W_dec[index])
 
     def encoder_column(self, index: int) -> Tensor:
@@ -123,6 +126,7 @@ class LoadedSae:
 
     @torch.no_grad()
     def nearest_decoder_rows(self, query: Tensor, k: int) -> tuple[FeatureValue, ...]:
+        self._check_rows()
         rows: Tensor = self.module.W_dec
         if query.shape != rows.shape[1:]:
             raise InvalidRequest(
@@ -147,6 +151,13 @@ class LoadedSae:
     def _input(self, x: Tensor) -> Tensor:
         """Cast, normalise and shift as the SAE's configuration says: [pos, width] -> [pos, width]."""
         return self.module.process_sae_in(x.to(self.module.device))
+
+    def _check_rows(self) -> None:
+        if self.source.architecture == ACROSS_LAYERS:
+            raise InvalidRequest(
+                f"Source {self.source.name!r} is one layer of a cross-layer transcoder: its features write to every "
+                "later layer, so it has no decoder rows. Its activations are served."
+            )
 
     def _copy(self, weights: Tensor) -> Tensor:
         # A view would keep the whole matrix alive after its SAE has left.
@@ -215,6 +226,7 @@ def _gated_columns(module: Any, inputs: Tensor, columns: Columns) -> Tensor:
 _BY_COLUMN: dict[str, _Encoder] = {
     "standard": _relu_columns,
     "transcoder": _relu_columns,
+    ACROSS_LAYERS: _relu_columns,
     "skip_transcoder": _relu_columns,
     "jumprelu": _jumprelu_columns,
     "jumprelu_transcoder": _jumprelu_columns,

@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 
 from neuronpedia_inference.domain import Source
 from neuronpedia_inference.errors import OutOfMemory, StartupError
-from neuronpedia_inference.saes.catalogue import CONFIG_NAME, WEIGHTS_NAME, SourceSpec
-from neuronpedia_inference.saes.encode import FeatureReader, LoadedSae
+from neuronpedia_inference.saes.encode import ACROSS_LAYERS, FeatureReader, LoadedSae
+from neuronpedia_inference.saes.originals import loader_of
+from neuronpedia_inference.saes.specs import CONFIG_NAME, WEIGHTS_NAME, SourceSpec
 
 SERVED = frozenset(
     (
@@ -103,7 +104,7 @@ def load_on_host(spec: SourceSpec, *, dtype: str) -> LoadedSae:
     Raises StartupError, one line naming the source and the file or the architecture, if the SAE is missing,
     broken or of a kind that is not served.
     """
-    module = _from_folder(spec, spec.folder, dtype) if spec.folder else _from_directory(spec, dtype)
+    module = _from_folder(spec, spec.folder, dtype) if spec.folder else _from_hub(spec, dtype)
     source = _describe(spec, module)
     _fold_decoder_norms(module)
     return LoadedSae(source, _only_read(module))
@@ -209,17 +210,18 @@ def _read_architecture(spec: SourceSpec, config: Path) -> str:
         raise StartupError(f"SAE {spec.name!r}: {str(config)!r} could not be read: {_line(exc)}") from exc
 
 
-def _from_directory(spec: SourceSpec, dtype: str) -> Any:
-    assert spec.release is not None, spec
-    assert spec.sae_id is not None, spec
+def _from_hub(spec: SourceSpec, dtype: str) -> Any:
     from sae_lens import SAE
 
+    # To SAELens a repository that is in no release is a release of its own.
+    release, sae_id = spec.release or spec.repo, spec.sae_id or spec.path
+    assert release is not None, spec
+    assert sae_id is not None, spec
     try:
-        with _without_model_advice():
-            module = SAE.from_pretrained(spec.release, spec.sae_id, device="cpu", dtype=dtype)
+        with _without_model_advice(), _headers_from_files():
+            module = SAE.from_pretrained(release, sae_id, device="cpu", dtype=dtype)
     except _UNREADABLE as exc:
-        where = f"{spec.release}/{spec.sae_id}"
-        raise StartupError(f"SAE {spec.name!r}: {where!r} could not be fetched or read: {_line(exc)}") from exc
+        raise StartupError(f"SAE {spec.name!r}: {spec.address!r} could not be fetched or read: {_line(exc)}") from exc
     _check_architecture(spec, module.cfg.architecture())
     return module
 
@@ -251,13 +253,19 @@ def _describe(spec: SourceSpec, module: Any) -> Source:
         hook=hook,
         n_features=config.d_sae,
         width=config.d_in,
-        architecture=config.architecture(),
+        architecture=_architecture(spec, config),
         has_dfa=hook.endswith("hook_z") and _reads_attention(spec, metadata.get("neuronpedia_id")),
     )
 
 
+def _architecture(spec: SourceSpec, config: Any) -> str:
+    """What SAELens says, but for one layer of a cross-layer transcoder, which it loads as a transcoder of its own."""
+    is_one_layer = loader_of(spec) == "mntss_clt_layer_transcoder"
+    return ACROSS_LAYERS if is_one_layer else config.architecture()
+
+
 def _reads_attention(spec: SourceSpec, written_id: Any) -> bool:
-    for name in (spec.neuronpedia_id, written_id):
+    for name in (spec.neuronpedia_id, written_id, f"/{spec.name}" if spec.release else None):
         if isinstance(name, str) and re.search(r"-att[-_]", name):
             return True
     return spec.folder is not None and "att" in spec.name
@@ -277,6 +285,29 @@ def _without_model_advice() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
         yield
+
+
+@contextmanager
+def _headers_from_files() -> Iterator[None]:
+    """Inside, SAELens reads shapes from files in the hub's cache, which it fetches whole anyway.
+
+    For two formats its loaders would ask the hub for the header of a file even where that file is here.
+    """
+    from sae_lens.loading import pretrained_sae_loaders
+
+    before = pretrained_sae_loaders.get_safetensors_tensor_shapes
+    pretrained_sae_loaders.get_safetensors_tensor_shapes = _shapes_on_hub
+    try:
+        yield
+    finally:
+        pretrained_sae_loaders.get_safetensors_tensor_shapes = before
+
+
+def _shapes_on_hub(repo_id: str, filename: str) -> dict[str, list[int]]:
+    from huggingface_hub import hf_hub_download
+
+    with safe_open(hf_hub_download(repo_id, filename), framework="pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
 def _line(exc: Exception) -> str:

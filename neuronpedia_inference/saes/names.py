@@ -42,6 +42,13 @@ _SAME_MODEL: tuple[tuple[str, ...], ...] = (
     ("gpt-oss-20b", "openai/gpt-oss-20b"),
 )
 
+_FINETUNED = ("-it", "-Instruct")
+"""What the name of a finetuned model adds to that of its base; some bases add `-Base` instead."""
+_BASE_OF = {
+    "llama3.1-8b-it": "llama3.1-8b",
+    "deepseek-r1-distill-llama-8b": "llama3.1-8b",
+}
+
 _GROUP_OF = {name: group for group in _SAME_MODEL for name in group}
 
 
@@ -55,11 +62,19 @@ def hugging_face_name(model_id: str) -> str:
     return next((name for name in aliases(model_id) if "/" in name), model_id)
 
 
-def lookup_order(model_id: str) -> tuple[str, ...]:
-    """Names to try in SAELens's directory: those of the model, then of an `-it` model's base."""
+def bases(model_id: str) -> tuple[str, ...]:
+    """Names that the model it was finetuned from may have, none of its own among them."""
     own = aliases(model_id)
-    bases = (alias for name in own if name.endswith("-it") for alias in aliases(name.removesuffix("-it")))
-    return tuple(dict.fromkeys((*own, *bases)))
+    guesses = [_BASE_OF[name] for name in own if name in _BASE_OF]
+    for name in own:
+        guesses += [name.removesuffix(ending) for ending in _FINETUNED if name.endswith(ending)]
+        guesses.append(f"{name}-Base")
+    return tuple(dict.fromkeys(alias for guess in guesses for alias in aliases(guess) if alias not in own))
+
+
+def lookup_order(model_id: str) -> tuple[str, ...]:
+    """Names to try in SAELens's directory: those of the model, then those of its base."""
+    return (*aliases(model_id), *bases(model_id))
 
 
 def all_names() -> tuple[str, ...]:

@@ -15,10 +15,10 @@ from typing import Protocol
 
 from neuronpedia_inference.domain import Source
 from neuronpedia_inference.errors import EngineFailed, InferenceError, NotReady, StartupError, UnknownSource
-from neuronpedia_inference.saes.catalogue import SourceSpec
 from neuronpedia_inference.saes.encode import FeatureReader
 from neuronpedia_inference.saes.load import Load, Masters, load_sae, place_on_device, stored_bytes
 from neuronpedia_inference.saes.residency import Lease, Residency, Waiting, give_back, grant, refuse
+from neuronpedia_inference.saes.specs import SourceSpec
 
 
 class Place(Protocol):

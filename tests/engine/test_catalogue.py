@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import pytest
 
 from neuronpedia_inference.errors import StartupError
-from neuronpedia_inference.saes import catalogue
-from neuronpedia_inference.saes.catalogue import SaeCatalogue, aliases, known_models, offered, resolve
-from neuronpedia_inference.saes.directory import Release
+from neuronpedia_inference.saes import directory
+from neuronpedia_inference.saes.catalogue import OfferedSet, SaeCatalogue, aliases, known_models, offered, resolve
+from neuronpedia_inference.saes.listed import EMBEDDED_TOKENS, TEMPORAL, of_model
 from neuronpedia_inference.saes.names import lookup_order
 from neuronpedia_inference.settings import Settings
 
@@ -130,27 +129,175 @@ class TestDirectory:
     def test_every_short_name_of_the_directory_is_an_alias(self) -> None:
         """Neuronpedia's short name stands before the slash of every id."""
         for model in known_models()[1:]:
-            for spec in catalogue._directory()[model].values():
-                short = str(spec[0].neuronpedia_id).split("/")[0]
-                assert model in lookup_order(short), (model, short)
+            for sae in of_model(model):
+                if sae.neuronpedia_id is not None:
+                    short = sae.neuronpedia_id.split("/")[0]
+                    assert model in lookup_order(short), (model, short)
 
-    def test_names_are_unique_within_a_model(self) -> None:
-        for model, sets in catalogue._directory().items():
-            every = [spec.name for group in sets.values() for spec in group]
-            assert len(every) == len(set(every)), model
-            assert sum(map(len, sets.values())) == len(every)
-        total = sum(len(group) for sets in catalogue._directory().values() for group in sets.values())
-        assert total == 2441
+    def test_sets_of_many_kinds_are_reached_by_derived_names(self) -> None:
+        found = asked(model_id="Qwen/Qwen3.5-27B", sae_sets=["qwen-scope-3.5-27b-w80k-l50"])
+        assert [spec.sae_id for spec in found.specs] == [f"layer{n}" for n in range(64)]
+        found = asked(model_id="gemma-3-4b", sae_sets=["gemma-scope-2-4b-pt-att-all__width_16k_l0_big"])
+        assert names(found)[:2] == [f"{n}-gemma-scope-2-4b-pt-att-all__width_16k_l0_big" for n in (0, 1)]
+        assert [spec.sae_id for spec in found.specs] == [f"layer_{n}_width_16k_l0_big" for n in range(34)]
 
-    def test_missing_ids_are_passed_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        ids = {"a": None, "c": "m/3-res-x", "d": "m/4-res-x__l0-9"}
-        monkeypatch.setattr(catalogue, "releases", lambda: {"r": Release("m", "repo", {}, ids)})
-        catalogue._directory.cache_clear()
-        try:
-            assert names(asked(model_id="m", sae_sets=["res-x"])) == ["3-res-x"]
-            assert names(asked(model_id="m", sae_sets=["res-x__l0-9"])) == ["4-res-x__l0-9"]
-        finally:
-            catalogue._directory.cache_clear()
+    def test_one_source_is_a_set_of_one(self) -> None:
+        found = asked(model_id="gemma-2-2b", sae_sets=["20-gemmascope-res-16k", "11-gemmascope-res-16k"])
+        assert names(found) == ["20-gemmascope-res-16k", "11-gemmascope-res-16k"]
+
+    def test_sources_sort_by_layer(self) -> None:
+        for line in offered("pythia-70m-deduped"):
+            layers = [spec.name.split("-")[0] for spec in line.specs]
+            assert layers == sorted(layers, key=lambda layer: (layer == "e", layer != "e" and int(layer)))
+        (res,) = (line for line in offered("pythia-70m-deduped") if line.source_set == "res-sm")
+        assert [spec.name for spec in res.specs] == [*(f"{n}-res-sm" for n in range(6)), "e-res-sm"]
+
+
+class TestDefaultSet:
+    @pytest.mark.parametrize(
+        ("model", "source_set", "count"),
+        [
+            ("gpt2-small", "res-jb", 13),
+            ("gemma-2-2b", "gemmascope-res-16k", 26),
+            ("google/gemma-2-2b-it", "gemmascope-res-16k", 26),
+            ("gemma-2-9b-it", "gemmascope-res-16k", 3),
+            ("llama3.1-8b", "llamascope-res-32k", 32),
+            ("gemma-3-4b", "gemmascope-2-res-16k", 4),
+            ("gemma-3-12b-it", "gemma-scope-2-12b-it-res-all__width_16k_l0_big", 48),
+            ("Qwen/Qwen3.5-27B", "qwen-scope-3.5-27b-w80k-l50", 64),
+            ("qwen3-1.7b", "qwen-scope-3-1.7b-base-w32k-l50", 28),
+            ("openai/gpt-oss-20b", "resid-post-aa", 6),
+        ],
+    )
+    def test_is_on_the_residual_stream(self, model: str, source_set: str, count: int) -> None:
+        found = asked(model_id=model)
+        assert found.source_sets == (source_set,)
+        assert len(found.specs) == count
+        assert [line.source_set for line in offered(model) if line.is_default] == [source_set]
+
+    def test_every_model_starts_by_its_name_alone_or_says_why_not(self) -> None:
+        without = [model for model in known_models() if not any(line.is_default for line in offered(model))]
+        assert without == ["qwen3-4b", "qwen3-14b", "qwen3-0.6b"]
+        for model in without:
+            text = refused(model_id=model)
+            assert f"{model} has no SAEs that read the residual stream" in text
+            assert offered(model)[0].source_set in text
+
+
+class TestBaseModel:
+    def test_its_sets_are_offered_and_marked(self) -> None:
+        by_base: dict[str | None, list[OfferedSet]] = {}
+        for line in offered("google/gemma-3-12b-it"):
+            by_base.setdefault(line.base, []).append(line)
+        assert by_base.keys() == {None, "google/gemma-3-12b-pt"}
+        assert sum(len(line.specs) for line in by_base[None]) == len(of_model("google/gemma-3-12b-it"))
+        assert sum(len(line.specs) for line in by_base["google/gemma-3-12b-pt"]) == len(
+            of_model("google/gemma-3-12b-pt")
+        )
+        found = asked(model_id="gemma-3-12b-it", sae_sets=["gemmascope-2-res-16k"])
+        assert {spec.release for spec in found.specs} == {"gemma-scope-2-12b-pt-res"}
+        assert {spec.base for spec in found.specs} == {"google/gemma-3-12b-pt"}
+
+    def test_a_name_is_that_of_the_models_own(self) -> None:
+        (own,) = (line for line in offered("gemma-2-9b-it") if line.source_set == "gemmascope-res-16k")
+        assert (own.base, own.release, len(own.specs)) == (None, "gemma-scope-9b-it-res-canonical", 3)
+        other = asked(model_id="gemma-2-9b-it", sae_sets=["gemma-scope-9b-pt-res-canonical__width_16k-canonical"])
+        assert {spec.neuronpedia_id for spec in other.specs} == {
+            f"gemma-2-9b/{n}-gemmascope-res-16k" for n in range(42)
+        }
+
+    @pytest.mark.parametrize("model", ["gemma-2-9b-it", "gemma-3-27b-it", "qwen3-8b", "llama3.1-8b-it"])
+    def test_names_stay_unique(self, model: str) -> None:
+        every = [spec.name for line in offered(model) for spec in line.specs]
+        assert len(every) == len(set(every))
+
+
+class TestAddresses:
+    def test_release_and_id(self) -> None:
+        found = asked(model_id="gpt2-small", sae_sets=["gpt2-small-res-jb/blocks.11.hook_resid_post"])
+        assert (names(found), found.specs[0].release) == (["12-res-jb"], "gpt2-small-res-jb")
+        assert found.specs == asked(model_id="gpt2-small", sae_sets=["12-res-jb"]).specs
+
+    def test_an_id_with_slashes(self) -> None:
+        word = "gemma-scope-2b-pt-res/layer_7/width_16k/average_l0_69"
+        (spec,) = asked(model_id="gemma-2-2b", sae_sets=[word]).specs
+        assert (spec.release, f"{spec.release}/{spec.sae_id}", spec.address) == ("gemma-scope-2b-pt-res", word, word)
+
+    def test_an_sae_of_another_model_goes_by_its_derived_name(self, tmp_path: Path) -> None:
+        word = "gpt2-small-res-jb/blocks.7.hook_resid_pre"
+        (spec,) = asked(model_id=str(tmp_path), sae_sets=[word]).specs
+        assert (spec.name, spec.source_set) == (
+            "7-gpt2-small-res-jb__hook_resid_pre",
+            "gpt2-small-res-jb__hook_resid_pre",
+        )
+
+    def test_a_repository_of_the_hub(self) -> None:
+        found = asked(model_id="gpt2-small", sae_sets=["hf://me/my-saes/run_3/blocks.7.hook_resid_pre"])
+        (spec,) = found.specs
+        assert (spec.name, spec.repo, spec.path) == (
+            "7-me-my-saes__run_3_hook_resid_pre",
+            "me/my-saes",
+            "run_3/blocks.7.hook_resid_pre",
+        )
+        assert spec.release is spec.folder is None
+
+    def test_a_repository_that_the_directory_lists_is_that_release(self) -> None:
+        word = "hf://google/gemma-scope-2-4b-pt/resid_post/layer_17_width_16k_l0_medium"
+        (spec,) = asked(model_id="gemma-3-4b", sae_sets=[word]).specs
+        assert (spec.name, spec.release) == ("17-gemmascope-2-res-16k", "gemma-scope-2-4b-pt-res")
+
+    def test_names_of_ones_own(self, tmp_path: Path) -> None:
+        folder = folder_of(tmp_path, "checkpoint")
+        words = [
+            f"7-mine={folder}/checkpoint",
+            "8-mine=hf://me/saes/final",
+            "9-mine=gpt2-small-res-jb/blocks.7.hook_resid_pre",
+        ]
+        found = asked(model_id="gpt2-small", sae_sets=words)
+        assert names(found) == ["7-mine", "8-mine", "9-mine"]
+        assert (found.specs[0].folder, found.specs[1].path) == (folder / "checkpoint", "final")
+
+    def test_folders(self, tmp_path: Path) -> None:
+        folder = folder_of(tmp_path, "10-res-x", "2-res-x", "layer_3_best")
+        assert names(asked(model_id="m", sae_sets=[f"{folder}/2-res-x"])) == ["2-res-x"]
+        assert names(asked(model_id="m", sae_sets=[str(folder)])) == ["3-local__best", "2-res-x", "10-res-x"]
+        assert names(asked(model_id="m", local_sae_dir=folder / "2-res-x")) == ["2-res-x"]
+
+    def test_beside_names_and_once(self) -> None:
+        words = ["res-jb", "gpt2-small-res-jb/blocks.7.hook_resid_pre", "7-res-jb"]
+        assert asked(model_id="gpt2-small", sae_sets=words) == asked(model_id="gpt2-small", sae_sets=["res-jb"])
+
+    @pytest.mark.parametrize(
+        ("word", "says"),
+        [
+            ("gpt2-small-res-jbb/blocks.7.hook_resid_pre", "Did you mean 'gpt2-small-res-jb'"),
+            ("gpt2-small-res-jb/blocks.77.hook_resid_pre", "Unknown SAE of gpt2-small-res-jb 'blocks.77"),
+            ("saes/7-res-x", "A folder is written ./saes/7-res-x"),
+            ("./nowhere/at-all", "'nowhere/at-all' is not a folder"),
+            ("hf://me/my-saes", "not of the form hf://owner/repo/path"),
+            ("hf://me/my-saes/../../etc", "not of the form hf://owner/repo/path"),
+            ("hf://me/my-saes/final", "names no layer: give it a name, such as 7-my-set=hf://me/my-saes/final"),
+            ("mine=hf://me/my-saes/final", "'mine' in 'mine=hf://me/my-saes/final' is not the name of a source"),
+            ("3-neurons=hf://me/my-saes/final", "is not the name of a source"),
+        ],
+    )
+    def test_mistakes_are_one_line(self, word: str, says: str) -> None:
+        assert says in refused(model_id="gpt2-small", sae_sets=[word])
+
+    def test_two_saes_of_one_name(self, tmp_path: Path) -> None:
+        folder = folder_of(tmp_path, "7-res-jb")
+        text = refused(model_id="gpt2-small", sae_sets=["7-res-jb", f"{folder}/7-res-jb"])
+        assert "are both called '7-res-jb': give one another name" in text
+
+
+class TestWhatIsNotServed:
+    @pytest.mark.parametrize(
+        ("word", "why"),
+        [("temporal-res", TEMPORAL), ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", EMBEDDED_TOKENS)],
+    )
+    def test_is_listed_and_refused_with_the_reason(self, word: str, why: str) -> None:
+        assert f"is not served: {why}; EXCLUDE_SAE leaves it out." in refused(model_id="gemma-2-2b", sae_sets=[word])
+        assert any(why in line.refused for line in offered("gemma-2-2b"))
 
 
 class TestFilters:
@@ -186,12 +333,6 @@ class TestUnknown:
         text = refused(model_id="gpt2-small", sae_sets=["res-jbb"])
         assert "Unknown source set 'res-jbb'. Did you mean 'res-jb'" in text
 
-    def test_default_set_that_a_model_lacks(self) -> None:
-        assert "'res-jb'" in refused(model_id="gemma-2-2b")
-
-    def test_model_that_is_listed_without_named_saes(self) -> None:
-        assert "has no SAE sets; SAE_SETS='[]'" in refused(model_id="mistral-7b", sae_sets=["res-x"])
-
 
 class TestLocalFolder:
     def test_every_set_by_default_in_the_order_of_layers(self, tmp_path: Path) -> None:
@@ -205,8 +346,8 @@ class TestLocalFolder:
         assert found.model_key is None
 
     def test_needs_no_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "sae_lens.loading.pretrained_saes_directory", None)
-        catalogue._directory.cache_clear()
+        monkeypatch.setattr(directory, "_source", lambda: tmp_path / "nowhere")
+        directory.releases.cache_clear()
         assert len(asked(model_id="gpt2-small", local_sae_dir=folder_of(tmp_path, "2-res-x")).specs) == 1
 
     def test_local_sets_win_over_the_directory(self, tmp_path: Path) -> None:
@@ -270,20 +411,16 @@ class TestEmbedded:
 
 
 class TestOffer:
-    def test_lists_sets_with_their_ends(self) -> None:
+    def test_lists_sets_with_their_sources(self) -> None:
         by_set = {line.source_set: line for line in offered("openai-community/gpt2")}
-        assert len(by_set) == 24
+        assert len(by_set) == 25
         line = by_set["res-jb"]
-        assert (line.release, line.n_sources) == ("gpt2-small-res-jb", 13)
-        assert (line.first_source, line.last_source) == ("0-res-jb", "12-res-jb")
-
-    def test_a_set_from_two_releases_names_both(self) -> None:
-        line = next(line for line in offered("pythia-70m-deduped") if line.source_set == "att-sm")
-        assert line.release == "pythia-70m-deduped-att-sm, pythia-70m-deduped-res-sm"
+        assert (line.release, line.base, line.refused) == ("gpt2-small-res-jb", None, {})
+        assert [spec.name for spec in line.specs] == [f"{n}-res-jb" for n in range(13)]
 
     def test_embedded(self) -> None:
         (line,) = offered("smollm2-135m-instruct")
-        assert (line.source_set, line.release, line.n_sources) == ("res-4k", "embedded", 3)
+        assert (line.source_set, line.release, len(line.specs), line.is_default) == ("res-4k", "embedded", 3, True)
 
     def test_unknown_model(self) -> None:
         with pytest.raises(StartupError, match="Did you mean 'gemma-2-2b'"):
@@ -293,7 +430,7 @@ class TestOffer:
         known = known_models()
         assert known[0] == "smollm2-135m-instruct"
         assert {"gpt2-small", "gemma-2-2b", "meta-llama/Llama-3.1-8B"} <= set(known)
-        assert "mistral-7b" not in known
+        assert "mistral-7b" in known
 
 
 def test_aliases_begin_with_the_name_itself() -> None:

@@ -212,6 +212,17 @@ def test_models_lists_the_sets_of_the_embedded_model() -> None:
     assert re.search(r"res-4k +3 +10-res-4k +20-res-4k", ran.stdout)
 
 
+def test_models_marks_the_base_and_says_what_is_not_served() -> None:
+    from neuronpedia_inference.saes.listed import REASONS
+
+    ran = CliRunner().invoke(app, ["models", "gemma-2-2b-it"])
+    assert ran.exit_code == 0
+    assert f"temporal-res: 1 not served: {REASONS[0]}" in ran.stdout
+    assert f"clt-hp: 26 with a limit: {REASONS[2]}" in ran.stdout
+    assert ran.stdout.splitlines()[-1] == "Without SAE_SETS: gemmascope-res-16k"
+    assert re.search(r"temporal-res +1 .* gemma-2-2b *\n", ran.stdout)
+
+
 # demo
 
 

@@ -58,3 +58,10 @@ def test_a_name_never_leads_out_of_a_folder(text: str) -> None:
 )
 def test_paths_are_no_names(path: str) -> None:
     assert not is_name(path)
+
+
+@pytest.mark.parametrize("sets", ["hf://me/saes/final", "/etc", "res-jb ./saes", '["gpt2-small-res-jb/blocks.7"]', "~"])
+def test_callers_do_not_say_where_saes_are(sets: str) -> None:
+    with pytest.raises(InvalidRequest, match="Callers name sets and sources"):
+        check_models({"model_id": "gpt2-small", "sae_sets": sets}, (), OWN)
+    check_models({"model_id": "gpt2-small", "sae_sets": '["res-jb"]'}, (), OWN)

@@ -1,0 +1,52 @@
+"""The formats in which SAEs lie on the hub, and the files that each of them needs."""
+
+from __future__ import annotations
+
+from neuronpedia_inference.saes.directory import releases
+from neuronpedia_inference.saes.specs import CONFIG_NAME, WEIGHTS_NAME, SourceSpec
+
+_NEEDED = {
+    None: (f"{{path}}/{CONFIG_NAME}", f"{{path}}/{WEIGHTS_NAME}"),
+    "connor_rob_hook_z": ("{path}", "{stem}_cfg.json"),
+    "deepseek_r1": ("{path}",),
+    "dictionary_learning_1": ("{path}/config.json", "{path}/ae.pt"),
+    "gemma_2": ("{path}/params.npz",),
+    "gemma_2_transcoder": ("{path}/params.npz",),
+    "gemma_3": ("{path}/params.safetensors",),
+    "goodfire": ("{path}",),
+    "llama_scope": ("{path}/hyperparams.json", "{path}/checkpoints/final.safetensors"),
+    "llama_scope_r1_distill": ("{path}/config.json", f"{{path}}/{WEIGHTS_NAME}"),
+    "mntss_clt_layer_transcoder": ("W_enc_{path}.safetensors", "W_dec_{path}.safetensors", "config.yaml"),
+    "mwhanna_transcoder": ("{path}",),
+    "qwen_scope": ("{path}",),
+    "temporal": ("{path}/conf.yaml", "{path}/latest_ckpt.safetensors"),
+}
+"""By SAELens's name for the format. `path` is the directory's, `stem` the same without its ending."""
+_USED = {
+    None: ("{path}/sparsity.safetensors",),
+    "gemma_3": ("{path}/config.json",),
+    "mwhanna_transcoder": ("wandb-config.yaml", "wanb-config.yaml", "config.yaml"),
+}
+"""Files that are read where a repository has them."""
+_WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
+
+
+def loader_of(spec: SourceSpec) -> str | None:
+    """SAELens's name for the format; None for its own."""
+    return releases()[spec.release].loader if spec.release is not None else None
+
+
+def needed_files(spec: SourceSpec, path: str) -> tuple[str, ...]:
+    """Names in the repository, without which an SAE of the hub at `path` cannot be read."""
+    stem = path.split(".pt")[0]
+    return tuple(name.format(path=path, stem=stem) for name in _NEEDED[loader_of(spec)])
+
+
+def all_files(spec: SourceSpec, path: str) -> tuple[str, ...]:
+    """Those, and what else is read where it is there."""
+    return (*needed_files(spec, path), *(name.format(path=path) for name in _USED.get(loader_of(spec), ())))
+
+
+def weight_files(spec: SourceSpec, path: str) -> tuple[str, ...]:
+    """The needed ones that hold tensors."""
+    return tuple(name for name in needed_files(spec, path) if name.endswith(_WEIGHTS))
