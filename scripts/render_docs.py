@@ -27,6 +27,7 @@ from neuronpedia_inference.settings import Settings, variable
 from neuronpedia_inference.web.auth import HEADER
 from neuronpedia_inference.web.fields import example_of, fields_of
 from neuronpedia_inference.web.parsing import MAX_CONTAINERS
+from neuronpedia_inference.web.sse import EVENT_BYTES_PER_S, LARGE_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference.md"
@@ -233,7 +234,9 @@ CONVENTIONS = f"""\
 - **Streams.** With `"stream": true` the steering operations answer with `text/event-stream`: `data: {{json}}` and a
   blank line, every event holding the whole answer so far, or with `deltas` on `/v1/steer` only what is new. There is an
   event for each token as long as the caller reads as fast as the model writes; else one for all that has come since.
-  Who reads nothing for `SEND_TIMEOUT` is cut off. The stream ends when the connection does.
+  Events of {LARGE_BYTES // 1024} KiB and more leave at {EVENT_BYTES_PER_S / 1e6:g} MB a second at most, so that what
+  they repeat does not slow the model; the last waits for nothing. Who reads nothing for `SEND_TIMEOUT` is cut off. The
+  stream ends when the connection does.
   What is wrong with a request is said before the stream begins, with an ordinary status. A failure after the first
   event ends the stream with `event: error` and `data: {{"error": "...", "code": "...", "request_id": "..."}}`: a reader
   that ignores event names recognises it by its key `error`. Hanging up stops the generation.
