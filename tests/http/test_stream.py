@@ -252,7 +252,7 @@ def test_who_never_reads_holds_up_nobody_and_is_cut_off(runtime: Runtime, serve:
     served = serve(small_settings(send_timeout_s=2.0), lambda: Wrapped(runtime, generate=flood))
     host, port = served.url.removeprefix("http://").split(":")
     body = json.dumps(STEER).encode()
-    head = "POST /v1/steer/completion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/steer/completion HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection((host, int(port)), timeout=SOON_S) as connection, served.client() as client:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         until(lambda: flood.n_events > 2)
