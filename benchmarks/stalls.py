@@ -4,7 +4,8 @@
 from another process, does to it what the sub-command says, prints a table, and writes its part of
 `benchmarks/results/stalls.json`.
 
-- requests: the largest legal request of each kind, one after another.
+- requests: the largest legal request of each kind, each on a server of its own that has answered small ones, so that
+  what was admitted at most was admitted for it.
 - streams: a long text with log-probabilities, streamed and whole in turns; the bytes of its events, and with `deltas`.
 - readers: clients that ask for a stream, never read, and hang up.
 - gaps: a stream beside 12 clients that rank the features of all SAEs.
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import Load, description
-from benchmarks.stalls_asks import BODY_BYTES, Ask, Bounds, asks, completion, everything
+from benchmarks.stalls_asks import BODY_BYTES, Ask, Bounds, asks, completion, everything, small
 from benchmarks.stalls_client import Answer, Server, markdown, quantile, serving
 
 RESULTS = Path(__file__).parent / "results" / "stalls.json"
@@ -46,14 +47,18 @@ async def requests(wanted: argparse.Namespace) -> list[Row]:
     rows = []
     for name in wanted.limits:
         async with serving(**LIMITS[name]) as server:
-            for ask in asks(Bounds.of(server.url), wanted.tokens):
-                if wanted.only in ask.name and (name != "bodies" or len(ask.body) > LARGE_BYTES):
+            bounds = Bounds.of(server.url)
+        for ask in asks(bounds, wanted.tokens):
+            if wanted.only in ask.name and (name != "bodies" or len(ask.body) > LARGE_BYTES):
+                async with serving(**LIMITS[name]) as server:
                     rows.append({"limits": name, **await _request(server, ask)})
-                    print(rows[-1], file=sys.stderr)
+                print(rows[-1], file=sys.stderr)
     return rows
 
 
 async def _request(server: Server, ask: Ask) -> Row:
+    for path, body in small():
+        assert (answer := await server.ask(path, body)).status == 200, answer.head
     before_mib = await server.quiet_mib()
     answer = await server.ask(ask.path, ask.body)
     seen = server.seen()
@@ -65,9 +70,9 @@ async def _request(server: Server, ask: Ask) -> Row:
         "seconds": round(answer.seconds, 2),
         **seen.health(),
         "MiB before": round(before_mib),
-        "MiB most": round(max(seen.mib)),
-        "MiB after": round(await server.quiet_mib()),
+        "MiB more": round(max(seen.mib) - before_mib, 1),
         "MiB admitted": _rounded(await server.admitted_mib()),
+        "MiB kept": round(await server.quiet_mib() - before_mib, 1),
     }
 
 

@@ -80,6 +80,13 @@ def asks(bounds: Bounds, n_new: int) -> Iterator[Ask]:
     yield _ask(f"steer, {n_new} tokens, stream", "/v1/steer/completion", {**logprobs, "stream": True})
 
 
+def small() -> Iterator[tuple[str, bytes]]:
+    """Path and body of a small request to every part of the server."""
+    yield "/v1/steer", json.dumps({"prompt": "Hi", "features": [], "max_new_tokens": 2}).encode()
+    yield "/v1/top-k", json.dumps({"prompt": "Hi", "source": SOURCE, "top_k": 2}).encode()
+    yield "/v1/activation/all", everything(4)
+
+
 def completion(n_new: int, n_logprobs: int, *, stream: bool) -> bytes:
     """Both types, greedy, of any model."""
     return json.dumps({**_completion(n_new), "n_logprobs": n_logprobs, "stream": stream}).encode()

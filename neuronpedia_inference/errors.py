@@ -5,9 +5,13 @@ InferenceError
 │   ├── UnknownSource       400  no such SAE source or source set here
 │   ├── UnknownPoint        400  no such hook point in this model
 │   └── LimitExceeded       400  a bound was passed; the message names value, bound and remedy
+├── MalformedHttp           400  not HTTP; answered by the connection, before there is a request
 ├── Unauthorized            401
+├── Forbidden               403  a web page, or a name of this server, that is not allowed
+├── RequestTimeout          408  the request did not come in whole in time
 ├── Conflict                409  the server's state forbids it
 ├── BodyTooLarge            413
+├── HeadTooLarge            431  likewise answered by the connection
 ├── Unavailable             503  try again later
 │   ├── NotReady            503  the model is still loading
 │   ├── Overloaded          503  no room for another request now
@@ -59,9 +63,24 @@ class LimitExceeded(InvalidRequest):
     code = "limit_exceeded"
 
 
+class MalformedHttp(InferenceError):
+    code = "malformed_http"
+    status = 400
+
+
 class Unauthorized(InferenceError):
     code = "unauthorized"
     status = 401
+
+
+class Forbidden(InferenceError):
+    code = "forbidden"
+    status = 403
+
+
+class RequestTimeout(InferenceError):
+    code = "request_timeout"
+    status = 408
 
 
 class Conflict(InferenceError):
@@ -72,6 +91,11 @@ class Conflict(InferenceError):
 class BodyTooLarge(InferenceError):
     code = "body_too_large"
     status = 413
+
+
+class HeadTooLarge(InferenceError):
+    code = "head_too_large"
+    status = 431
 
 
 class Unavailable(InferenceError):

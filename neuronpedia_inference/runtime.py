@@ -428,5 +428,8 @@ class _Writing(AsyncIterator[tuple[Written, ...]]):
     async def __anext__(self) -> tuple[Written, ...]:
         return await self._completions.written(await anext(self._events))
 
+    async def rest(self, seconds: float) -> None:
+        await self._events.rest(seconds)
+
     async def aclose(self) -> None:
         await self._events.aclose()

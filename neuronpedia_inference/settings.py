@@ -107,6 +107,19 @@ class Settings(BaseSettings):
         description="Seconds that a request may wait for its turn; 0 waits for ever.",
     )
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Bytes in a request body.")
+    max_connections: int = Field(
+        1000,
+        ge=8,
+        description="Connections open at once; for one more, the one that has waited longest for its caller is closed. "
+        "Never more than the files that the process may open, but for 64.",
+    )
+    receive_timeout_s: float = Field(
+        60.0,
+        ge=0.1,
+        le=86400,
+        validation_alias="RECEIVE_TIMEOUT",
+        description="Seconds in which the body of a request must have come in.",
+    )
     send_timeout_s: float = Field(
         60.0,
         ge=0.1,
@@ -121,6 +134,17 @@ class Settings(BaseSettings):
     server_host: str = Field("127.0.0.1", description="Address to bind; others than loopback need a SECRET.")
     server_port: int = Field(5002, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
     secret: SecretStr | None = Field(None, description="Value that X-SECRET-KEY must have; unset or empty: open.")
+    allowed_hosts: JsonList = Field(
+        (),
+        description="Names by which callers may reach the server (the `Host` of requests, without port; "
+        "`*.example.org` and `*` are understood), beside loopback and SERVER_HOST. Unset: any with a SECRET, no other "
+        "without.",
+    )
+    allowed_origins: JsonList = Field(
+        (),
+        description="Web pages that may call the server (`https://example.org`, `null` or `*`), beside those on "
+        "loopback and its own. Unset: any with a SECRET, no other without.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
     log_format: Literal["text", "json"] = Field("text", description="Form of log lines.")
 
@@ -131,7 +155,7 @@ class Settings(BaseSettings):
     sentry_traces_sample_rate: float = Field(0.25, ge=0, le=1, description="Share of requests traced by Sentry.")
     sentry_profiles_sample_rate: float = Field(0.25, ge=0, le=1, description="Share of processes profiled by Sentry.")
 
-    @field_validator("sae_sets", "include_sae", "exclude_sae", mode="before")
+    @field_validator("sae_sets", "include_sae", "exclude_sae", "allowed_hosts", "allowed_origins", mode="before")
     @classmethod
     def _read_list(cls, value: Any) -> Any:
         return _words(value) if isinstance(value, str) else value

@@ -26,8 +26,11 @@ from neuronpedia_inference.operations import OPERATIONS, Operation
 from neuronpedia_inference.prices import prices
 from neuronpedia_inference.settings import Settings, variable
 from neuronpedia_inference.web.auth import HEADER
+from neuronpedia_inference.web.body import BODIES_AT_ONCE
+from neuronpedia_inference.web.connections import HEAD_S, MAX_FRAMING
 from neuronpedia_inference.web.fields import example_of, fields_of
 from neuronpedia_inference.web.parsing import MAX_CONTAINERS
+from neuronpedia_inference.web.sse import EVENT_BYTES_PER_S, LARGE_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference.md"
@@ -87,6 +90,30 @@ EXPLAINED: dict[str, Explained] = {
         f"Invalid or missing {HEADER} header",
         f"Send the server's `SECRET` in the header `{HEADER}`.",
     ),
+    "forbidden": Explained(
+        "Without a `SECRET` the server answers only web pages of its own machine (the request's `Origin`), and only by "
+        "names of its own (its `Host`), so that no page of somebody else can use it through a browser.",
+        "Pages of 'https://example.org' may not call this server. Start it with that origin in ALLOWED_ORIGINS, or set "
+        "a SECRET.",
+        "Start the server with the name or the origin in `ALLOWED_HOSTS` or `ALLOWED_ORIGINS`, or with a `SECRET`.",
+    ),
+    "malformed_http": Explained(
+        "What came is not HTTP. The connection is closed.",
+        "Invalid HTTP request received.",
+        "Look at what sends it: TLS to a port that speaks plain HTTP, for instance.",
+    ),
+    "request_timeout": Explained(
+        "The body of the request did not come in whole within `RECEIVE_TIMEOUT`. The connection is closed. One whose "
+        f"headers do not come within {HEAD_S:g} s is closed without an answer.",
+        "The request body did not come in within 60 s (RECEIVE_TIMEOUT)",
+        "Send less at once, or raise `RECEIVE_TIMEOUT` and restart.",
+    ),
+    "head_too_large": Explained(
+        f"Address, headers, chunk sizes and trailers of a request take {MAX_FRAMING} bytes more than its body. "
+        "The connection is closed.",
+        f"A request's headers and chunk sizes may take {MAX_FRAMING} bytes",
+        "Send fewer or shorter headers, and a chunked body in chunks of five bytes or more.",
+    ),
     "conflict": Explained(
         "The server's state forbids it: a running server does not exchange its model.",
         "A running server keeps its model: restart it with other settings, such as MODEL_ID or CUSTOM_HF_MODEL_ID",
@@ -110,7 +137,8 @@ EXPLAINED: dict[str, Explained] = {
         "Wait for `/ready` to answer 200.",
     ),
     "overloaded": Explained(
-        "As many requests are inside as the server admits, or this one waited too long for its turn.",
+        "As many requests are inside as the server admits, or this one waited too long for its turn; or as many bodies "
+        "are on their way in, or all connections at work.",
         "32 requests are being answered already, the most that this server admits.",
         "Try again after `Retry-After` seconds, with fewer requests at once; or raise `MAX_CONCURRENT_REQUESTS`.",
     ),
@@ -228,19 +256,31 @@ CONVENTIONS = f"""\
 - **Request id.** Every answer has an `X-Request-Id`: the one that the request came with, if it is plain and at most 128
   characters long, else a new one. Log lines carry it.
 - **Errors.** Every answer that is not a success has the body `{{"error": "...", "code": "...", "request_id": "..."}}`,
-  with status 422 also `detail`. A 503 has `Retry-After`. What is checked, in this order: secret, size of the body,
-  JSON, schema, the request's meaning. A body of more than {MAX_CONTAINERS} objects and lists (brackets in texts count)
-  is refused like one that is too large; integers beyond ±(2⁶³ − 1) are read in bodies of up to 64 KiB only.
+  with status 422 also `detail`. A 503 has `Retry-After`. What is checked, in this order: host and origin, secret, size
+  of the body, JSON, schema, the request's meaning. A body of more than {MAX_CONTAINERS} objects and lists (brackets in
+  texts count) is refused like one that is too large; integers beyond ±(2⁶³ − 1) are read in bodies of up to 64 KiB
+  only.
 - **Streams.** With `"stream": true` the steering operations answer with `text/event-stream`: `data: {{json}}` and a
   blank line, every event holding the whole answer so far, or with `deltas` on `/v1/steer` only what is new. There is an
   event for each token as long as the caller reads as fast as the model writes; else one for all that has come since.
-  Who reads nothing for `SEND_TIMEOUT` is cut off. The stream ends when the connection does.
+  Events of {LARGE_BYTES // 1024} KiB and more leave at {EVENT_BYTES_PER_S / 1e6:g} MB a second at most, so that what
+  they repeat does not slow the model; the last waits for nothing. Who reads nothing for `SEND_TIMEOUT` is cut off. The
+  stream ends when the connection does.
   What is wrong with a request is said before the stream begins, with an ordinary status. A failure after the first
   event ends the stream with `event: error` and `data: {{"error": "...", "code": "...", "request_id": "..."}}`: a reader
   that ignores event names recognises it by its key `error`. Hanging up stops the generation.
 - Answers of 1000 bytes and more are compressed for clients that accept gzip, streams never. Large answers come in
   pieces of 16 to 64 KiB, without `Content-Length`, as fast as they are read; who reads nothing for `SEND_TIMEOUT` is
-  cut off. Any origin may call (CORS), without credentials.
+  cut off.
+- **Browsers.** With a `SECRET`, pages of any origin may call (CORS), without credentials. Without one, only pages of
+  this machine may, and the server answers only as a loopback address or `SERVER_HOST`: a request whose `Host` or
+  `Origin` is another is a 403. `ALLOWED_HOSTS` and `ALLOWED_ORIGINS` name more; pages of an allowed host may call it.
+  A request without `Origin`, as programs send it, is judged by its `Host` alone.
+- **Connections.** The headers of a request have {HEAD_S:g} s to come, its body `RECEIVE_TIMEOUT`; headers and chunk
+  sizes may take {MAX_FRAMING} bytes more than the body has. Bodies on their way in may hold
+  {BODIES_AT_ONCE} × `MAX_BODY_BYTES` together. An answer that leaves before its
+  request has come in whole, such as a 401 or 413, ends the connection. Of
+  `MAX_CONNECTIONS` the one that has waited longest for its caller gives way to a new one.
 - `GET /health` says that the process lives, `GET /ready` that the model answers (503 until then), `GET
   /v1/capabilities` what is served and within which limits, `GET /metrics` how busy it is. `POST /initialize` is
   refused with 409."""

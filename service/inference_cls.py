@@ -85,7 +85,7 @@ class Inference(Serving):
         """The same operations over HTTPS, with X-SECRET-KEY where the secret has SECRET."""
         from neuronpedia_inference.web.app import create_app
 
-        return create_app(self._settings, self._serving)
+        return create_app(self._settings, self._serving, own_hosts=("*.modal.run", *OPTIONS.custom_domains))
 
 
 @app.cls(**CONTAINER, **requested(OPTIONS, None))

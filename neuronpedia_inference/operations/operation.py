@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -49,6 +50,10 @@ class Events(AsyncIterator[Out], Generic[In, Out]):
 
     async def __anext__(self) -> Out:
         return self._turn(await anext(self._source))
+
+    async def rest(self, seconds: float) -> None:
+        """Leave the source alone for so long, or until it has ended, where it can tell."""
+        await getattr(self._source, "rest", asyncio.sleep)(seconds)
 
     async def aclose(self) -> None:
         close: Any = getattr(self._source, "aclose", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -100,6 +101,9 @@ class Story(AsyncIterator[tuple[Written, ...]]):
         for row, written in zip(self.rows, news, strict=True):
             row.add(written)
         return news
+
+    async def rest(self, seconds: float) -> None:
+        await getattr(self._source, "rest", asyncio.sleep)(seconds)
 
     async def aclose(self) -> None:
         close: Any = getattr(self._source, "aclose", None)

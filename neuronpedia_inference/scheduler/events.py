@@ -29,8 +29,9 @@ class TicketEvents(AsyncIterator[list[Any]]):
         self._lock = threading.Lock()
         self._folded: list[Any] = []
         self._has_news = asyncio.Event()
+        self._has_ended = asyncio.Event()
         self._ticket = submit(self._put)
-        self._ticket.future.add_done_callback(lambda _: self._wake())
+        self._ticket.future.add_done_callback(lambda _: self._tell(self._end))
 
     async def __anext__(self) -> list[Any]:
         future = self._ticket.future
@@ -47,6 +48,12 @@ class TicketEvents(AsyncIterator[list[Any]]):
                 _raise_failure(future)
                 raise StopAsyncIteration
 
+    async def rest(self, seconds: float) -> None:
+        """Leave the work alone for so long, or until it has ended."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._has_ended.wait()
+
     async def aclose(self) -> None:
         """Stop the work; no effect once it has ended."""
         self._ticket.cancel()
@@ -62,12 +69,16 @@ class TicketEvents(AsyncIterator[list[Any]]):
             is_first = not self._folded
             self._folded.extend(events)
         if is_first and self._wakes:
-            self._wake()
+            self._tell(self._has_news.set)
 
-    def _wake(self) -> None:
+    def _end(self) -> None:
+        self._has_ended.set()
+        self._has_news.set()
+
+    def _tell(self, news: Callable[[], None]) -> None:
         """From any thread."""
         with suppress(RuntimeError):  # the caller's loop has closed: nobody is left to tell
-            self._loop.call_soon_threadsafe(self._has_news.set)
+            self._loop.call_soon_threadsafe(news)
 
 
 def _raise_failure(future: Future[Any]) -> None:

@@ -11,11 +11,22 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from neuronpedia_inference.errors import BodyTooLarge, EngineFailed, InferenceError, Unavailable
-from neuronpedia_inference.observability import request_id
+from neuronpedia_inference.errors import (
+    BodyTooLarge,
+    EngineFailed,
+    Forbidden,
+    HeadTooLarge,
+    InferenceError,
+    MalformedHttp,
+    RequestTimeout,
+    Unauthorized,
+    Unavailable,
+)
+from neuronpedia_inference.observability import bound_request_id, new_request_id, request_id
 from neuronpedia_inference.operations import InvalidBody
 
 LONGEST_TEXT = 2000
+LEFT_UNREAD = (BodyTooLarge, Forbidden, HeadTooLarge, MalformedHttp, RequestTimeout, Unauthorized)
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,17 @@ def error_response(problem: Problem) -> Response:
     return json_response(problem.body(), problem.status, problem.headers)
 
 
+def plain_http(refusal: InferenceError) -> bytes:
+    """A whole answer, for where there is no application; its connection ends."""
+    with bound_request_id(new_request_id("")) as id_:
+        problem = problem_of(refusal)
+        body = json_bytes(problem.body())
+    headers = {"Content-Type": "application/json", **problem.headers, "Connection": "close", "X-Request-Id": id_}
+    lines = [f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}", f"Content-Length: {len(body)}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode("ascii") + body
+
+
 def problem_of(exc: Exception) -> Problem:
     """The caller's view of any exception. Nothing of an unexpected one is shown but the request id."""
     if isinstance(exc, InvalidBody):
@@ -66,8 +88,8 @@ def problem_of(exc: Exception) -> Problem:
 def _headers_of(exc: InferenceError) -> dict[str, str]:
     if isinstance(exc, Unavailable):
         return {"Retry-After": str(exc.retry_after_s)}
-    # The rest of a body that is too large stays unread, so the connection cannot be used again.
-    return {"Connection": "close"} if isinstance(exc, BodyTooLarge) else {}
+    # The rest of the body stays unread, so the connection cannot be used again.
+    return {"Connection": "close"} if isinstance(exc, LEFT_UNREAD) else {}
 
 
 def _of_http(exc: HTTPException) -> Problem:

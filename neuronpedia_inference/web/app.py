@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,8 +20,9 @@ from neuronpedia_inference.operations import OPERATIONS, Operation, answer_event
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.web.answers import error_response, json_response, problem_of
 from neuronpedia_inference.web.auth import SecretGate
-from neuronpedia_inference.web.body import read_object
+from neuronpedia_inference.web.body import Bodies
 from neuronpedia_inference.web.boundary import ID_HEADER, Boundary, RequestScope, note_problem
+from neuronpedia_inference.web.browsers import BrowserGate
 from neuronpedia_inference.web.openapi import TITLE, document
 from neuronpedia_inference.web.pieces import PiecedAnswer
 from neuronpedia_inference.web.sse import EventStream, while_connected
@@ -33,22 +34,25 @@ GetRuntime = Callable[[], "Runtime"]
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def create_app(settings: Settings, get_runtime: GetRuntime) -> FastAPI:
-    """`get_runtime` raises NotReady until the model is loaded."""
-    app = FastAPI(title=TITLE, version=__version__, redirect_slashes=False, middleware=_layers(settings))
+def create_app(settings: Settings, get_runtime: GetRuntime, own_hosts: Sequence[str] = ()) -> FastAPI:
+    """`get_runtime` raises NotReady until the model is loaded. own_hosts: names of the server beside ALLOWED_HOSTS."""
+    layers = _layers(settings, own_hosts)
+    app = FastAPI(title=TITLE, version=__version__, redirect_slashes=False, middleware=layers)
+    bodies = Bodies(settings.max_body_bytes, settings.receive_timeout_s)
     app.openapi = document
     app.add_exception_handler(HTTPException, _answer_error)
     for operation in OPERATIONS:
-        handler = _handler(operation, settings, get_runtime)
+        handler = _handler(operation, settings, bodies, get_runtime)
         app.add_api_route(operation.path, handler, methods=["POST"], name=operation.name)
     _add_service_routes(app, get_runtime)
     return app
 
 
-def _layers(settings: Settings) -> list[Middleware]:
-    """Outermost first: every answer has its id and CORS headers, refusals included."""
+def _layers(settings: Settings, own_hosts: Sequence[str]) -> list[Middleware]:
+    """Outermost first: every answer has its id, and unless its page may not call at all its CORS headers."""
     return [
         Middleware(RequestScope),
+        Middleware(BrowserGate, settings=settings, own_hosts=own_hosts),
         Middleware(
             CORSMiddleware,
             allow_origins=["*"],
@@ -63,7 +67,7 @@ def _layers(settings: Settings) -> list[Middleware]:
     ]
 
 
-def _handler(operation: Operation[Any], settings: Settings, get_runtime: GetRuntime) -> Handler:
+def _handler(operation: Operation[Any], settings: Settings, bodies: Bodies, get_runtime: GetRuntime) -> Handler:
     """body limit → JSON → schema → operation; the secret was checked before."""
 
     async def handle(request: Request) -> Response:
@@ -80,7 +84,7 @@ def _handler(operation: Operation[Any], settings: Settings, get_runtime: GetRunt
         with ExitStack() as if_unread:
             with suppress(NotReady):
                 if_unread.enter_context(get_runtime().metrics.request(operation.name, left=ClientDisconnect))
-            body = await read_object(request, settings.max_body_bytes)
+            body = await bodies.object(request)
             if_unread.pop_all()
             return body
 

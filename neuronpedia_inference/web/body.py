@@ -1,74 +1,110 @@
-"""Reading a request's body: within its bound, as JSON, as an object."""
+"""Reading a request's body: within its bounds, as JSON, as an object."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from email.message import Message
 from typing import Any
 
 from starlette.requests import Request
 
-from neuronpedia_inference.errors import BodyTooLarge
+from neuronpedia_inference.errors import BodyTooLarge, Overloaded, RequestTimeout
 from neuronpedia_inference.operations import InvalidBody
 from neuronpedia_inference.operations.pacing import paced
 from neuronpedia_inference.web.parsing import MAX_CONTAINERS, n_containers, parsed
 
-DISCARD_S, DISCARD_BYTES = 5.0, 2**26
-"""How much of a refused body is still taken in, and thrown away."""
+BODIES_AT_ONCE = 16
+"""Bodies of the largest size that may be on their way in together; many more of an ordinary one."""
 
 
-async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
-    """The body as a dictionary. Raises BodyTooLarge before the bound is passed in memory, or InvalidBody."""
-    raw = await _read(request, max_bytes)
-    if not _is_json(request.headers.get("content-type", "")):
-        raise _invalid("content_type", "Content-Type must be application/json")
-    try:
-        value = await paced(parsed(raw))
-    except ValueError as exc:
-        raise _invalid("json_invalid", f"The body is not valid JSON: {str(exc)[:200]}") from exc
-    if not isinstance(value, dict):
-        raise _invalid("dict_type", "The body must be a JSON object")
-    return value
+class Bodies:
+    """The bodies of one server, as they come in."""
 
+    def __init__(self, max_bytes: int, timeout_s: float) -> None:
+        """max_bytes, timeout_s: of one body."""
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+        self._n_inside = 0
 
-async def _read(request: Request, max_bytes: int) -> bytes:
-    refusal = BodyTooLarge(
-        f"The request body is larger than {max_bytes} bytes. Send less at once, or raise MAX_BODY_BYTES."
-    )
-    n_inside = 0
-    announced = request.headers.get("content-length", "")
-    arriving = request.stream()
-    if announced.isdecimal() and int(announced) > max_bytes:
-        if int(announced) <= DISCARD_BYTES:
-            await _discard(arriving)
-        raise refusal
-    chunks = bytearray()
-    async for chunk in arriving:
-        if len(chunks) + len(chunk) > max_bytes:
-            await _discard(arriving)
-            raise refusal
-        chunks += chunk
-        n_inside += n_containers(chunk)
-        if n_inside > MAX_CONTAINERS:
-            await _discard(arriving)
-            raise BodyTooLarge(
-                f"The request body has more than {MAX_CONTAINERS} objects and lists (brackets in texts count). "
-                "Send less at once."
+    async def object(self, request: Request) -> dict[str, Any]:
+        """The body as a dictionary.
+
+        Raises BodyTooLarge or Overloaded before a bound is passed in memory, RequestTimeout, or InvalidBody.
+        """
+        with self._room() as held:
+            value = await self._value(request, held)
+        if not isinstance(value, dict):
+            raise _invalid("dict_type", "The body must be a JSON object")
+        return value
+
+    async def _value(self, request: Request, held: _Held) -> Any:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                raw = await self._read(request, held)
+        except TimeoutError:
+            raise RequestTimeout(
+                f"The request body did not come in within {self._timeout_s:g} s (RECEIVE_TIMEOUT)"
+            ) from None
+        if not _is_json(request.headers.get("content-type", "")):
+            raise _invalid("content_type", "Content-Type must be application/json")
+        try:
+            return await paced(parsed(raw))
+        except ValueError as exc:
+            raise _invalid("json_invalid", f"The body is not valid JSON: {str(exc)[:200]}") from exc
+
+    async def _read(self, request: Request, held: _Held) -> bytes:
+        announced = request.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > self._max_bytes:
+            raise self._too_large()
+        chunks = bytearray()
+        n_containers_inside = 0
+        async for chunk in request.stream():
+            if len(chunks) + len(chunk) > self._max_bytes:
+                raise self._too_large()
+            held.add(len(chunk))
+            chunks += chunk
+            n_containers_inside += n_containers(chunk)
+            if n_containers_inside > MAX_CONTAINERS:
+                raise BodyTooLarge(
+                    f"The request body has more than {MAX_CONTAINERS} objects and lists (brackets in texts count). "
+                    "Send less at once."
+                )
+        return bytes(chunks)
+
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(
+            f"The request body is larger than {self._max_bytes} bytes. Send less at once, or raise MAX_BODY_BYTES."
+        )
+
+    @contextmanager
+    def _room(self) -> Iterator[_Held]:
+        """For what one body holds until it has been read."""
+        held = _Held(self)
+        try:
+            yield held
+        finally:
+            self._n_inside -= held.n_bytes
+
+    def take(self, n_bytes: int) -> None:
+        """Raises Overloaded."""
+        if self._n_inside + n_bytes > BODIES_AT_ONCE * self._max_bytes:
+            raise Overloaded(
+                f"Request bodies of {self._n_inside} bytes are on their way in already, which is nearly the most that "
+                f"this server takes at once ({BODIES_AT_ONCE} × MAX_BODY_BYTES)."
             )
-    return bytes(chunks)
+        self._n_inside += n_bytes
 
 
-async def _discard(arriving: AsyncIterator[bytes]) -> None:
-    """The rest of a body that is refused, within bounds: most clients read an answer only when they have sent all."""
-    n_bytes = 0
-    with suppress(TimeoutError):
-        async with asyncio.timeout(DISCARD_S):
-            async for chunk in arriving:
-                n_bytes += len(chunk)
-                if n_bytes > DISCARD_BYTES:
-                    return
+class _Held:
+    def __init__(self, bodies: Bodies) -> None:
+        self.n_bytes = 0
+        self._bodies = bodies
+
+    def add(self, n_bytes: int) -> None:
+        self._bodies.take(n_bytes)
+        self.n_bytes += n_bytes
 
 
 def _is_json(header: str) -> bool:

@@ -9,21 +9,29 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from neuronpedia_inference.errors import EngineDied, NotReady, StartupError
 from neuronpedia_inference.observability import start_logging, start_sentry
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.web.app import create_app
+from neuronpedia_inference.web.connections import Connection, Lobby
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
+BACKLOG = 2048
+ACCEPTED_AT_ONCE = 16
+"""Connections accepted before those that leave for them have been closed."""
+SPARE_FILES = 64
+"""What the process needs beside connections: models, logs, what is accepted at once."""
 SHUTDOWN_S = 30
 # Longer than the minute after which load balancers drop an idle connection, so that they close it, not we.
 KEEP_ALIVE_S = 75
@@ -31,6 +39,47 @@ WATCH_S = 0.5
 FAREWELL_S = 5.0
 """A process whose engine has died goes on saying so for this long, so that load balancers turn away from it."""
 Say = Callable[[str], None]
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn with bounds on connections."""
+
+    def __init__(self, app: ASGIApp, max_connections: int) -> None:
+        most = min(max_connections, _most_files() - SPARE_FILES)
+        connection: Any = partial(Connection, Lobby(most))
+        config = uvicorn.Config(
+            app,
+            http=connection,
+            loop="asyncio",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=SHUTDOWN_S,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            lifespan="off",
+            backlog=ACCEPTED_AT_ONCE,
+        )
+        super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)  # asyncio has made it as short as what is accepted at once
+
+
+def _most_files() -> int:
+    """That this process may have open. Raises StartupError where they are too few to serve."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 2**20
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if most == resource.RLIM_INFINITY:
+        return 2**20
+    if most < SPARE_FILES + 8:
+        raise StartupError(f"This process may open {most} files, too few to serve: allow {SPARE_FILES + 8} (ulimit -n)")
+    return most
 
 
 class LoadingRuntime:
@@ -109,16 +158,7 @@ def serve(settings: Settings, say: Say, on_ready: Callable[[Runtime, float], Non
     start_sentry(settings)
     listener = listen(settings.server_host, settings.server_port, settings.send_timeout_s)
     loading = LoadingRuntime(settings, say)
-    config = uvicorn.Config(
-        create_app(settings, loading),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=SHUTDOWN_S,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        lifespan="off",
-    )
-    server = uvicorn.Server(config)
+    server = HttpServer(create_app(settings, loading), settings.max_connections)
 
     def stop() -> None:
         server.should_exit = True
@@ -170,7 +210,7 @@ def listen(host: str, port: int, send_timeout_s: float = 60) -> socket.socket:
             # A closed connection keeps its buffer until the peer reads it, which one that never reads does not do.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * send_timeout_s))
         listener.bind((host, port))
-        listener.listen(2048)
+        listener.listen(BACKLOG)
     except OSError as exc:
         listener.close()
         reason = os.strerror(exc.errno) if exc.errno else str(exc)

@@ -20,6 +20,10 @@ from neuronpedia_inference.web.answers import json_bytes
 from neuronpedia_inference.web.sending import in_time
 
 EVENT_STREAM = "text/event-stream"
+LARGE_BYTES = 2**15
+"""Smaller events follow each other without a pause."""
+EVENT_BYTES_PER_S = 10e6
+"""Of large events. More slows a fast model, whose thread waits for the interpreter while they are sent."""
 T = TypeVar("T")
 
 
@@ -61,7 +65,10 @@ class EventStream(Response):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": body, "more_body": True})
             is_first = False
-            await asyncio.sleep(0)  # neither an event nor a send need wait, and then nobody else had a turn
+            if len(body) >= LARGE_BYTES:
+                await self._answers.rest(len(body) / EVENT_BYTES_PER_S)
+            else:
+                await asyncio.sleep(0)  # neither an event nor a send need wait, and then nobody else had a turn
         if is_first:
             raise EngineFailed("The stream ended without an event")
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -17,7 +17,7 @@ import uvicorn
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.web.app import create_app
-from neuronpedia_inference.web.serve import listen, url_of
+from neuronpedia_inference.web.serve import HttpServer, listen, url_of
 
 MODEL = "smollm2-135m-instruct"
 SOURCE = "15-res-4k"
@@ -50,15 +50,15 @@ def small_settings(**changes: Any) -> Settings:
 @contextmanager
 def running(settings: Settings, get_runtime: Callable[[], Any]) -> Iterator[Served]:
     """A uvicorn server in a thread of its own, on a free port."""
-    with on_a_port(create_app(settings, get_runtime), settings.send_timeout_s) as (_, url):
+    with on_a_port(create_app(settings, get_runtime), settings.send_timeout_s, settings.max_connections) as (_, url):
         yield Served(url, settings)
 
 
 @contextmanager
-def on_a_port(app: Any, send_timeout_s: float) -> Iterator[tuple[uvicorn.Server, str]]:
+def on_a_port(app: Any, send_timeout_s: float, max_connections: int = 1000) -> Iterator[tuple[uvicorn.Server, str]]:
     """Any ASGI application likewise: its server and its address."""
     listener = listen("127.0.0.1", 0, send_timeout_s)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
+    server = HttpServer(app, max_connections)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
@@ -73,7 +73,8 @@ def hang_up(served: Served, path: str, body: dict[str, Any], when: Callable[[], 
     """Send a request and close its connection, unread, once `when` holds."""
     host, port = served.url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(content)}\r\n"
     with socket.create_connection((host, int(port)), timeout=SOON_S) as connection:
         connection.sendall(head.encode() + b"\r\n" + content)
         until(when)

@@ -188,7 +188,7 @@ def begin(server: Served, n_bytes: int) -> socket.socket:
     """A request of which the first byte of the body is sent."""
     host, port = server.url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=300)
-    head = "POST /v1/tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {n_bytes}\r\n\r\n{{".encode())
     return connection
 

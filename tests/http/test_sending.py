@@ -19,6 +19,7 @@ from neuronpedia_inference.operations import Events
 from neuronpedia_inference.web.boundary import Boundary
 from neuronpedia_inference.web.pieces import PiecedAnswer
 from neuronpedia_inference.web.sending import StoppedReading, in_time
+from neuronpedia_inference.web.sse import EVENT_BYTES_PER_S, LARGE_BYTES, EventStream
 
 PIECE = b"x" * 2**15
 PATIENCE_S = 300
@@ -124,6 +125,36 @@ def test_a_caller_who_never_reads_is_cut_off_with_all_that_was_kept_for_it() -> 
         assert pieces.closed.wait(PATIENCE_S)
         assert until(lambda: not server.server_state.connections)
     assert pieces.n_made * len(PIECE) < BUFFERED_BYTES
+
+
+class Growing(Events[Any, bytes]):
+    """Events of these sizes; notes for how long it was left alone between them."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.rests: list[float] = []
+        super().__init__(self._made(sizes), lambda event: event)
+
+    async def _made(self, sizes: list[int]) -> AsyncIterator[bytes]:
+        for size in sizes:
+            yield b"x" * size
+
+    async def rest(self, seconds: float) -> None:
+        self.rests.append(seconds)
+
+
+def test_a_stream_leaves_its_source_time_for_what_large_events_cost() -> None:
+    sizes = [10, LARGE_BYTES // 2, LARGE_BYTES, 10 * LARGE_BYTES, 10]
+    growing = Growing(sizes)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert (await receive())["more_body"] is False
+        await EventStream(growing, PATIENCE_S)(scope, receive, send)
+
+    with on_a_port(app, PATIENCE_S) as (_, url):
+        answer = httpx.get(url)
+    assert [len(one) for one in answer.content.split(b"\n\n")] == [len(b"data: ") + size for size in sizes] + [0]
+    framing = len(b"data: \n\n")
+    assert growing.rests == [(framing + size) / EVENT_BYTES_PER_S for size in sizes[2:4]]
 
 
 def test_a_message_that_cannot_leave_is_given_up() -> None:

@@ -16,6 +16,7 @@ from served import MODEL, SECRET, SOON_S, SOURCE, WIDTH, Serve, Served, Wrapped,
 
 from neuronpedia_inference.domain import Written
 from neuronpedia_inference.errors import EngineFailed, Overloaded
+from neuronpedia_inference.operations import answer_events, by_name
 from neuronpedia_inference.runtime import Runtime
 from tests.rounding import differences
 
@@ -92,6 +93,18 @@ def test_the_first_event_comes_before_the_last_token(http: httpx.Client) -> None
         next(events)
         assert running(http) == 1, "the event was held back to the end"
         assert len(list(events)) > 1
+
+
+def test_a_pause_of_a_stream_ends_with_its_generation(runtime: Runtime) -> None:
+    async def read() -> list[str]:
+        async with asyncio.timeout(SOON_S):
+            events = await answer_events(by_name["steer_completion"], STEER, runtime)
+            first = await anext(events)
+            await events.rest(2 * SOON_S)
+            return ["".join(_texts(event)) for event in [first, *[event async for event in events]]]
+
+    first, last = asyncio.run(read())
+    assert len(last) > len(first)
 
 
 def vectors(hook: str, value: float = 1.0) -> dict[str, Any]:
@@ -239,7 +252,7 @@ def test_who_never_reads_holds_up_nobody_and_is_cut_off(runtime: Runtime, serve:
     served = serve(small_settings(send_timeout_s=2.0), lambda: Wrapped(runtime, generate=flood))
     host, port = served.url.removeprefix("http://").split(":")
     body = json.dumps(STEER).encode()
-    head = "POST /v1/steer/completion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/steer/completion HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection((host, int(port)), timeout=SOON_S) as connection, served.client() as client:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         until(lambda: flood.n_events > 2)

@@ -93,3 +93,21 @@ def test_closing_cancels_and_a_cancelled_ticket_ends_the_events() -> None:
         return [event async for event in events]
 
     assert asyncio.run(read()) == []
+
+
+def test_a_rest_ends_with_the_work() -> None:
+    async def read() -> list[int]:
+        work = Work()
+        events = TicketEvents(work.submit, at_the_end=False)
+        work.ticket.emit([1])
+        assert await anext(events) == [1]
+        await events.rest(0.001)  # nothing has ended
+        work.ticket.emit([2])
+        resting = asyncio.ensure_future(events.rest(3600))
+        await asyncio.sleep(0.01)
+        assert not resting.done()
+        threading.Thread(target=work.ticket.resolve, args=(None,)).start()
+        await resting
+        return await anext(events)
+
+    assert asyncio.run(read()) == [2]
