@@ -25,6 +25,7 @@ from neuronpedia_inference.web.boundary import ID_HEADER, Boundary, RequestScope
 from neuronpedia_inference.web.openapi import TITLE, document
 from neuronpedia_inference.web.pieces import PiecedAnswer
 from neuronpedia_inference.web.sse import EventStream, while_connected
+from neuronpedia_inference.web.stopping import EndsWithServer, Inside
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
@@ -33,9 +34,10 @@ GetRuntime = Callable[[], "Runtime"]
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def create_app(settings: Settings, get_runtime: GetRuntime) -> FastAPI:
-    """`get_runtime` raises NotReady until the model is loaded."""
-    app = FastAPI(title=TITLE, version=__version__, redirect_slashes=False, middleware=_layers(settings))
+def create_app(settings: Settings, get_runtime: GetRuntime, inside: Inside | None = None) -> FastAPI:
+    """`get_runtime` raises NotReady until the model is loaded; `inside` ends requests when the server does."""
+    layers = _layers(settings, inside or Inside())
+    app = FastAPI(title=TITLE, version=__version__, redirect_slashes=False, middleware=layers)
     app.openapi = document
     app.add_exception_handler(HTTPException, _answer_error)
     for operation in OPERATIONS:
@@ -45,7 +47,7 @@ def create_app(settings: Settings, get_runtime: GetRuntime) -> FastAPI:
     return app
 
 
-def _layers(settings: Settings) -> list[Middleware]:
+def _layers(settings: Settings, inside: Inside) -> list[Middleware]:
     """Outermost first: every answer has its id and CORS headers, refusals included."""
     return [
         Middleware(RequestScope),
@@ -59,6 +61,7 @@ def _layers(settings: Settings) -> list[Middleware]:
         # Level 6 gains a tenth in size on numbers and takes six times as long, on the event loop.
         Middleware(GZipMiddleware, minimum_size=1000, compresslevel=1),
         Middleware(Boundary),
+        Middleware(EndsWithServer, inside=inside),
         Middleware(SecretGate, secret=settings.secret),
     ]
 

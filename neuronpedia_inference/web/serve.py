@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
 
 from neuronpedia_inference.errors import EngineDied, NotReady, StartupError
+from neuronpedia_inference.exits import STOPPED, leave
 from neuronpedia_inference.observability import start_logging, start_sentry
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.web.app import create_app
+from neuronpedia_inference.web.stopping import Inside, Server, signals
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-SHUTDOWN_S = 30
 # Longer than the minute after which load balancers drop an idle connection, so that they close it, not we.
 KEEP_ALIVE_S = 75
 WATCH_S = 0.5
 FAREWELL_S = 5.0
 """A process whose engine has died goes on saying so for this long, so that load balancers turn away from it."""
+CLOSE_S = 2.0
+"""How long what runs on the device has to come to its next pause once nobody is inside any more."""
 Say = Callable[[str], None]
 
 
@@ -72,9 +73,14 @@ class LoadingRuntime:
         """Of a runtime that is not closed."""
         return self._runtime is not None and not self._runtime.healthy
 
-    def close(self) -> None:
-        if self._runtime is not None:
-            self._runtime.close()
+    def close(self) -> bool:
+        """Whether everything has come to its end within CLOSE_S; loading, which nothing interrupts, has not."""
+        if self._runtime is None:
+            return self.failure is not None
+        closing = threading.Thread(target=self._runtime.close, name="close", daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)
+        return not closing.is_alive()
 
     def _load(self) -> Runtime:
         from neuronpedia_inference.runtime import Runtime
@@ -100,7 +106,7 @@ def watch(runtime: Runtime, stop: Callable[[], None], stopping: threading.Event)
 
 
 def serve(settings: Settings, say: Say, on_ready: Callable[[Runtime, float], None]) -> None:
-    """Serve until SIGINT or SIGTERM, then let running requests end. Raises StartupError and EngineDied.
+    """Serve until SIGINT or SIGTERM, then give running requests DRAIN_TIMEOUT. Raises StartupError and EngineDied.
 
     `say` gets the steps of loading; `on_ready` the runtime and the seconds it took.
     """
@@ -109,16 +115,16 @@ def serve(settings: Settings, say: Say, on_ready: Callable[[Runtime, float], Non
     start_sentry(settings)
     listener = listen(settings.server_host, settings.server_port, settings.send_timeout_s)
     loading = LoadingRuntime(settings, say)
+    inside = Inside()
     config = uvicorn.Config(
-        create_app(settings, loading),
+        create_app(settings, loading, inside),
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=SHUTDOWN_S,
         timeout_keep_alive=KEEP_ALIVE_S,
         lifespan="off",
     )
-    server = uvicorn.Server(config)
+    server = Server(config, inside, settings.drain_timeout_s)
 
     def stop() -> None:
         server.should_exit = True
@@ -129,34 +135,19 @@ def serve(settings: Settings, say: Say, on_ready: Callable[[Runtime, float], Non
         on_ready(runtime, time.perf_counter() - started)
         watch(runtime, stop, stopping)
 
-    say(f"Listening on {url_of(listener)}")
-    loading.start(loaded, stop)
-    try:
-        _run(server, listener)
-    finally:
-        stopping.set()
-        engine_died = loading.engine_died
-        if not engine_died:
-            loading.close()
-    if engine_died:
-        raise EngineDied("The device has failed or the worker has died; the log says why. Start the server again.")
+    with signals(server):
+        say(f"Listening on {url_of(listener)}")
+        loading.start(loaded, stop)
+        try:
+            server.run(sockets=[listener])
+        finally:
+            stopping.set()
+        if loading.engine_died:
+            raise EngineDied("The device has failed or the worker has died; the log says why. Start the server again.")
+        if not loading.close():
+            leave(STOPPED)
     if loading.failure is not None:
         raise loading.failure
-
-
-def _run(server: uvicorn.Server, listener: socket.socket) -> None:
-    """uvicorn repeats the signal that stopped it: with a handler of ours in place it does not kill us mid-way."""
-
-    def ignore(_signal: int, _frame: FrameType | None) -> None:
-        pass
-
-    wanted = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, ignore) for number in wanted}
-    try:
-        server.run(sockets=[listener])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def listen(host: str, port: int, send_timeout_s: float = 60) -> socket.socket:
