@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from neuronpedia_inference.errors import EngineDied, InferenceError, InvalidRequest, StartupError, unknown_name
+from neuronpedia_inference.exits import ENGINE_DIED, FAILED, WRONG_USAGE, by_signal, leave
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,8 +25,7 @@ if TYPE_CHECKING:
     from neuronpedia_inference.settings import Settings
 
 PIPED_WIDTH = 100
-ENGINE_DIED = 3
-"""Exit code. 1 and 2 are taken: expected errors and wrong usage."""
+SHOW_CURSOR = b"\x1b[?25h"
 SECRETS = ("SECRET", "SENTRY_DSN")
 # What the environment may say about other models; the demo is about the embedded one.
 OTHER_MODELS = ("override_model_id", "custom_hf_model_id", "sae_sets", "local_sae_dir", "include_sae", "exclude_sae")
@@ -50,16 +54,30 @@ DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, mps, cuda or 
 
 
 def main() -> None:
-    """Run the command line. Expected errors end in one line on standard error.
+    """Run the command line. Expected errors end in one line on standard error. Exit codes: docs/operating.md."""
+    with _ends_at_once():
+        try:
+            app()
+        except EngineDied as exc:
+            _fail(str(exc), ENGINE_DIED)
+        except (StartupError, InferenceError) as exc:
+            _fail(str(exc.args[0]) if exc.args else type(exc).__name__, FAILED)
 
-    Exit code 1, 2 for wrong usage, or ENGINE_DIED when a server's device has failed or its worker has died.
-    """
+
+@contextmanager
+def _ends_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process whatever it does; `serve` has a way of its own."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        if sys.stderr.isatty():
+            os.write(sys.stderr.fileno(), SHOW_CURSOR + b"\n")  # what turns while a model loads has hidden it
+        leave(by_signal(number))
+
+    before = signal.signal(signal.SIGINT, end)
     try:
-        app()
-    except EngineDied as exc:
-        _fail(str(exc), ENGINE_DIED)
-    except (StartupError, InferenceError) as exc:
-        _fail(str(exc.args[0]) if exc.args else type(exc).__name__, 1)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @app.command()
@@ -86,7 +104,7 @@ def serve(
         _fail(
             f"SERVER_HOST {settings.server_host} is open to other machines and no SECRET is set: "
             "set SECRET in the environment, or add --insecure",
-            2,
+            WRONG_USAGE,
         )
     serve_http(settings, _line, _say_ready)
 
@@ -265,11 +283,13 @@ def _assigned(assignment: str) -> tuple[str, Any]:
     fields = {variable(field): field for field in Settings.model_fields}
     name = name.strip().upper()
     if not equals:
-        _fail(f"--set {assignment}: write it as NAME=VALUE", 2)
+        _fail(f"--set {assignment}: write it as NAME=VALUE", WRONG_USAGE)
     if name not in fields:
-        _fail(f"--set: {unknown_name('setting', name, fields)}", 2)
+        _fail(f"--set: {unknown_name('setting', name, fields)}", WRONG_USAGE)
     if name in SECRETS:
-        _fail(f"--set {name}: secrets are read from the environment only, other users can see command lines", 2)
+        _fail(
+            f"--set {name}: secrets are read from the environment only, other users can see command lines", WRONG_USAGE
+        )
     field = fields[name]
     return field, _parsed(value) if field == "model_from_pretrained_kwargs" else value
 

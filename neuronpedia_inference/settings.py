@@ -127,6 +127,13 @@ class Settings(BaseSettings):
         validation_alias="SEND_TIMEOUT",
         description="Seconds for which a caller may take nothing of an answer before it is cut off.",
     )
+    drain_timeout_s: float = Field(
+        30.0,
+        ge=0,
+        le=86400,
+        validation_alias="DRAIN_TIMEOUT",
+        description="Seconds that running requests have once the server is told to stop; then they end in an error.",
+    )
     strict_model: bool = Field(False, description="Refuse requests whose `model` is not the one served.")
     chatml_fallback: bool = Field(False, description="Render chats as ChatML when the model has no template.")
 

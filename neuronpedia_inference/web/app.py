@@ -26,6 +26,7 @@ from neuronpedia_inference.web.browsers import BrowserGate
 from neuronpedia_inference.web.openapi import TITLE, document
 from neuronpedia_inference.web.pieces import PiecedAnswer
 from neuronpedia_inference.web.sse import EventStream, while_connected
+from neuronpedia_inference.web.stopping import EndsWithServer, Inside
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
@@ -34,9 +35,14 @@ GetRuntime = Callable[[], "Runtime"]
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def create_app(settings: Settings, get_runtime: GetRuntime, own_hosts: Sequence[str] = ()) -> FastAPI:
-    """`get_runtime` raises NotReady until the model is loaded. own_hosts: names of the server beside ALLOWED_HOSTS."""
-    layers = _layers(settings, own_hosts)
+def create_app(
+    settings: Settings, get_runtime: GetRuntime, *, own_hosts: Sequence[str] = (), inside: Inside | None = None
+) -> FastAPI:
+    """`get_runtime` raises NotReady until the model is loaded; `inside` ends requests when the server does.
+
+    own_hosts: names of the server beside ALLOWED_HOSTS.
+    """
+    layers = _layers(settings, own_hosts, inside or Inside())
     app = FastAPI(title=TITLE, version=__version__, redirect_slashes=False, middleware=layers)
     bodies = Bodies(settings.max_body_bytes, settings.receive_timeout_s)
     app.openapi = document
@@ -48,7 +54,7 @@ def create_app(settings: Settings, get_runtime: GetRuntime, own_hosts: Sequence[
     return app
 
 
-def _layers(settings: Settings, own_hosts: Sequence[str]) -> list[Middleware]:
+def _layers(settings: Settings, own_hosts: Sequence[str], inside: Inside) -> list[Middleware]:
     """Outermost first: every answer has its id, and unless its page may not call at all its CORS headers."""
     return [
         Middleware(RequestScope),
@@ -63,6 +69,7 @@ def _layers(settings: Settings, own_hosts: Sequence[str]) -> list[Middleware]:
         # Level 6 gains a tenth in size on numbers and takes six times as long, on the event loop.
         Middleware(GZipMiddleware, minimum_size=1000, compresslevel=1),
         Middleware(Boundary),
+        Middleware(EndsWithServer, inside=inside),
         Middleware(SecretGate, secret=settings.secret),
     ]
 

@@ -105,8 +105,9 @@ class Boundary:
                 await error_response(problem)(scope, receive, send)
             elif sent.is_event_stream:
                 await send({"type": "http.response.body", "body": error_event(problem.body())})
-            else:
+            elif is_reported(exc):
                 raise
+            # else the server stops: the connection of an answer that is not complete is closed, which says so
 
 
 def note_problem(scope: Scope, problem: Problem, exc: Exception) -> None:

@@ -3,83 +3,30 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
-from types import FrameType
-from typing import TYPE_CHECKING, Any
-
-import uvicorn
-from starlette.types import ASGIApp
+from typing import TYPE_CHECKING
 
 from neuronpedia_inference.errors import EngineDied, NotReady, StartupError
+from neuronpedia_inference.exits import STOPPED, leave
 from neuronpedia_inference.observability import start_logging, start_sentry
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.web.app import create_app
-from neuronpedia_inference.web.connections import Connection, Lobby
+from neuronpedia_inference.web.server import Server, listen, signals, url_of
+from neuronpedia_inference.web.stopping import Inside
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 2048
-ACCEPTED_AT_ONCE = 16
-"""Connections accepted before those that leave for them have been closed."""
-SPARE_FILES = 64
-"""What the process needs beside connections: models, logs, what is accepted at once."""
-SHUTDOWN_S = 30
-# Longer than the minute after which load balancers drop an idle connection, so that they close it, not we.
-KEEP_ALIVE_S = 75
 WATCH_S = 0.5
 FAREWELL_S = 5.0
 """A process whose engine has died goes on saying so for this long, so that load balancers turn away from it."""
+CLOSE_S = 2.0
+"""How long what runs on the device has to come to its next pause once nobody is inside any more."""
 Say = Callable[[str], None]
-
-
-class HttpServer(uvicorn.Server):
-    """uvicorn with bounds on connections."""
-
-    def __init__(self, app: ASGIApp, max_connections: int) -> None:
-        most = min(max_connections, _most_files() - SPARE_FILES)
-        connection: Any = partial(Connection, Lobby(most))
-        config = uvicorn.Config(
-            app,
-            http=connection,
-            loop="asyncio",
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=SHUTDOWN_S,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            lifespan="off",
-            backlog=ACCEPTED_AT_ONCE,
-        )
-        super().__init__(config)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for listener in sockets or ():
-            listener.listen(BACKLOG)  # asyncio has made it as short as what is accepted at once
-
-
-def _most_files() -> int:
-    """That this process may have open. Raises StartupError where they are too few to serve."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 2**20
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if most == resource.RLIM_INFINITY:
-        return 2**20
-    if most < SPARE_FILES + 8:
-        raise StartupError(f"This process may open {most} files, too few to serve: allow {SPARE_FILES + 8} (ulimit -n)")
-    return most
 
 
 class LoadingRuntime:
@@ -121,9 +68,14 @@ class LoadingRuntime:
         """Of a runtime that is not closed."""
         return self._runtime is not None and not self._runtime.healthy
 
-    def close(self) -> None:
-        if self._runtime is not None:
-            self._runtime.close()
+    def close(self) -> bool:
+        """Whether everything has come to its end within CLOSE_S; loading, which nothing interrupts, has not."""
+        if self._runtime is None:
+            return self.failure is not None
+        closing = threading.Thread(target=self._runtime.close, name="close", daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)
+        return not closing.is_alive()
 
     def _load(self) -> Runtime:
         from neuronpedia_inference.runtime import Runtime
@@ -149,7 +101,7 @@ def watch(runtime: Runtime, stop: Callable[[], None], stopping: threading.Event)
 
 
 def serve(settings: Settings, say: Say, on_ready: Callable[[Runtime, float], None]) -> None:
-    """Serve until SIGINT or SIGTERM, then let running requests end. Raises StartupError and EngineDied.
+    """Serve until SIGINT or SIGTERM, then give running requests DRAIN_TIMEOUT. Raises StartupError and EngineDied.
 
     `say` gets the steps of loading; `on_ready` the runtime and the seconds it took.
     """
@@ -158,7 +110,9 @@ def serve(settings: Settings, say: Say, on_ready: Callable[[Runtime, float], Non
     start_sentry(settings)
     listener = listen(settings.server_host, settings.server_port, settings.send_timeout_s)
     loading = LoadingRuntime(settings, say)
-    server = HttpServer(create_app(settings, loading), settings.max_connections)
+    inside = Inside()
+    app = create_app(settings, loading, inside=inside)
+    server = Server(app, settings.max_connections, inside, settings.drain_timeout_s)
 
     def stop() -> None:
         server.should_exit = True
@@ -169,55 +123,16 @@ def serve(settings: Settings, say: Say, on_ready: Callable[[Runtime, float], Non
         on_ready(runtime, time.perf_counter() - started)
         watch(runtime, stop, stopping)
 
-    say(f"Listening on {url_of(listener)}")
-    loading.start(loaded, stop)
-    try:
-        _run(server, listener)
-    finally:
-        stopping.set()
-        engine_died = loading.engine_died
-        if not engine_died:
-            loading.close()
-    if engine_died:
-        raise EngineDied("The device has failed or the worker has died; the log says why. Start the server again.")
+    with signals(server):
+        say(f"Listening on {url_of(listener)}")
+        loading.start(loaded, stop)
+        try:
+            server.run(sockets=[listener])
+        finally:
+            stopping.set()
+        if loading.engine_died:
+            raise EngineDied("The device has failed or the worker has died; the log says why. Start the server again.")
+        if not loading.close():
+            leave(STOPPED)
     if loading.failure is not None:
         raise loading.failure
-
-
-def _run(server: uvicorn.Server, listener: socket.socket) -> None:
-    """uvicorn repeats the signal that stopped it: with a handler of ours in place it does not kill us mid-way."""
-
-    def ignore(_signal: int, _frame: FrameType | None) -> None:
-        pass
-
-    wanted = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, ignore) for number in wanted}
-    try:
-        server.run(sockets=[listener])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def listen(host: str, port: int, send_timeout_s: float = 60) -> socket.socket:
-    """A bound socket, whose connections end once a peer takes nothing for so long; StartupError if it cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol left open asyncio does not see TCP, keeps Nagle's algorithm on, and answers come 40 ms late.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
-            # A closed connection keeps its buffer until the peer reads it, which one that never reads does not do.
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * send_timeout_s))
-        listener.bind((host, port))
-        listener.listen(BACKLOG)
-    except OSError as exc:
-        listener.close()
-        reason = os.strerror(exc.errno) if exc.errno else str(exc)
-        raise StartupError(f"Cannot listen on {host}:{port} (SERVER_HOST, SERVER_PORT): {reason}") from None
-    return listener
-
-
-def url_of(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

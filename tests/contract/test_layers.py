@@ -27,6 +27,7 @@ LAYERS = {
     "metrics": 1,
     "prices": 1,
     "embedded": 1,
+    "exits": 1,
     "operations": 2,
     "engine": 3,
     "saes": 3,

@@ -17,7 +17,8 @@ import uvicorn
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.web.app import create_app
-from neuronpedia_inference.web.serve import HttpServer, listen, url_of
+from neuronpedia_inference.web.server import Server, listen, url_of
+from neuronpedia_inference.web.stopping import Inside
 
 MODEL = "smollm2-135m-instruct"
 SOURCE = "15-res-4k"
@@ -58,7 +59,7 @@ def running(settings: Settings, get_runtime: Callable[[], Any]) -> Iterator[Serv
 def on_a_port(app: Any, send_timeout_s: float, max_connections: int = 1000) -> Iterator[tuple[uvicorn.Server, str]]:
     """Any ASGI application likewise: its server and its address."""
     listener = listen("127.0.0.1", 0, send_timeout_s)
-    server = HttpServer(app, max_connections)
+    server = Server(app, max_connections, Inside(), drain_s=30)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

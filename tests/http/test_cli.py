@@ -6,18 +6,16 @@ import asyncio
 import io
 import json
 import logging
-import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from commands import COMMAND, command, line_with, surroundings
 from rich.console import Console
 from served import MODEL, SECRET, SOURCE, TEXT, Served
 from typer.testing import CliRunner
@@ -25,11 +23,9 @@ from typer.testing import CliRunner
 from neuronpedia_inference import demo, embedded
 from neuronpedia_inference.cli import app, main
 from neuronpedia_inference.runtime import Runtime
-from neuronpedia_inference.web.serve import listen
+from neuronpedia_inference.web.server import listen
 
-COMMAND = [sys.executable, "-m", "neuronpedia_inference"]
 TOKENIZE = json.dumps({"model": MODEL, "text": TEXT})
-ROOT = Path(__file__).resolve().parents[2]
 ESCAPE = "\x1b["
 
 
@@ -40,11 +36,6 @@ def restored_logging() -> Iterator[None]:
     before = root.handlers[:]
     yield
     root.handlers[:] = before
-
-
-def surroundings(**environment: str) -> dict[str, str]:
-    """The package is found whether or not it is installed."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "NUM_THREADS": "1", **environment}
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -101,32 +92,8 @@ def test_serve_names_a_port_that_is_taken(monkeypatch: Any, capsys: Any) -> None
     assert "in use" in said
 
 
-@contextmanager
-def served(*words: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [*COMMAND, "serve", "--port", "0", *words],
-        env=surroundings(**environment),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def line_with(process: subprocess.Popen[str], text: str) -> str:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if text in line:
-            return line.strip()
-    raise AssertionError(f"no line with {text!r}; {process.communicate()[1]}")
-
-
 def test_serve_answers_while_it_loads_and_ends_in_peace() -> None:
-    with served("--sae-sets", "[]", SECRET=SECRET, LOG_FORMAT="json") as process:
+    with command(["serve", "--port", "0", "--sae-sets", "[]"], SECRET=SECRET, LOG_FORMAT="json") as process:
         url = line_with(process, "Listening on").rpartition(" ")[2]
         assert httpx.get(f"{url}/health", timeout=600).json() == {"status": "healthy"}
         waiting = httpx.get(f"{url}/ready", timeout=600)

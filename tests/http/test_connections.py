@@ -18,9 +18,10 @@ from starlette.types import Receive, Scope, Send
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.web import connections
-from neuronpedia_inference.web import serve as serving
+from neuronpedia_inference.web import server as serving
 from neuronpedia_inference.web.body import BODIES_AT_ONCE
 from neuronpedia_inference.web.connections import MAX_FRAMING
+from neuronpedia_inference.web.stopping import Inside
 
 HEAD = b"POST /v1/tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 BODY = json.dumps({"model": MODEL, "text": "Hi"}).encode()
@@ -235,4 +236,4 @@ def test_connections_are_fewer_than_files(monkeypatch: pytest.MonkeyPatch) -> No
         assert rest_of(made[0]) == b""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (serving.SPARE_FILES, 4096))
     with pytest.raises(StartupError, match="ulimit -n"):
-        serving.HttpServer(app, 1000)
+        serving.Server(app, 1000, Inside(), drain_s=0)

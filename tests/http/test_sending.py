@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import threading
 import time
@@ -19,7 +20,9 @@ from neuronpedia_inference.operations import Events
 from neuronpedia_inference.web.boundary import Boundary
 from neuronpedia_inference.web.pieces import PiecedAnswer
 from neuronpedia_inference.web.sending import StoppedReading, in_time
+from neuronpedia_inference.web.server import Server, listen, url_of
 from neuronpedia_inference.web.sse import EVENT_BYTES_PER_S, LARGE_BYTES, EventStream
+from neuronpedia_inference.web.stopping import EndsWithServer, Inside
 
 PIECE = b"x" * 2**15
 PATIENCE_S = 300
@@ -189,3 +192,21 @@ def test_a_large_answer_of_an_operation_comes_in_pieces(server: Served) -> None:
             sizes.append(len(answer.read()))
             assert len(answer.json()["activations"]) == 50
     assert sizes[0] == sizes[1] > 2**14
+
+
+def test_who_takes_nothing_does_not_hold_up_a_server_that_stops(caplog: pytest.LogCaptureFixture) -> None:
+    """An answer that has begun has no place for the error either: it is cut off, without a traceback."""
+    pieces, inside = Pieces(100_000), Inside()
+    app = Boundary(EndsWithServer(sending(pieces).app, inside))
+    server, listener = Server(app, 1000, inside, drain_s=0), listen("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    url = url_of(listener)
+    with caplog.at_level(logging.ERROR):
+        thread.start()
+        with connected(url) as client:
+            client.recv(1)
+            server.should_exit = True
+            thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+    assert pieces.closed.is_set()
+    assert not any(record.exc_info for record in caplog.records)

@@ -21,7 +21,7 @@ from neuronpedia_inference.errors import EngineFailed, NotReady, OutOfMemory, Ov
 from neuronpedia_inference.observability import is_reported
 from neuronpedia_inference.operations import OPERATIONS
 from neuronpedia_inference.runtime import Runtime
-from neuronpedia_inference.web.serve import listen
+from neuronpedia_inference.web.server import listen
 
 TOKENIZE = {"model": MODEL, "text": TEXT}
 SINGLE = {"prompt": TEXT, "model": MODEL, "source": SOURCE, "index": "5"}
