@@ -55,6 +55,7 @@ DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, mps, cuda or 
 
 def main() -> None:
     """Run the command line. Expected errors end in one line on standard error. Exit codes: docs/operating.md."""
+    _open_streams()
     with _ends_at_once():
         try:
             app()
@@ -62,6 +63,16 @@ def main() -> None:
             _fail(str(exc), ENGINE_DIED)
         except (StartupError, InferenceError) as exc:
             _fail(str(exc.args[0]) if exc.args else type(exc).__name__, FAILED)
+
+
+def _open_streams() -> None:
+    """A closed stream swallows what is written to it, and one that has no sign for a character escapes it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open as long as the process)
+        else:
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
@@ -398,7 +409,8 @@ def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 def _print_json(value: Any, *, one_line: bool = False) -> None:
     indent = 2 if sys.stdout.isatty() and not one_line else None
-    print(json.dumps(value, indent=indent, ensure_ascii=False), flush=True)
+    says_all = sys.stdout.encoding.lower().startswith("utf")
+    print(json.dumps(value, indent=indent, ensure_ascii=not says_all), flush=True)
 
 
 def _line(text: str) -> None:

@@ -8,13 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from neuronpedia_inference.embedded.weights import model_folder
-from neuronpedia_inference.errors import StartupError
+from neuronpedia_inference.errors import StartupError, did_you_mean
+from neuronpedia_inference.folders import existing_folder
 from neuronpedia_inference.saes.catalogue import SourceSpec, hub_location, resolve
-from neuronpedia_inference.saes.names import hugging_face_name
+from neuronpedia_inference.saes.names import all_names, hugging_face_name
 from neuronpedia_inference.saes.originals import all_files, needed_files
 from neuronpedia_inference.settings import Settings
 
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+HUB_S = 10.0
+"""How long the hub may take to say whether it has something."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -22,8 +25,8 @@ def found(settings: Settings) -> Path | None:
     """The folder with the model's files, all of them; None if some must be downloaded. Raises StartupError."""
     if settings.is_embedded:
         return model_folder()
-    folder = Path(settings.weights_id).expanduser()
-    if folder.is_dir():
+    folder = existing_folder("MODEL_ID", settings.weights_id)
+    if folder is not None:
         return folder
     cached = _cached(hugging_face_name(settings.weights_id))
     return cached if cached is not None and _is_complete(cached) else None
@@ -35,6 +38,7 @@ def fetch(settings: Settings) -> Path:
     if there is not None:
         return there
     name = hugging_face_name(settings.weights_id)
+    check_hub(name, "MODEL_ID")
     return _download(name, WEIGHT_FILES, f"the model {name!r}")
 
 
@@ -60,6 +64,36 @@ def is_here(spec: SourceSpec) -> bool:
     repo, path = hub_location(spec)
     cached = _cached(repo)
     return cached is not None and all((cached / name).exists() for name in needed_files(spec, path))
+
+
+def check_hub(repo: str, setting: str) -> None:
+    """One request without retries, where libraries would wait for a minute. Raises StartupError, one line that says
+    what to set, unless the hub has the repository.
+
+    setting: its name, for the message.
+    """
+    from httpx2 import HTTPError
+    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
+
+    is_not_here = f"{setting}: {repo!r} is not on this machine"
+    if constants.HF_HUB_OFFLINE:
+        raise StartupError(f"{is_not_here} (HF_HOME is {constants.HF_HOME!r}), and HF_HUB_OFFLINE keeps off the hub.")
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, "config.json"), timeout=HUB_S)
+    except errors.EntryNotFoundError:
+        return
+    except errors.GatedRepoError:
+        raise StartupError(
+            f"{setting}: {repo!r} is gated: accept its terms on its page on the hub, and give your token in HF_TOKEN."
+        ) from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        near = did_you_mean(repo, all_names())
+        raise StartupError(f"{setting}: the hub has no {repo!r}, or HF_TOKEN may not read it.{near}") from None
+    except (OSError, HTTPError) as exc:
+        raise StartupError(
+            f"{is_not_here}, and the hub at {constants.ENDPOINT} cannot be asked: {_first_line(exc)}. Bring the files "
+            "here (HF_HOME names the folder that holds them), give a local folder, or set HF_ENDPOINT to a mirror."
+        ) from None
 
 
 @contextmanager
@@ -91,8 +125,7 @@ def _download(repo: str, files: Sequence[str], what: str) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=list(files)))
     except (OSError, ValueError, HTTPError) as exc:
-        why = (str(exc).strip() or type(exc).__name__).splitlines()[0]
-        raise StartupError(f"Cannot download {what}: {why}") from None
+        raise StartupError(f"Cannot download {what}: {_first_line(exc)}") from None
 
 
 def _cached(name: str) -> Path | None:
@@ -103,6 +136,10 @@ def _cached(name: str) -> Path | None:
         return Path(snapshot_download(name, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
+
+
+def _first_line(exc: Exception) -> str:
+    return (str(exc).strip() or type(exc).__name__).splitlines()[0]
 
 
 def _is_complete(folder: Path) -> bool:

@@ -135,11 +135,14 @@ class EngineDied(Exception):
 def unknown_name(kind: str, name: str, known: Iterable[str], *, most: int = 12) -> str:
     """One sentence: what is unknown, the nearest names, and what exists."""
     names = list(known)
-    near = get_close_matches(name, names, n=3, cutoff=0.5)
-    text = f"Unknown {kind} {name!r}."
-    if near:
-        text += f" Did you mean {' or '.join(repr(n) for n in near)}?"
+    text = f"Unknown {kind} {name!r}.{did_you_mean(name, names)}"
     if names:
         more = f" and {len(names) - most} more" if len(names) > most else ""
         text += f" Available: {', '.join(names[:most])}{more}."
     return text
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question with the nearest names and a blank before it; empty where none is near."""
+    near = get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

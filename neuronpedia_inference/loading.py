@@ -27,7 +27,7 @@ from neuronpedia_inference.engine.tokens import TextCodec
 from neuronpedia_inference.errors import StartupError, UnknownPoint
 from neuronpedia_inference.memory import needs_at_start
 from neuronpedia_inference.room import allocating, check_fits, room_on
-from neuronpedia_inference.saes.catalogue import SaeCatalogue, aliases, resolve
+from neuronpedia_inference.saes.catalogue import SaeCatalogue, aliases, hub_location, resolve
 from neuronpedia_inference.saes.names import hugging_face_name
 from neuronpedia_inference.saes.store import SaeStore
 from neuronpedia_inference.settings import Settings
@@ -75,13 +75,20 @@ def load_on_host(settings: Settings, progress: Progress) -> HostWeights:
     needs, room = needs_at_start(settings), room_on(torch.device("cpu"))
     check_fits(settings.weights_id, needs, room)
     progress(f"Finding the weights of {settings.weights_id}")
-    where = str(downloads.found(settings) or hugging_face_name(settings.weights_id))
+    where = str(downloads.found(settings) or _on_hub(settings))
     progress(f"Loading {settings.weights_id}")
     options = settings.model_from_pretrained_kwargs
     tokenizer = weights.load_tokenizer(where)
     with allocating(settings.weights_id, needs, room):
         model = weights.load_weights(where, dtype=settings.model_dtype, device="cpu", options=options)
     return HostWeights(settings, tokenizer, model)
+
+
+def _on_hub(settings: Settings) -> str:
+    """The model's name there. Raises StartupError unless the hub has it."""
+    name = hugging_face_name(settings.weights_id)
+    downloads.check_hub(name, "MODEL_ID")
+    return name
 
 
 def load(settings: Settings, progress: Progress, host: HostWeights | None = None) -> Loaded:
@@ -166,9 +173,12 @@ def _cpu_name() -> str:
 
 def _load_saes(store: SaeStore, catalogue: SaeCatalogue, progress: Progress) -> None:
     """Raises StartupError at a bad one. The hub is asked only where files are missing."""
-    if all(map(downloads.is_here, catalogue.specs)):
+    missing = next((spec for spec in catalogue.specs if not downloads.is_here(spec)), None)
+    if missing is None:
         with suppress(StartupError), downloads.hub_left_alone():
             store.load_all(progress)
+    else:
+        downloads.check_hub(hub_location(missing)[0], "SAE_SETS")
     store.load_all(progress)  # those that are loaded are passed over
 
 

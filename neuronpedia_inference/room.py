@@ -8,12 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from neuronpedia_inference.engine.faults import wants_memory
 from neuronpedia_inference.engine.memory import free_bytes
 from neuronpedia_inference.errors import OutOfMemory, StartupError
 from neuronpedia_inference.memory import CONTEXT_BYTES, GIB, Needs
-
-ALLOCATION_FAILED = ("can't allocate memory", "unable to mmap", "Cannot allocate memory")
-"""What torch says of a host's memory, in errors that have no class of their own."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,8 @@ def allocating(model: str, needs: Needs | None, room: Room) -> Iterator[None]:
     """An allocation that fails inside is a StartupError, one line with need, have and remedy."""
     try:
         yield
-    except (torch.OutOfMemoryError, OutOfMemory, MemoryError) as exc:
-        raise _too_large(model, needs, room) from exc
-    except (RuntimeError, StartupError) as exc:
-        if not any(text in str(exc) for text in ALLOCATION_FAILED):
+    except (RuntimeError, OSError, OutOfMemory, MemoryError, StartupError) as exc:
+        if not wants_memory(exc):
             raise
         raise _too_large(model, needs, room) from exc
 

@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     model_from_pretrained_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="JSON object passed to Hugging Face's `from_pretrained`."
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps or cuda[:N].")
+    device: str = Field("auto", description="auto, cpu, mps or cuda[:N].")
     num_threads: int = Field(
         0, ge=0, le=1024, description="CPU threads for tensors; 0 leaves one core free for the server."
     )
@@ -180,6 +180,13 @@ class Settings(BaseSettings):
                 re.compile(pattern)
             except re.error as exc:
                 raise ValueError(f"{pattern!r} is not a regular expression: {exc}") from exc
+        return value
+
+    @field_validator("device", mode="after")
+    @classmethod
+    def _is_device(cls, value: str) -> str:
+        if re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", value) is None:
+            raise ValueError(f"{value!r} is no device here; auto, cpu, mps, cuda and cuda:0 (or another number) are")
         return value
 
     @field_validator("secret", mode="after")

@@ -19,6 +19,7 @@ from render_benchmarks import documents as benchmark_documents
 from render_saes import saes
 
 from neuronpedia_inference.embedded import steering_examples
+from neuronpedia_inference.embedded.weights import CACHE_VARIABLE
 from neuronpedia_inference.errors import InferenceError
 from neuronpedia_inference.memory import GPUS
 from neuronpedia_inference.metrics import Metrics
@@ -159,13 +160,13 @@ EXPLAINED: dict[str, Explained] = {
     ),
     "not_found": Explained(
         "The server has no such path. Paths have no slash at their end.",
-        "Not found: the server has no such path",
+        "The server has no path '/v1/top_k'. Did you mean POST /v1/top-k?",
         "Take a path from the table of operations.",
         status=404,
     ),
     "method_not_allowed": Explained(
         "The path exists, but not for this method. The `Allow` header says which one it takes.",
-        "Method not allowed on this path",
+        "/v1/steer is asked by POST, not by GET.",
         "Use the method of the `Allow` header: POST for every operation.",
         status=405,
     ),
@@ -205,9 +206,16 @@ def operations_table() -> str:
     return table(("operation", "route", "what it gives"), rows)
 
 
+CACHE = (
+    "Folder for the embedded model's weights (0.5 GiB, made at the first start) and for what was measured at a start. "
+    "Unset: `neuronpedia-inference` in the user's cache folder. Read from the environment only."
+)
+
+
 def settings_table() -> str:
     fields = Settings.model_fields.items()
     rows = [(f"`{variable(name)}`", _default(field.get_default()), field.description or "") for name, field in fields]
+    rows.append((f"`{CACHE_VARIABLE}`", "unset", CACHE))
     return table(("variable", "default", "meaning"), rows)
 
 

@@ -53,7 +53,8 @@ def model_folder(cache_dir: Path | None = None) -> Path:
     """Folder with fp32 safetensors, config and tokenizer of the embedded model, built on first use.
 
     `cache_dir` defaults to `$NEURONPEDIA_INFERENCE_CACHE`, else the user's cache folder. A truncated or
-    altered copy is rebuilt. Raises `EmbeddedWeightsMissing` or `EmbeddedWeightsCorrupt`.
+    altered copy is rebuilt. Raises `EmbeddedWeightsMissing` or `EmbeddedWeightsCorrupt`, and StartupError where it
+    cannot be written.
     """
     gguf = _find_gguf()
     if gguf is None:
@@ -65,25 +66,40 @@ def model_folder(cache_dir: Path | None = None) -> Path:
     if is_complete(folder):
         return folder
     _check_gguf(gguf)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_beside(folder) as scratch:
-        _dequantise(gguf, scratch)
-        write_marker(scratch)
-        return install(scratch, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with scratch_beside(folder) as scratch:
+            _dequantise(gguf, scratch)
+            write_marker(scratch)
+            return install(scratch, folder)
+    except OSError as exc:
+        raise StartupError(
+            f"the embedded model's weights (0.5 GiB) cannot be written to {folder.parent}: {exc}. "
+            f"{CACHE_VARIABLE} names another folder."
+        ) from exc
 
 
 def default_cache_dir() -> Path:
-    """`$NEURONPEDIA_INFERENCE_CACHE`, else `neuronpedia-inference` under the platform's user cache folder."""
+    """`$NEURONPEDIA_INFERENCE_CACHE`, else `neuronpedia-inference` under the platform's user cache folder.
+
+    Raises StartupError for a user without a home folder.
+    """
     chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
+    try:
+        return Path(chosen).expanduser() if chosen else _user_cache_dir() / "neuronpedia-inference"
+    except RuntimeError:
+        raise StartupError(
+            f"this user has no home folder to keep the model's weights in: {CACHE_VARIABLE} names another folder"
+        ) from None
+
+
+def _user_cache_dir() -> Path:
+    """Raises RuntimeError for a user without a home folder."""
     if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "neuronpedia-inference"
+        return Path.home() / "Library" / "Caches"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def write_marker(folder: Path) -> None:
@@ -178,12 +194,17 @@ def _sha256(path: Path) -> bytes:
 
 
 def _dequantise(gguf: Path, target: Path) -> None:
+    """Raises OSError where `target` cannot be written."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"gguf_file": gguf.name}
     quantised: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
-    _fresh_copy(quantised).save_pretrained(target)
+    try:
+        _fresh_copy(quantised).save_pretrained(target)
+    except SafetensorError as exc:  # its way of saying that a disk is full
+        raise OSError(str(exc)) from exc
     AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(target)
 
 

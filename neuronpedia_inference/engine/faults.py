@@ -8,21 +8,28 @@ from collections.abc import Callable
 
 import torch
 
-from neuronpedia_inference.errors import EngineFailed, InferenceError, OutOfMemory
+from neuronpedia_inference.errors import EngineFailed, InferenceError, OutOfMemory, StartupError
 
 log = logging.getLogger(__name__)
 
-_HOST_ALLOCATOR = "DefaultCPUAllocator"
-"""Names torch's allocator on the host in its failures, which have no type of their own."""
+_HOST_FAILURES = ("DefaultCPUAllocator", "can't allocate memory", "unable to mmap", "Cannot allocate memory")
+"""What torch and the files it maps say of a host's memory, in errors that have no type of their own."""
 
 
 def as_inference_error(exc: Exception) -> InferenceError:
     """The error a caller sees. Anything unforeseen says nothing of itself: its details belong in the log."""
     if isinstance(exc, InferenceError):
         return exc
-    if isinstance(exc, torch.OutOfMemoryError | MemoryError) or _HOST_ALLOCATOR in str(exc):
+    if wants_memory(exc):
         return OutOfMemory("The device ran out of memory. Send a shorter or smaller request, or try again soon.")
     return EngineFailed("The engine failed on this request. The server's log has the details under the request id.")
+
+
+def wants_memory(exc: BaseException) -> bool:
+    """Whether an allocation has failed, on a device or on the host."""
+    if isinstance(exc, torch.OutOfMemoryError | OutOfMemory | MemoryError):
+        return True
+    return isinstance(exc, RuntimeError | OSError | StartupError) and any(text in str(exc) for text in _HOST_FAILURES)
 
 
 def failure_of(work: Callable[[], object]) -> Exception | None:

@@ -7,13 +7,25 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from neuronpedia_inference.errors import StartupError
 
-_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    StrictDataclassError,
+)
+"""What libraries raise of files that are missing, broken, or hold something else than they should."""
 
 
 def pick_device(wanted: str) -> str:
@@ -26,6 +38,10 @@ def pick_device(wanted: str) -> str:
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present[kind]:
         raise StartupError(f"DEVICE is {wanted!r}, but this machine has no {kind} device. Use auto or cpu.")
+    number = wanted.partition(":")[2]
+    if number and int(number) >= torch.cuda.device_count():
+        there = ", ".join(f"cuda:{n}" for n in range(torch.cuda.device_count()))
+        raise StartupError(f"DEVICE is {wanted!r}, but this machine has {there} only.")
     return wanted
 
 
@@ -64,9 +80,9 @@ def load_tokenizer(where: str) -> PreTrainedTokenizerBase:
 
 
 def first_line(exc: BaseException) -> str:
-    """The gist of an error on one line."""
-    text = str(exc).strip() or type(exc).__name__
-    return text.splitlines()[0]
+    """The gist of an error on one line: its first, and the next where the first introduces it."""
+    lines = str(exc).strip().splitlines() or [type(exc).__name__]
+    return " ".join(line.strip() for line in (lines[:2] if lines[0].endswith(":") else lines[:1]))
 
 
 def _culprit(where: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from neuronpedia_inference.errors import StartupError, unknown_name
+from neuronpedia_inference.folders import missing_folder
 from neuronpedia_inference.saes.directory import releases
 from neuronpedia_inference.saes.listed import derived_name, find
 from neuronpedia_inference.saes.specs import (
@@ -77,7 +78,7 @@ def _on_hub(name: str | None, place: str) -> SourceSpec:
 
 def _in_folder(name: str | None, folder: Path) -> tuple[SourceSpec, ...]:
     if not folder.is_dir():
-        raise StartupError(f"SAE_SETS: {str(folder)!r} is not a folder.")
+        raise missing_folder("SAE_SETS", folder)
     if holds_sae(folder):
         return (from_folder(folder, _name_of(name, folder)),)
     found = [child for child in folder.iterdir() if holds_sae(child)]

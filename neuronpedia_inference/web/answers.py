@@ -18,6 +18,7 @@ from neuronpedia_inference.errors import (
     HeadTooLarge,
     InferenceError,
     MalformedHttp,
+    OutOfMemory,
     RequestTimeout,
     Unauthorized,
     Unavailable,
@@ -73,11 +74,13 @@ def plain_http(refusal: InferenceError) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode("ascii") + body
 
 
-def problem_of(exc: Exception) -> Problem:
+def problem_of(exc: BaseException) -> Problem:
     """The caller's view of any exception. Nothing of an unexpected one is shown but the request id."""
     if isinstance(exc, InvalidBody):
         detail = [{**entry, "loc": ["body", *entry["loc"]]} for entry in exc.detail]
         return Problem(exc.status, exc.code, _cut(exc.message), detail=detail)
+    if isinstance(exc, MemoryError):
+        exc = OutOfMemory("This machine ran out of memory. Send a shorter or smaller request, or try again soon.")
     if isinstance(exc, InferenceError):
         return Problem(exc.status, exc.code, _cut(exc.message), _headers_of(exc))
     if isinstance(exc, HTTPException):
@@ -95,9 +98,8 @@ def _headers_of(exc: InferenceError) -> dict[str, str]:
 def _of_http(exc: HTTPException) -> Problem:
     """Unknown paths and methods, mostly."""
     status = HTTPStatus(exc.status_code)
-    known = {404: "Not found: the server has no such path", 405: "Method not allowed on this path"}
     code = status.phrase.lower().replace(" ", "_").replace("-", "_")
-    return Problem(status, code, known.get(status, status.phrase), dict(exc.headers or {}))
+    return Problem(status, code, _cut(str(exc.detail or status.phrase)), dict(exc.headers or {}))
 
 
 def _cut(text: str) -> str:

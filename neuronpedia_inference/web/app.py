@@ -24,6 +24,7 @@ from neuronpedia_inference.web.body import Bodies
 from neuronpedia_inference.web.boundary import ID_HEADER, Boundary, RequestScope, note_problem
 from neuronpedia_inference.web.browsers import BrowserGate
 from neuronpedia_inference.web.openapi import TITLE, document
+from neuronpedia_inference.web.paths import unrouted
 from neuronpedia_inference.web.pieces import PiecedAnswer
 from neuronpedia_inference.web.sse import EventStream, while_connected
 from neuronpedia_inference.web.stopping import EndsWithServer, Inside
@@ -46,7 +47,7 @@ def create_app(
     app = FastAPI(title=TITLE, version=__version__, redirect_slashes=False, middleware=layers)
     bodies = Bodies(settings.max_body_bytes, settings.receive_timeout_s)
     app.openapi = document
-    app.add_exception_handler(HTTPException, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_unrouted)
     for operation in OPERATIONS:
         handler = _handler(operation, settings, bodies, get_runtime)
         app.add_api_route(operation.path, handler, methods=["POST"], name=operation.name)
@@ -105,7 +106,13 @@ def _handler(operation: Operation[Any], settings: Settings, bodies: Bodies, get_
     return handle
 
 
-async def _answer_error(request: Request, exc: Exception) -> Response:
+async def _answer_unrouted(request: Request, exc: Exception) -> Response:
+    """Of unknown paths and methods. The answer names the near ones."""
+    assert isinstance(exc, HTTPException)
+    if exc.status_code in (404, 405):
+        exc = HTTPException(
+            exc.status_code, unrouted(request.method, request.url.path, request.app.routes), exc.headers
+        )
     problem = problem_of(exc)
     note_problem(request.scope, problem, exc)
     return error_response(problem)

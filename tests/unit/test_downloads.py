@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -11,6 +12,7 @@ import pytest
 from neuronpedia_inference import downloads
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.settings import Settings
+from tests.modal.local_modal.hub import a_hub
 
 NAME = "tests/model"
 
@@ -26,6 +28,14 @@ def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = repo / "snapshots" / ("f" * 40)
     folder.mkdir(parents=True)
     return folder
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """As HF_ENDPOINT does for a new process."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def settings(name: str = NAME) -> Settings:
@@ -59,5 +69,33 @@ def test_a_folder_is_itself(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_and_cannot_be_had_is_one_line(snapshot: Path) -> None:
-    with pytest.raises(StartupError, match=r"^Cannot download the model 'tests/other': [^\n]+$"):
+    with pytest.raises(StartupError, match=r"^MODEL_ID: 'tests/other' is not on this machine [^\n]+$"):
         downloads.fetch(settings("tests/other"))
+
+
+def test_a_hub_that_cannot_be_asked_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Port 9 of this machine refuses; the hub's client alone would try for a minute."""
+    use_hub(monkeypatch, "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it tries again"))
+    with pytest.raises(StartupError) as caught:
+        downloads.check_hub(NAME, "MODEL_ID")
+    line = str(caught.value)
+    assert line.startswith(
+        "MODEL_ID: 'tests/model' is not on this machine, and the hub at http://127.0.0.1:9 cannot be"
+    )
+    assert all(word in line for word in ("HF_HOME", "HF_ENDPOINT", "a local folder"))
+    assert "\n" not in line
+
+
+def test_offline_it_says_where_the_files_should_be(snapshot: Path) -> None:
+    with pytest.raises(StartupError, match=r"is not on this machine \(HF_HOME is .*HF_HUB_OFFLINE keeps off the hub"):
+        downloads.check_hub(NAME, "MODEL_ID")
+
+
+def test_what_the_hub_has_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "weights").touch()
+    with a_hub({"tests/sae": tmp_path}) as (address, _):
+        use_hub(monkeypatch, address)
+        downloads.check_hub("tests/sae", "SAE_SETS")  # it has the repository, if not this file
+        with pytest.raises(StartupError, match=r"the hub has no 'gemma2-2b'.* Did you mean 'gemma-2-2b'"):
+            downloads.check_hub("gemma2-2b", "MODEL_ID")

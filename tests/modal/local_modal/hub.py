@@ -66,7 +66,8 @@ class _Hub(BaseHTTPRequestHandler):
                 data = file.read_bytes()
                 headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
                 return self._send(200, data, with_body, headers)
-        missing = "EntryNotFound" if "/resolve/" in path else "RepoNotFound"
+        is_known = any(path.startswith(f"/{repo}/resolve/") for repo in self._repositories)
+        missing = "EntryNotFound" if is_known else "RepoNotFound"
         return self._send(404, b"", with_body, {"X-Error-Code": missing})
 
     def _send(self, status: int, data: bytes, with_body: bool, headers: Mapping[str, str]) -> None:

@@ -1,0 +1,38 @@
+"""Names in settings that may be folders, and what is said of those that are not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from neuronpedia_inference.errors import StartupError, did_you_mean
+
+_STARTS = ("/", "./", "../", "~")
+
+
+def existing_folder(setting: str, text: str) -> Path | None:
+    """The folder, or None for a name that is none. Raises StartupError for one that is written as a path and not there.
+
+    setting: its name, for the message. A name with a slash may be a repository of the hub, so only what begins as a
+    path does counts as one.
+    """
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return folder
+    if text.startswith(_STARTS) or text in (".", ".."):
+        raise missing_folder(setting, folder)
+    return None
+
+
+def missing_folder(setting: str, folder: Path) -> StartupError:
+    """One line with the nearest names beside it."""
+    if folder.exists():
+        return StartupError(f"{setting}: {str(folder)!r} is a file, not a folder.")
+    hint = did_you_mean(str(folder), (str(folder.parent / name) for name in _folders_in(folder.parent)))
+    return StartupError(f"{setting}: there is no folder {str(folder)!r}.{hint}")
+
+
+def _folders_in(parent: Path) -> list[str]:
+    try:
+        return [child.name for child in parent.iterdir() if child.is_dir()]
+    except OSError:
+        return []

@@ -1,0 +1,32 @@
+"""What is said to who asks for a path that the server has not, or by another method than it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from fastapi.routing import APIRoute
+from starlette.routing import BaseRoute
+
+START = ("/v1/capabilities", "/docs")
+"""Where somebody who asks for nothing in particular should look."""
+
+
+def unrouted(method: str, path: str, routes: Iterable[BaseRoute]) -> str:
+    """One or two sentences with the nearest paths and their methods."""
+    methods = {
+        route.path: sorted(set(route.methods or ()) - {"HEAD"}) for route in routes if isinstance(route, APIRoute)
+    }
+    if path in methods:
+        return f"{path} is asked by {' or '.join(methods[path])}, not by {method[:20]}."
+    by_form: dict[str, str] = {_form(known): known for known in methods}
+    near = [by_form[form] for form in get_close_matches(_form(path), list(by_form), n=3, cutoff=0.7)]
+    if not near:
+        return f"The server has no path {path[:200]!r}. See {' and '.join(f'GET {one}' for one in START)}."
+    named = " or ".join(f"{' or '.join(methods[one])} {one}" for one in near)
+    return f"The server has no path {path[:200]!r}. Did you mean {named}?"
+
+
+def _form(path: str) -> str:
+    """Without what is easily mistaken: hyphens, underscores, capitals, a slash at the end, the version."""
+    return path.lower().replace("_", "-").rstrip("/").removeprefix("/v1").removeprefix("/api") or "/"
