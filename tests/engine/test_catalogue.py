@@ -273,7 +273,7 @@ class TestAddresses:
             ("gpt2-small-res-jbb/blocks.7.hook_resid_pre", "Did you mean 'gpt2-small-res-jb'"),
             ("gpt2-small-res-jb/blocks.77.hook_resid_pre", "Unknown SAE of gpt2-small-res-jb 'blocks.77"),
             ("saes/7-res-x", "A folder is written ./saes/7-res-x"),
-            ("./nowhere/at-all", "'nowhere/at-all' is not a folder"),
+            ("./nowhere/at-all", "there is no folder 'nowhere/at-all'"),
             ("hf://me/my-saes", "not of the form hf://owner/repo/path"),
             ("hf://me/my-saes/../../etc", "not of the form hf://owner/repo/path"),
             ("hf://me/my-saes/final", "names no layer: give it a name, such as 7-my-set=hf://me/my-saes/final"),
@@ -377,7 +377,7 @@ class TestLocalFolder:
         assert repr(str(tmp_path / bad)) in refused(model_id="m", local_sae_dir=folder_of(tmp_path, "2-res-x", bad))
 
     def test_missing_and_empty_folders(self, tmp_path: Path) -> None:
-        assert "is not a folder" in refused(model_id="m", local_sae_dir=tmp_path / "none")
+        assert "there is no folder" in refused(model_id="m", local_sae_dir=tmp_path / "none")
         assert "holds no SAE folder" in refused(model_id="m", local_sae_dir=tmp_path)
 
 
