@@ -28,6 +28,7 @@ LAYERS = {
     "prices": 1,
     "embedded": 1,
     "exits": 1,
+    "folders": 1,
     "operations": 2,
     "engine": 3,
     "saes": 3,
