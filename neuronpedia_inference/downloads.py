@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from neuronpedia_inference.saes.names import all_names, hugging_face_name
 from neuronpedia_inference.saes.originals import all_files, needed_files
 from neuronpedia_inference.settings import Settings
 
+log = logging.getLogger(__name__)
+
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 HUB_S = 10.0
 """How long the hub may take to say whether it has something."""
@@ -25,7 +28,7 @@ def found(settings: Settings) -> Path | None:
     """The folder with the model's files, all of them; None if some must be downloaded. Raises StartupError."""
     if settings.is_embedded:
         return model_folder()
-    folder = existing_folder("MODEL_ID", settings.weights_id)
+    folder = existing_folder(settings.weights_variable, settings.weights_id)
     if folder is not None:
         return folder
     cached = _cached(hugging_face_name(settings.weights_id))
@@ -38,7 +41,7 @@ def fetch(settings: Settings) -> Path:
     if there is not None:
         return there
     name = hugging_face_name(settings.weights_id)
-    check_hub(name, "MODEL_ID")
+    check_hub(name, settings.weights_variable)
     return _download(name, WEIGHT_FILES, f"the model {name!r}")
 
 
@@ -67,12 +70,12 @@ def is_here(spec: SourceSpec) -> bool:
 
 
 def check_hub(repo: str, setting: str) -> None:
-    """One request without retries, where libraries would wait for a minute. Raises StartupError, one line that says
-    what to set, unless the hub has the repository.
+    """Raises StartupError, one line that says what to set, where the hub cannot be reached or has no such repository.
 
-    setting: its name, for the message.
+    One request, where libraries would try each file again for a minute. A hub that is there and has trouble of its own
+    is left to them. setting: its name, for the message.
     """
-    from httpx2 import HTTPError
+    from httpx2 import ConnectError, ConnectTimeout, HTTPError
     from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
 
     is_not_here = f"{setting}: {repo!r} is not on this machine"
@@ -80,8 +83,6 @@ def check_hub(repo: str, setting: str) -> None:
         raise StartupError(f"{is_not_here} (HF_HOME is {constants.HF_HOME!r}), and HF_HUB_OFFLINE keeps off the hub.")
     try:
         get_hf_file_metadata(hf_hub_url(repo, "config.json"), timeout=HUB_S)
-    except errors.EntryNotFoundError:
-        return
     except errors.GatedRepoError:
         raise StartupError(
             f"{setting}: {repo!r} is gated: accept its terms on its page on the hub, and give your token in HF_TOKEN."
@@ -89,11 +90,13 @@ def check_hub(repo: str, setting: str) -> None:
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         near = did_you_mean(repo, all_names())
         raise StartupError(f"{setting}: the hub has no {repo!r}, or HF_TOKEN may not read it.{near}") from None
-    except (OSError, HTTPError) as exc:
+    except (ConnectError, ConnectTimeout) as exc:
         raise StartupError(
             f"{is_not_here}, and the hub at {constants.ENDPOINT} cannot be asked: {_first_line(exc)}. Bring the files "
             "here (HF_HOME names the folder that holds them), give a local folder, or set HF_ENDPOINT to a mirror."
         ) from None
+    except (OSError, HTTPError) as exc:  # also a repository that has no such file
+        log.debug("the hub was asked for %s: %s", repo, _first_line(exc))
 
 
 @contextmanager

@@ -52,7 +52,9 @@ class UnknownSource(InvalidRequest):
     @classmethod
     def named(cls, kind: str, name: str, known: Iterable[str]) -> UnknownSource:
         """kind: "source" or "source set"; known: what is served here."""
-        return cls(unknown_name(kind, name, known))
+        names = list(known)
+        remedy = "" if names else " This server has no SAEs: SAE_SETS or LOCAL_SAE_DIR give it some."
+        return cls(unknown_name(kind, name, names) + remedy)
 
 
 class UnknownPoint(InvalidRequest):

@@ -15,12 +15,20 @@ def existing_folder(setting: str, text: str) -> Path | None:
     setting: its name, for the message. A name with a slash may be a repository of the hub, so only what begins as a
     path does counts as one.
     """
-    folder = Path(text).expanduser()
+    folder = expanded(setting, text)
     if folder.is_dir():
         return folder
     if text.startswith(_STARTS) or text in (".", ".."):
         raise missing_folder(setting, folder)
     return None
+
+
+def expanded(setting: str, path: str | Path) -> Path:
+    """With the home folder in place of `~`. Raises StartupError for a user who has none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise StartupError(f"{setting}: {str(path)!r}: there is no such user's home folder.") from None
 
 
 def missing_folder(setting: str, folder: Path) -> StartupError:

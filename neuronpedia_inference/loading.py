@@ -87,7 +87,7 @@ def load_on_host(settings: Settings, progress: Progress) -> HostWeights:
 def _on_hub(settings: Settings) -> str:
     """The model's name there. Raises StartupError unless the hub has it."""
     name = hugging_face_name(settings.weights_id)
-    downloads.check_hub(name, "MODEL_ID")
+    downloads.check_hub(name, settings.weights_variable)
     return name
 
 

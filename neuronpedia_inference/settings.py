@@ -229,9 +229,20 @@ class Settings(BaseSettings):
         return self.custom_hf_model_id or self.override_model_id or self.model_id
 
     @property
+    def weights_variable(self) -> str:
+        """The variable that names them."""
+        own = ("custom_hf_model_id", "override_model_id")
+        return next((variable(name) for name in own if getattr(self, name)), "MODEL_ID")
+
+    @property
     def sae_model_id(self) -> str:
         """The model whose SAEs are looked up."""
         return self.custom_hf_model_id or self.model_id
+
+    @property
+    def sae_model_variable(self) -> str:
+        """The variable that names it."""
+        return variable("custom_hf_model_id") if self.custom_hf_model_id else "MODEL_ID"
 
     @property
     def is_exposed(self) -> bool:

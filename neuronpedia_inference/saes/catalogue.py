@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from neuronpedia_inference.errors import StartupError, unknown_name
-from neuronpedia_inference.folders import existing_folder, missing_folder
+from neuronpedia_inference.folders import existing_folder, expanded, missing_folder
 from neuronpedia_inference.saes import listed
 from neuronpedia_inference.saes.directory import releases
 from neuronpedia_inference.saes.explicit import is_explicit, located
@@ -97,7 +97,7 @@ def resolve(settings: Settings) -> SaeCatalogue:
     local = _local_sets(settings.local_sae_dir) if settings.local_sae_dir else {}
     wanted = tuple(local) if settings.sae_sets is None else settings.sae_sets
     model_key, known = None, local
-    if not wanted and existing_folder("MODEL_ID", settings.sae_model_id):
+    if not wanted and existing_folder(settings.sae_model_variable, settings.sae_model_id):
         return SaeCatalogue()
     if not wanted or any(name not in local for name in wanted):
         can_do_without = bool(local) or (bool(wanted) and all(map(is_explicit, wanted)))
@@ -145,7 +145,7 @@ def _sets_of_model(settings: Settings) -> tuple[str, SetTable]:
     model_id = settings.sae_model_id
     if _is_embedded(model_id):
         return EMBEDDED_MODEL_ID, _embedded_sets()
-    if existing_folder("MODEL_ID", model_id):
+    if existing_folder(settings.sae_model_variable, model_id):
         raise StartupError(
             f"SAE_SETS names sets for the model in the folder {model_id!r}: LOCAL_SAE_DIR is needed to find "
             "them, or SAE_SETS='[]' to serve no SAEs."
@@ -259,7 +259,7 @@ def _embedded_sets() -> SetTable:
 
 
 def _local_sets(folder: Path) -> SetTable:
-    folder = folder.expanduser()
+    folder = expanded("LOCAL_SAE_DIR", folder)
     if not folder.is_dir():
         raise missing_folder("LOCAL_SAE_DIR", folder)
     found = [folder] if holds_sae(folder) else [child for child in folder.iterdir() if holds_sae(child)]

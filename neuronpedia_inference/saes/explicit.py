@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from neuronpedia_inference.errors import StartupError, unknown_name
-from neuronpedia_inference.folders import missing_folder
+from neuronpedia_inference.folders import expanded, missing_folder
 from neuronpedia_inference.saes.directory import releases
 from neuronpedia_inference.saes.listed import derived_name, find
 from neuronpedia_inference.saes.specs import (
@@ -34,7 +34,7 @@ def located(word: str) -> tuple[SourceSpec, ...]:
     if place.startswith(HUB):
         return (_on_hub(name, place),)
     if place.startswith(("/", "./", "../", "~")):
-        return _in_folder(name, Path(place).expanduser())
+        return _in_folder(name, expanded("SAE_SETS", place))
     return (_in_release(name, place),)
 
 

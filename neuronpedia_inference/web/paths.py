@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
 
+SHOWN = 200
+"""Characters of a path that are looked at: callers may send tens of thousands."""
 START = ("/v1/capabilities", "/docs")
 """Where somebody who asks for nothing in particular should look."""
 
@@ -19,12 +21,13 @@ def unrouted(method: str, path: str, routes: Iterable[BaseRoute]) -> str:
     }
     if path in methods:
         return f"{path} is asked by {' or '.join(methods[path])}, not by {method[:20]}."
+    shown = path[:SHOWN]
     by_form: dict[str, str] = {_form(known): known for known in methods}
-    near = [by_form[form] for form in get_close_matches(_form(path), list(by_form), n=3, cutoff=0.7)]
+    near = [by_form[form] for form in get_close_matches(_form(shown), list(by_form), n=3, cutoff=0.7)]
     if not near:
-        return f"The server has no path {path[:200]!r}. See {' and '.join(f'GET {one}' for one in START)}."
+        return f"The server has no path {shown!r}. See {' and '.join(f'GET {one}' for one in START)}."
     named = " or ".join(f"{' or '.join(methods[one])} {one}" for one in near)
-    return f"The server has no path {path[:200]!r}. Did you mean {named}?"
+    return f"The server has no path {shown!r}. Did you mean {named}?"
 
 
 def _form(path: str) -> str:

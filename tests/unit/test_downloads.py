@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -99,3 +101,25 @@ def test_what_the_hub_has_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         downloads.check_hub("tests/sae", "SAE_SETS")  # it has the repository, if not this file
         with pytest.raises(StartupError, match=r"the hub has no 'gemma2-2b'.* Did you mean 'gemma-2-2b'"):
             downloads.check_hub("gemma2-2b", "MODEL_ID")
+
+
+class Troubled(BaseHTTPRequestHandler):
+    def do_HEAD(self) -> None:
+        self.send_response(503)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+def test_a_hub_in_trouble_is_left_to_those_who_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Troubled)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        use_hub(monkeypatch, f"http://127.0.0.1:{server.server_port}")
+        downloads.check_hub(NAME, "MODEL_ID")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from neuronpedia_inference.errors import StartupError
+from neuronpedia_inference.errors import StartupError, UnknownSource
 from neuronpedia_inference.settings import EMBEDDED_MODEL_ID, Settings, variable
 
 
@@ -149,3 +149,17 @@ def test_a_blank_secret_stops_the_start_and_is_not_shown(monkeypatch: pytest.Mon
     monkeypatch.setenv("SECRET", "  \t ")
     with pytest.raises(StartupError, match="SECRET: is nothing but blanks"):
         Settings.read()
+
+
+def test_a_server_without_saes_says_what_gives_it_some() -> None:
+    assert str(UnknownSource.named("source", "7-res", ())) == (
+        "Unknown source '7-res'. This server has no SAEs: SAE_SETS or LOCAL_SAE_DIR give it some."
+    )
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CPU", "tpu"])
+def test_a_device_that_is_none_is_answered_with_those_that_are(device: str) -> None:
+    with pytest.raises(
+        StartupError, match=f"^Bad setting. DEVICE: '{device}' is no device here; auto, cpu, mps, cuda and"
+    ):
+        Settings.read(device=device)
