@@ -1,11 +1,12 @@
-"""Settings of the whole test run: a cache folder of its own, variables that libraries read at import, and no time
-limits of Hypothesis's own."""
+"""Settings of the whole test run: a cache folder of its own, interrupts that arrive, variables that libraries read at
+import, and no time limits of Hypothesis's own."""
 
 from __future__ import annotations
 
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,10 @@ from neuronpedia_inference.embedded.weights import CACHE_VARIABLE, default_cache
 from neuronpedia_inference.errors import StartupError
 
 PREFIX = "neuronpedia-inference-tests-"
+
+# A shell's background job ignores it, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
