@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from neuronpedia_inference.embedded.weights import model_folder
-from neuronpedia_inference.errors import StartupError, did_you_mean
-from neuronpedia_inference.folders import existing_folder
+from neuronpedia_inference.errors import StartupError, did_you_mean, unknown_name
+from neuronpedia_inference.folders import existing_folder, folders_beside, missing_folder
 from neuronpedia_inference.saes.catalogue import SourceSpec, hub_location, resolve
 from neuronpedia_inference.saes.names import all_names, hugging_face_name
 from neuronpedia_inference.saes.originals import all_files, needed_files
@@ -19,20 +21,30 @@ from neuronpedia_inference.settings import Settings
 log = logging.getLogger(__name__)
 
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 HUB_S = 10.0
 """How long the hub may take to say whether it has something."""
 INDEX = "model.safetensors.index.json"
 
 
 def found(settings: Settings) -> Path | None:
-    """The folder with the model's files, all of them; None if some must be downloaded. Raises StartupError."""
+    """The folder with the model's files, all of them; None if some must be downloaded. Raises StartupError.
+
+    The `subfolder`, `revision` and `cache_dir` of MODEL_FROM_PRETRAINED_KWARGS count; a `subfolder` is in the answer.
+    """
     if settings.is_embedded:
         return model_folder()
+    options = settings.model_from_pretrained_kwargs
     folder = existing_folder(settings.weights_variable, settings.weights_id)
     if folder is not None:
-        return folder
-    cached = _cached(hugging_face_name(settings.weights_id))
-    return cached if cached is not None and _is_complete(cached) else None
+        return _checked(_within(folder, options), options)
+    if options.get("force_download"):
+        return None
+    there = cached(hugging_face_name(settings.weights_id), _of(options, "revision", "cache_dir"))
+    if there is None:
+        return None
+    inner = there / options.get("subfolder", "")
+    return inner if _is_complete(inner, options.get("gguf_file")) else None
 
 
 def fetch(settings: Settings) -> Path:
@@ -40,9 +52,39 @@ def fetch(settings: Settings) -> Path:
     there = found(settings)
     if there is not None:
         return there
+    options = settings.model_from_pretrained_kwargs
     name = hugging_face_name(settings.weights_id)
-    check_hub(name, settings.weights_variable)
-    return _download(name, WEIGHT_FILES, f"the model {name!r}")
+    check_hub(name, settings.weights_variable, options)
+    subfolder = options.get("subfolder", "")
+    wanted = [options["gguf_file"]] if "gguf_file" in options else WEIGHT_FILES
+    how = _of(options, "revision", "cache_dir", "token", "force_download")
+    files = [f"{subfolder}/{one}" if subfolder else one for one in wanted]
+    return _download(name, files, f"the model {name!r}", how) / subfolder
+
+
+def _of(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names if name in options}
+
+
+def _within(folder: Path, options: Mapping[str, Any]) -> Path:
+    """Raises StartupError for a `subfolder` that is not there."""
+    inner = folder / options.get("subfolder", "")
+    if not inner.is_dir():
+        raise missing_folder("MODEL_FROM_PRETRAINED_KWARGS, subfolder", inner)
+    return inner
+
+
+def _checked(folder: Path, options: Mapping[str, Any]) -> Path:
+    """Raises StartupError unless there is something to load in a folder, of which its user has to know what it is."""
+    gguf = sorted(path.name for path in folder.glob("*.gguf"))
+    wanted = options.get("gguf_file")
+    if wanted is not None and not (folder / wanted).is_file():
+        raise StartupError(f"MODEL_FROM_PRETRAINED_KWARGS: {unknown_name('gguf_file', wanted, gguf)} ({folder})")
+    if wanted is None and not (folder / "config.json").is_file():
+        hint = json.dumps({"gguf_file": gguf[0]}) if gguf else ""
+        remedy = f": it holds {gguf[0]}, which MODEL_FROM_PRETRAINED_KWARGS='{hint}' loads" if gguf else ""
+        raise StartupError(f"{str(folder)!r} holds no model: it needs config.json and *.safetensors{remedy}.")
+    return folder
 
 
 def fetch_everything(settings: Settings, progress: Callable[[str], None]) -> bool:
@@ -62,38 +104,51 @@ def fetch_everything(settings: Settings, progress: Callable[[str], None]) -> boo
 
 def is_here(spec: SourceSpec) -> bool:
     """Whether an SAE's files are on this machine."""
-    if spec.folder is not None:
-        return True
+    return spec.folder is not None or snapshot_of(spec) is not None
+
+
+def snapshot_of(spec: SourceSpec, snapshots: Callable[[str], Path | None] | None = None) -> Path | None:
+    """The hub's cache of the repository in which an SAE is; None unless all its files are there.
+
+    snapshots: instead of `cached`, to look for each repository once.
+    """
     repo, path = hub_location(spec)
-    cached = _cached(repo)
-    return cached is not None and all((cached / name).exists() for name in needed_files(spec, path))
+    there = (snapshots or cached)(repo)
+    return there if there and all((there / name).exists() for name in needed_files(spec, path)) else None
 
 
-def check_hub(repo: str, setting: str) -> None:
+def check_hub(repo: str, setting: str, options: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Raises StartupError, one line that says what to set, where the hub cannot be reached or has no such repository.
 
     One request, where libraries would try each file again for a minute. A hub that is there and has trouble of its own
-    is left to them. setting: its name, for the message.
+    is left to them. setting: its name, for the message. options: `revision` and `token`.
     """
     from httpx2 import ConnectError, ConnectTimeout, HTTPError
     from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
 
     is_not_here = f"{setting}: {repo!r} is not on this machine"
+    near = did_you_mean(repo, (*all_names(), *folders_beside(repo)))
     if constants.HF_HUB_OFFLINE:
-        raise StartupError(f"{is_not_here} (HF_HOME is {constants.HF_HOME!r}), and HF_HUB_OFFLINE keeps off the hub.")
+        raise StartupError(
+            f"{is_not_here} (HF_HOME is {constants.HF_HOME!r}), and HF_HUB_OFFLINE keeps off the hub.{near}"
+        )
     try:
-        get_hf_file_metadata(hf_hub_url(repo, "config.json"), timeout=HUB_S)
+        url = hf_hub_url(repo, "config.json", revision=options.get("revision"))
+        get_hf_file_metadata(url, timeout=HUB_S, token=options.get("token"))
     except errors.GatedRepoError:
         raise StartupError(
             f"{setting}: {repo!r} is gated: accept its terms on its page on the hub, and give your token in HF_TOKEN."
         ) from None
+    except errors.RevisionNotFoundError:
+        revision = options.get("revision")
+        raise StartupError(f"MODEL_FROM_PRETRAINED_KWARGS: {repo!r} has no revision {revision!r} on the hub.") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        near = did_you_mean(repo, all_names())
         raise StartupError(f"{setting}: the hub has no {repo!r}, or HF_TOKEN may not read it.{near}") from None
     except (ConnectError, ConnectTimeout) as exc:
         raise StartupError(
             f"{is_not_here}, and the hub at {constants.ENDPOINT} cannot be asked: {_first_line(exc)}. Bring the files "
             "here (HF_HOME names the folder that holds them), give a local folder, or set HF_ENDPOINT to a mirror."
+            f"{near}"
         ) from None
     except (OSError, HTTPError) as exc:  # also a repository that has no such file
         log.debug("the hub was asked for %s: %s", repo, _first_line(exc))
@@ -120,23 +175,25 @@ def weight_files(folder: Path) -> list[Path]:
     return [one] if one.is_file() else sorted(folder.glob("*.safetensors"))
 
 
-def _download(repo: str, files: Sequence[str], what: str) -> Path:
+def _download(repo: str, files: Sequence[str], what: str, how: Mapping[str, Any] = MappingProxyType({})) -> Path:
+    """how: more arguments for the hub's client."""
     from httpx2 import HTTPError
     from huggingface_hub import snapshot_download
 
     # httpx2 is the hub client's transport; without a route it raises its own errors.
     try:
-        return Path(snapshot_download(repo, allow_patterns=list(files)))
+        return Path(snapshot_download(repo, allow_patterns=list(files), **how))
     except (OSError, ValueError, HTTPError) as exc:
         raise StartupError(f"Cannot download {what}: {_first_line(exc)}") from None
 
 
-def _cached(name: str) -> Path | None:
+def cached(name: str, how: Mapping[str, Any] = MappingProxyType({})) -> Path | None:
+    """The hub's cache of a repository, whatever of it is there; None for nothing. how: as `revision`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, local_files_only=True))
+        return Path(snapshot_download(name, local_files_only=True, **how))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
 
@@ -145,10 +202,14 @@ def _first_line(exc: Exception) -> str:
     return (str(exc).strip() or type(exc).__name__).splitlines()[0]
 
 
-def _is_complete(folder: Path) -> bool:
+def _is_complete(folder: Path, gguf_file: str | None = None) -> bool:
     """Whether configuration, tokenizer and all parts of the weights are there: a download may have been cut off."""
+    if gguf_file is not None:
+        return (folder / gguf_file).exists()
+    if not folder.is_dir():
+        return False
     names = {path.name for path in folder.iterdir() if path.exists()}
-    if "config.json" not in names or names.isdisjoint(("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+    if "config.json" not in names or names.isdisjoint(TOKENIZER_FILES):
         return False
     if INDEX not in names:
         return "model.safetensors" in names

@@ -39,6 +39,12 @@ def missing_folder(setting: str, folder: Path) -> StartupError:
     return StartupError(f"{setting}: there is no folder {str(folder)!r}.{hint}")
 
 
+def folders_beside(text: str) -> list[str]:
+    """Folders, as paths, among which one may have been meant by a name that is none."""
+    parent = Path(text).parent
+    return [f"./{parent / name}" for name in _folders_in(parent)] if not Path(text).is_absolute() else []
+
+
 def _folders_in(parent: Path) -> list[str]:
     try:
         return [child.name for child in parent.iterdir() if child.is_dir()]

@@ -8,9 +8,10 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +26,7 @@ from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import ModelInfo
 from neuronpedia_inference.engine.tokens import TextCodec
 from neuronpedia_inference.errors import StartupError, UnknownPoint
+from neuronpedia_inference.load_options import without_places
 from neuronpedia_inference.memory import needs_at_start
 from neuronpedia_inference.room import allocating, check_fits, room_on
 from neuronpedia_inference.saes.catalogue import SaeCatalogue, aliases, hub_location, resolve
@@ -62,7 +64,8 @@ class HostWeights:
 
     settings: Settings
     tokenizer: PreTrainedTokenizerBase
-    model: PreTrainedModel
+    model: PreTrainedModel | None
+    """None for quantised weights, which are loaded where they will run."""
 
     def are_those_of(self, settings: Settings) -> bool:
         """Whether these are the weights that `settings` ask for."""
@@ -70,25 +73,56 @@ class HostWeights:
         return all(getattr(self.settings, name) == getattr(settings, name) for name in wanted)
 
 
+@dataclass(frozen=True)
+class _Checkpoint:
+    """Where a model's files are, and what else is said to those who read them."""
+
+    where: str
+    options: Mapping[str, Any]
+    is_here: bool
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Nothing asks the hub inside, if all files are on this machine."""
+        return downloads.hub_left_alone() if self.is_here else nullcontext()
+
+
+def _checkpoint(settings: Settings) -> _Checkpoint:
+    """Raises StartupError where neither this machine nor the hub has it."""
+    options = settings.model_from_pretrained_kwargs
+    folder = downloads.found(settings)
+    if folder is not None:
+        return _Checkpoint(str(folder), without_places(options), is_here=True)
+    name = hugging_face_name(settings.weights_id)
+    downloads.check_hub(name, settings.weights_variable, options)
+    return _Checkpoint(name, options, is_here=False)
+
+
 def load_on_host(settings: Settings, progress: Progress) -> HostWeights:
     """What can be loaded without asking for a GPU, so that a memory snapshot may hold it. Raises StartupError."""
     needs, room = needs_at_start(settings), room_on(torch.device("cpu"))
     check_fits(settings.weights_id, needs, room)
     progress(f"Finding the weights of {settings.weights_id}")
-    where = str(downloads.found(settings) or _on_hub(settings))
+    files = _checkpoint(settings)
     progress(f"Loading {settings.weights_id}")
-    options = settings.model_from_pretrained_kwargs
-    tokenizer = weights.load_tokenizer(where)
-    with allocating(settings.weights_id, needs, room):
-        model = weights.load_weights(where, dtype=settings.model_dtype, device="cpu", options=options)
+    with files.reading():
+        tokenizer = weights.load_tokenizer(files.where, files.options)
+        if weights.quantisation(files.where, files.options) is not None:
+            return HostWeights(settings, tokenizer, None)
+        with allocating(settings.weights_id, needs, room):
+            model = weights.load_weights(files.where, dtype=settings.model_dtype, device="cpu", options=files.options)
+    weights.check_vocabulary(files.where, tokenizer, model)
     return HostWeights(settings, tokenizer, model)
 
 
-def _on_hub(settings: Settings) -> str:
-    """The model's name there. Raises StartupError unless the hub has it."""
-    name = hugging_face_name(settings.weights_id)
-    downloads.check_hub(name, settings.weights_variable)
-    return name
+def _load_quantised(settings: Settings, tokenizer: PreTrainedTokenizerBase, device: str) -> PreTrainedModel:
+    files = _checkpoint(settings)
+    with files.reading():
+        method = weights.quantisation(files.where, files.options)
+        model = weights.load_weights(
+            files.where, dtype=settings.model_dtype, device=device, options=files.options, method=method
+        )
+    weights.check_vocabulary(files.where, tokenizer, model)
+    return model
 
 
 def load(settings: Settings, progress: Progress, host: HostWeights | None = None) -> Loaded:
@@ -108,7 +142,8 @@ def _load(
 ) -> Loaded:
     if host is None or not host.are_those_of(settings):
         host = load_on_host(settings, progress)
-    tokenizer, model = host.tokenizer, host.model
+    tokenizer = host.tokenizer
+    model = host.model or _load_quantised(settings, tokenizer, device)
     if device != "cpu":
         progress(f"Moving {settings.weights_id} to {device}")
         torch.nn.Module.to(model, device)

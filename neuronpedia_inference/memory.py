@@ -1,7 +1,7 @@
 """How much memory a model and its SAEs need, and the smallest GPU of Modal that has it. Nothing is loaded.
 
-    weights   parameters × bytes of MODEL_DTYPE
-    SAEs      numbers × bytes of SAE_DTYPE, all sources, at most MAX_LOADED_SAES of them
+    weights   parameters × bytes of MODEL_DTYPE; of quantised weights the bytes in their files
+    SAEs      numbers × bytes of SAE_DTYPE, all sources, at most MAX_LOADED_SAES of them, at most SAE_MEMORY_GIB
     cache     2 × layers × key-value heads × d_head × MAX_TOKENS × MAX_ROWS × bytes of MODEL_DTYPE
     headroom  1.5 GiB for the CUDA context and libraries, and a tenth of the rest for activations and fragmentation
 
@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from neuronpedia_inference import downloads
+from neuronpedia_inference.engine.quantised import method_of
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.saes.catalogue import WEIGHTS_NAME, SourceSpec, hub_location, resolve
 from neuronpedia_inference.saes.names import hugging_face_name
+from neuronpedia_inference.saes.originals import counted_files
 from neuronpedia_inference.settings import Settings
 
 GIB = 2**30
@@ -33,7 +35,6 @@ CONTEXT_BYTES = 3 * GIB // 2
 HEADROOM_SHARE = 0.1
 STORED_BYTES = 4
 """Of a number in the hub's SAEs that are not safetensors: they are stored in float32."""
-SAE_SUFFIXES = (".safetensors", ".npz", ".pt")
 MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 """Tensors of old GPT-2 and GPT-NeoX checkpoints that are no parameters, and are not loaded."""
 
@@ -83,29 +84,58 @@ class Sizes:
     cache_numbers: int
     sae_numbers: int
     n_sources: int
+    packed_bytes: int | None = None
+    """Of quantised weights, which MODEL_DTYPE does not change."""
+    sae_budget: int | None = None
+    """Bytes that SAEs may take together: some leave when others are asked for."""
 
     def needs(self, model_dtype: str, sae_dtype: str) -> Needs:
         model, sae = BYTES[model_dtype], BYTES[sae_dtype]
-        return Needs(
-            model_dtype, sae_dtype, self.parameters * model, self.sae_numbers * sae, self.cache_numbers * model
-        )
+        weights = self.parameters * model if self.packed_bytes is None else self.packed_bytes
+        saes = self.sae_numbers * sae
+        resident = saes if self.sae_budget is None else min(saes, self.sae_budget)
+        return Needs(model_dtype, sae_dtype, weights, resident, self.cache_numbers * model)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A model by its files."""
+
+    parameters: int
+    n_bytes: int
+    config: dict[str, Any]
+
+    @property
+    def packed_bytes(self) -> int | None:
+        return self.n_bytes if method_of(self.config, {}) else None
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        return self.config.get("text_config", self.config)
 
 
 def sizes(settings: Settings) -> Sizes:
     """Counted from files on this machine, or from the hub's metadata. Raises StartupError."""
-    return _sizes(settings, resolve(settings).specs, *_model(settings))
+    return _sizes(settings, resolve(settings).specs, _model(settings))
 
 
 def planned(settings: Settings) -> Needs:
     """Everything, in the precisions of the settings. Raises StartupError."""
     specs = resolve(settings).specs
-    parameters, config = _model(settings)
-    return _sizes(settings, specs, parameters, config).needs(_dtype(config, settings), settings.sae_dtype)
+    model = _model(settings)
+    return _sizes(settings, specs, model).needs(_dtype(model.text_config, settings), settings.sae_dtype)
 
 
-def _sizes(settings: Settings, specs: Sequence[SourceSpec], parameters: int, config: dict[str, Any]) -> Sizes:
-    largest = sorted(_sae_numbers(specs), reverse=True)[: settings.max_loaded_saes]
-    return Sizes(parameters, _cache_numbers(config, settings), sum(largest), len(specs))
+def _sizes(settings: Settings, specs: Sequence[SourceSpec], model: _Counted) -> Sizes:
+    largest = sorted(sae_numbers(specs), reverse=True)[: settings.max_loaded_saes]
+    return Sizes(
+        model.parameters,
+        _cache_numbers(model.text_config, settings),
+        sum(largest),
+        len(specs),
+        model.packed_bytes,
+        None if settings.sae_memory_gib is None else int(settings.sae_memory_gib * GIB),
+    )
 
 
 def needs_at_start(settings: Settings) -> Needs | None:
@@ -114,12 +144,12 @@ def needs_at_start(settings: Settings) -> Needs | None:
     SAEs are left out: they can take turns, and are judged one by one when they are loaded. None where files and hub
     do not tell.
     """
-    if settings.model_from_pretrained_kwargs:
-        return None
     try:
-        parameters, config = _model(settings)
-        cache = _cache_numbers(config, settings) // settings.max_rows
-        return Sizes(parameters, cache, 0, 0).needs(_dtype(config, settings), settings.sae_dtype)
+        model = _model(settings)
+        if model.packed_bytes is not None:  # without a GPU some of it is widened
+            return None
+        cache = _cache_numbers(model.text_config, settings) // settings.max_rows
+        return Sizes(model.parameters, cache, 0, 0).needs(_dtype(model.text_config, settings), settings.sae_dtype)
     except StartupError:
         return None
 
@@ -149,38 +179,50 @@ def _numbers(shapes: Mapping[str, Sequence[int]]) -> int:
     return sum(prod(shape) for name, shape in shapes.items() if MASKS.search(name) is None)
 
 
-def _model(settings: Settings) -> tuple[int, dict[str, Any]]:
-    """Parameters and configuration."""
+def _model(settings: Settings) -> _Counted:
+    options = settings.model_from_pretrained_kwargs
+    if "gguf_file" in options:
+        raise StartupError(f"The weights of {settings.weights_id!r} are a GGUF file: only safetensors are counted.")
     folder = downloads.found(settings)
     if folder is None:
-        return _hub_model(hugging_face_name(settings.weights_id))
+        return _hub_model(hugging_face_name(settings.weights_id), options)
     files = downloads.weight_files(folder)
     config = folder / "config.json"
     if not files or not config.is_file():
         raise StartupError(f"{str(folder)!r} holds no model: it needs config.json and *.safetensors.")
-    return sum(map(tensor_numbers, files)), _config(config)
+    n_bytes = sum(file.stat().st_size for file in files)
+    return _Counted(sum(map(tensor_numbers, files)), n_bytes, _config(config))
 
 
 def _config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        return config.get("text_config", config)
+        if not isinstance(config.get("text_config", {}), dict):
+            raise ValueError("its text_config is no object")
+        return config
     except (OSError, ValueError, AttributeError) as exc:
         raise StartupError(f"{str(file)!r} cannot be read: {exc}") from None
 
 
-def _hub_model(repo: str) -> tuple[int, dict[str, Any]]:
+def _hub_model(repo: str, options: Mapping[str, Any]) -> _Counted:
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
 
+    if options.get("subfolder"):
+        raise StartupError(f"{repo!r} is counted on the hub without subfolders only: fetch its files first.")
+    how = {name: options[name] for name in ("revision", "token") if name in options}
     with _asking(repo):
-        files = get_safetensors_metadata(repo).files_metadata.values()
-        config = Path(hf_hub_download(repo, "config.json"))
+        files = get_safetensors_metadata(repo, **how).files_metadata.values()
+        config = Path(hf_hub_download(repo, "config.json", **how))
     shapes = [{name: tensor.shape for name, tensor in file.tensors.items()} for file in files]
-    return sum(map(_numbers, shapes)), _config(config)
+    n_bytes = sum(tensor.data_offsets[1] - tensor.data_offsets[0] for file in files for tensor in file.tensors.values())
+    return _Counted(sum(map(_numbers, shapes)), n_bytes, _config(config))
 
 
-def _sae_numbers(specs: Sequence[SourceSpec]) -> list[int]:
-    """Numbers of each source. On the hub, files of one size in one repository are alike, so one header is read."""
+def sae_numbers(specs: Sequence[SourceSpec]) -> list[int]:
+    """Numbers of each source, once it is in memory.
+
+    On the hub, files of one size in one repository are alike, so one header is read.
+    """
     hub_files = cache(_hub_files)
     known: dict[tuple[str, int], int] = {}
     numbers = []
@@ -189,20 +231,23 @@ def _sae_numbers(specs: Sequence[SourceSpec]) -> list[int]:
             numbers.append(tensor_numbers(spec.folder / WEIGHTS_NAME))
             continue
         repo, path = hub_location(spec)
-        files = {name: size for name, size in hub_files(repo).items() if _is_weights_of(path, name)}
+        names, times = counted_files(spec, path)
+        here = downloads.snapshot_of(spec)
+        if here is not None:
+            numbers.append(times * sum(_file_numbers(here / name) for name in names))
+            continue
+        files = {name: hub_files(repo)[name] for name in names if name in hub_files(repo)}
         if not files:
             raise StartupError(f"SAE {spec.name!r}: {repo!r} lists no weights under {path!r}.")
         for name, size in files.items():
             if (repo, size) not in known:
                 known[repo, size] = _hub_numbers(repo, name, size)
-        numbers.append(sum(known[repo, size] for size in files.values()))
+        numbers.append(times * sum(known[repo, size] for size in files.values()))
     return numbers
 
 
-def _is_weights_of(path: str, name: str) -> bool:
-    """Whether a file is the SAE at `path`, a file or a folder; `width_16k_big` is not of `width_16k`."""
-    within = name == path or name.startswith(path.rstrip("/") + "/")
-    return within and name.endswith(SAE_SUFFIXES) and "sparsity" not in name.rpartition("/")[2]
+def _file_numbers(file: Path) -> int:
+    return tensor_numbers(file) if file.suffix == ".safetensors" else file.stat().st_size // STORED_BYTES
 
 
 def _hub_files(repo: str) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
+from neuronpedia_inference import load_options
 from neuronpedia_inference.errors import StartupError
 
 EMBEDDED_MODEL_ID = "smollm2-135m-instruct"
@@ -69,7 +70,11 @@ class Settings(BaseSettings):
         "Unset: seven tenths of what is free once the model is loaded.",
     )
     model_from_pretrained_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="JSON object passed to Hugging Face's `from_pretrained`."
+        default_factory=dict,
+        description="JSON object passed to Hugging Face's `from_pretrained`, such as "
+        '`{"revision": "main", "subfolder": "model"}`. What says where files are (`revision`, `subfolder`, `token`, '
+        "`cache_dir`, `gguf_file`) reaches the tokenizer too. What another setting says, and what no longer has an "
+        "effect, is refused.",
     )
     device: str = Field("auto", description="auto, cpu, mps or cuda[:N].")
     num_threads: int = Field(
@@ -187,6 +192,12 @@ class Settings(BaseSettings):
     def _is_device(cls, value: str) -> str:
         if re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", value) is None:
             raise ValueError(f"{value!r} is no device here; auto, cpu, mps, cuda and cuda:0 (or another number) are")
+        return value
+
+    @field_validator("model_from_pretrained_kwargs", mode="after")
+    @classmethod
+    def _are_taken(cls, value: dict[str, Any]) -> dict[str, Any]:
+        load_options.check(value)
         return value
 
     @field_validator("secret", mode="after")

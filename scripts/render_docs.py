@@ -17,6 +17,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 from render_benchmarks import documents as benchmark_documents
 from render_saes import saes
+from render_starts import starts
 
 from neuronpedia_inference.embedded import steering_examples
 from neuronpedia_inference.embedded.weights import CACHE_VARIABLE
@@ -313,6 +314,7 @@ def reference() -> str:
         f"## Requests\n\nFields of nested objects are written `outer.inner`; {MORE_OPENAPI}.",
         *(_request_section(operation) for operation in OPERATIONS),
         f"## Settings\n\nRead from the environment and from `.env`, once, at the start.\n\n{settings_table()}",
+        f"## What ends a start\n\n{starts(table)}",
         f"## SAEs\n\n{saes(table)}",
         f"## Errors\n\n{errors_table()}",
         f"## Metrics\n\n{METRICS}\n\n{metrics_table()}",

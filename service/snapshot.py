@@ -40,7 +40,8 @@ def import_everything() -> None:
 
 def own_weights(host: HostWeights) -> HostWeights:
     """The same, with weights in memory of their own: a file on the volume may be another after a restore."""
-    _own(host.model)
+    if host.model is not None:
+        _own(host.model)
     return host
 
 

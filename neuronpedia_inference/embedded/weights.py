@@ -30,10 +30,10 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE_VARIABLE = "NEURONPEDIA_INFERENCE_CACHE"
 MARKER = "complete.json"
 
+_FORM = 2
+"""Of the marker."""
 _NAME = "smollm2-135m-instruct"
 """Names of folders begin with it, whatever the versions."""
-_BLOCK_BYTES = 64 * 1024
-_SAMPLED_BLOCKS = 32
 
 
 class EmbeddedWeightsMissing(StartupError):
@@ -103,40 +103,45 @@ def _user_cache_dir() -> Path:
 
 
 def write_marker(folder: Path) -> None:
-    """Record name, size in bytes and fingerprint of every file in `folder`."""
+    """Record SHA-256 and stamp of every file in `folder`."""
     files = {
-        path.name: {"bytes": path.stat().st_size, "fingerprint": fingerprint(path)}
+        path.name: {"sha256": _sha256(path).hex(), "stamp": _stamp(path)}
         for path in sorted(folder.iterdir())
         if path.name != MARKER
     }
-    (folder / MARKER).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    _write(folder / MARKER, files)
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `folder` holds every file that its marker lists, with the recorded size and fingerprint."""
+    """Whether `folder` holds every file that its marker lists, whole and unaltered.
+
+    A file is read through once after each change of it: while its stamp is the one of the last time, it is as it was.
+    """
     try:
         listed = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-        return bool(listed) and all(
-            (folder / name).stat().st_size == entry["bytes"] and fingerprint(folder / name) == entry["fingerprint"]
-            for name, entry in listed.items()
-        )
+        stamps = {name: _stamp(folder / name) for name in listed}
+        changed = [name for name, entry in listed.items() if stamps[name] != entry["stamp"]]
+        if not listed or any(_sha256(folder / name).hex() != listed[name]["sha256"] for name in changed):
+            return False
+        entries = {name: {**entry, "stamp": stamps[name]} for name, entry in listed.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+    if changed:
+        with contextlib.suppress(OSError):  # a folder that cannot be written to is read through at each start
+            _write(folder / MARKER, entries)
+    return True
 
 
-def fingerprint(path: Path) -> str:
-    """SHA-256 over up to 32 blocks of 64 KiB spread evenly over the file, both ends included."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        if size <= _BLOCK_BYTES * _SAMPLED_BLOCKS:
-            digest.update(file.read())
-        else:
-            step = (size - _BLOCK_BYTES) // (_SAMPLED_BLOCKS - 1)
-            for block in range(_SAMPLED_BLOCKS):
-                file.seek(size - _BLOCK_BYTES if block == _SAMPLED_BLOCKS - 1 else block * step)
-                digest.update(file.read(_BLOCK_BYTES))
-    return digest.hexdigest()
+def _stamp(path: Path) -> list[int]:
+    """What any change of a file changes. The time of the last change of its entry cannot be set by hand."""
+    about = path.stat()
+    return [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
+
+
+def _write(marker: Path, files: dict[str, Any]) -> None:
+    scratch = marker.with_name(f".{marker.name}.{os.getpid()}")
+    scratch.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    scratch.replace(marker)
 
 
 def install(scratch: Path, folder: Path) -> Path:
@@ -171,7 +176,7 @@ def _find_gguf() -> Path | None:
 
 
 def _folder_name(gguf: Path) -> str:
-    versions = f"{metadata.version(PACKAGE)}-{gguf.stat().st_size}-tf{metadata.version('transformers')}"
+    versions = f"{metadata.version(PACKAGE)}-{gguf.stat().st_size}-tf{metadata.version('transformers')}-{_FORM}"
     return f"{_NAME}-{versions}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -24,6 +24,22 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+DEFAULT_TEMPLATE = "default"
+"""Of several chat templates the one that is for chats without tools or documents."""
+_TEMPLATE_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a model's own program raises of messages, or of tools and documents that are not there."""
+
 
 class TextCodec:
     """A tokenizer with this service's rules. Safe to share: it keeps no state but a table of token strings."""
@@ -39,7 +55,9 @@ class TextCodec:
         self._strings: dict[int, str] = {}
         self._longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
         self._anchor = tuple(self._tokenizer.encode(_ANCHOR, add_special_tokens=False))
-        self._template = self._tokenizer.chat_template or (CHATML if chatml_fallback else None)
+        self._template, self._no_template_because = _chosen(self._tokenizer.chat_template)
+        if self._template is None and chatml_fallback:
+            self._template = CHATML
 
     @property
     def has_bos(self) -> bool:
@@ -93,7 +111,7 @@ class TextCodec:
         """
         if self._template is None:
             raise InvalidRequest(
-                "This model has no chat template, so it cannot accept chat messages. "
+                f"{self._no_template_because}, so it cannot accept chat messages. "
                 "Use /v1/steer/completion with a raw `prompt` instead."
             )
         for message in messages:
@@ -106,8 +124,9 @@ class TextCodec:
             text = self._tokenizer.apply_chat_template(
                 turns, chat_template=self._template, add_generation_prompt=True, tokenize=False
             )
-        except TemplateError as exc:
-            raise InvalidRequest(f"The model's chat template refuses these messages: {exc}") from exc
+        except _TEMPLATE_ERRORS as exc:
+            why = " ".join(str(exc).split()) or type(exc).__name__
+            raise InvalidRequest(f"The model's chat template refuses these messages: {why}") from exc
         return text, self.tokenize(text, "never", limit=limit)
 
     def _encode(self, text: str, bos: BosRule) -> list[int]:
@@ -125,6 +144,14 @@ class TextCodec:
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
         starts_word = isinstance(piece, str) and piece.startswith(_WORD_START)
         return " " + text if starts_word and not text.startswith(" ") else text
+
+
+def _chosen(templates: object) -> tuple[str | None, str]:
+    """The chat template among those of a tokenizer, one text or texts by name; or None and the reason."""
+    if isinstance(templates, Mapping):
+        names = ", ".join(map(repr, templates))
+        return templates.get(DEFAULT_TEMPLATE), f"This model's chat templates are {names}, none is {DEFAULT_TEMPLATE!r}"
+    return (templates if isinstance(templates, str) else None) or None, "This model has no chat template"
 
 
 class TextStream:

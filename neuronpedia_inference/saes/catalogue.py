@@ -53,6 +53,11 @@ class OfferedSet:
     is_default: bool = False
 
     @property
+    def is_canonical(self) -> bool:
+        """Whether Neuronpedia has all of it under this name; what is embedded is as good."""
+        return _is_canonical(self.source_set, self.specs)
+
+    @property
     def release(self) -> str:
         """Of several releases, all."""
         return ", ".join(dict.fromkeys(spec.release or "embedded" for spec in self.specs))
@@ -171,11 +176,15 @@ def _first_choice(table: SetTable) -> str | None:
     def rank(item: tuple[str, tuple[SourceSpec, ...]]) -> tuple[bool, bool, int, int]:
         name, specs = item
         saes = [spec.listed for spec in specs]
-        is_canonical = "__" not in name and all(sae is not None and sae.neuronpedia_id for sae in saes)
+        is_canonical = _is_canonical(name, specs)
         widths = [sae.n_features or 0 for sae in saes if sae is not None]
         return specs[0].base is not None, not is_canonical, -len(specs), max(widths, default=0)
 
     return min((item for item in table.items() if _is_residual(item[1])), key=rank, default=(None, ()))[0]
+
+
+def _is_canonical(source_set: str, specs: tuple[SourceSpec, ...]) -> bool:
+    return "__" not in source_set and all(spec.listed is None or spec.listed.neuronpedia_id for spec in specs)
 
 
 def _is_residual(specs: tuple[SourceSpec, ...]) -> bool:

@@ -50,3 +50,13 @@ def all_files(spec: SourceSpec, path: str) -> tuple[str, ...]:
 def weight_files(spec: SourceSpec, path: str) -> tuple[str, ...]:
     """The needed ones that hold tensors."""
     return tuple(name for name in needed_files(spec, path) if name.endswith(_WEIGHTS))
+
+
+def counted_files(spec: SourceSpec, path: str) -> tuple[tuple[str, ...], int]:
+    """Files, and how often the numbers in them are in memory once the SAE is loaded.
+
+    A cross-layer transcoder's decoder has a matrix for each layer that it writes to. Their sum is kept, which is as
+    large as the encoder.
+    """
+    files = weight_files(spec, path)
+    return (files[:1], 2) if loader_of(spec) == "mntss_clt_layer_transcoder" else (files, 1)

@@ -44,7 +44,10 @@ def test_copy_is_built_once(builder: Builder, tmp_path: Path) -> None:
 
 
 @needs_weights
-@pytest.mark.parametrize("damage", ["truncated", "altered", "file missing", "marker missing", "marker garbled"])
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated", "altered", "a byte", "altered in secret", "file missing", "marker missing", "marker garbled"],
+)
 def test_broken_copy_is_rebuilt(builder: Builder, tmp_path: Path, damage: str) -> None:
     folder = weights.model_folder(tmp_path)
     big, marker = folder / "model.safetensors", folder / weights.MARKER
@@ -53,6 +56,15 @@ def test_broken_copy_is_rebuilt(builder: Builder, tmp_path: Path, damage: str) -
         big.write_bytes(content[:-1])
     elif damage == "altered":
         big.write_bytes(content[:-70_000] + bytes(70_000))
+    elif damage == "a byte":
+        with big.open("r+b") as file:
+            file.seek(1_000_001)
+            file.write(b"\0")
+    elif damage == "altered in secret":
+        before = big.stat()
+        with big.open("r+b") as file:
+            file.write(bytes(4096))
+        os.utime(big, ns=(before.st_atime_ns, before.st_mtime_ns))
     elif damage == "file missing":
         big.unlink()
     elif damage == "marker missing":
@@ -64,6 +76,25 @@ def test_broken_copy_is_rebuilt(builder: Builder, tmp_path: Path, damage: str) -
     assert builder.calls == 2
     assert big.read_bytes() == content
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+@needs_weights
+def test_a_copy_is_read_through_once_after_a_change(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = weights.model_folder(tmp_path)
+    read: list[str] = []
+    digest = weights._sha256
+    monkeypatch.setattr(weights, "_sha256", lambda path: read.append(path.name) or digest(path))
+    weights.model_folder(tmp_path)
+    assert read == []
+    (folder / "config.json").write_text("{}")  # the same bytes, written anew
+    for _ in range(2):
+        weights.model_folder(tmp_path)
+    assert (read, builder.calls) == (["config.json"], 1)
+    (folder / "config.json").write_text("{ }")
+    weights.model_folder(tmp_path)
+    assert builder.calls == 2
 
 
 @needs_weights

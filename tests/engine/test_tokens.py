@@ -167,6 +167,38 @@ def test_a_template_that_refuses_is_the_callers_mistake() -> None:
         codec("plain", picky).render_chat([ChatMessage("user", "hi")], limit=50)
 
 
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% for tool in tools %}{{ tool }}{% endfor %}", "not iterable"),
+        ("{{ messages[0].content / 2 }}", "unsupported operand"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[0]['content'].index('x') }}", "substring not found"),
+        ("{% if %}", "Expected an expression"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
+        ("{% for n in range(10**9) %}{% endfor %}", "Range too big"),
+    ],
+)
+def test_a_template_that_raises_anything_is_a_400_with_its_reason(template: str, why: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"chat template refuses these messages: .*{why}") as refused:
+        codec("plain", template).render_chat([ChatMessage("user", "hi")], limit=50)
+    assert "\n" not in str(refused.value)
+
+
+def test_templates_by_names() -> None:
+    """As a tokenizer with one for chats, one for tools and one for documents has them."""
+    tokenizer = models.tokenizer()
+    tokenizer.chat_template = {"tool_use": "{{ tools[0] }}", "default": TEMPLATE}  # pyright: ignore[reportAttributeAccessIssue]  (it may be a dictionary)
+    named = TextCodec(tokenizer)
+    assert named.has_chat_template
+    assert named.render_chat([ChatMessage("user", "hi")], limit=50)[0] == "[user]hi[bot]"
+    tokenizer.chat_template = {"rag": "{{ documents[0] }}", "tool_use": "{{ tools[0] }}"}  # pyright: ignore[reportAttributeAccessIssue]  (as above)
+    unnamed = TextCodec(tokenizer)
+    assert not unnamed.has_chat_template
+    with pytest.raises(InvalidRequest, match="templates are 'rag', 'tool_use', none is 'default'"):
+        unnamed.render_chat([ChatMessage("user", "hi")], limit=50)
+
+
 def test_chatml_only_behind_the_option() -> None:
     fallback = TextCodec(models.tokenizer(), chatml_fallback=True)
     text, _ = fallback.render_chat([ChatMessage("user", "hi")], limit=99)

@@ -63,7 +63,7 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     models.model("llama").save_pretrained(tmp_path)
     with pytest.raises(StartupError, match="tokenizer"):
-        load_tokenizer(str(tmp_path))
+        load_tokenizer(str(tmp_path), {})
 
 
 def test_a_device_that_is_not_there() -> None:
@@ -87,7 +87,7 @@ def test_a_card_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load_both(folder: Path) -> None:
-    load_tokenizer(str(folder))
+    load_tokenizer(str(folder), {})
     load(folder)
 
 

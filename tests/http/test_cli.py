@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import io
 import json
 import logging
+import os
+import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -173,21 +179,119 @@ def test_call_repeats_what_the_server_says(server: Served, monkeypatch: Any, cap
     assert "request id" in said
 
 
-def test_models_lists_the_sets_of_the_embedded_model() -> None:
-    ran = CliRunner().invoke(app, ["models", MODEL])
-    assert ran.exit_code == 0
-    assert re.search(r"res-4k +3 +10-res-4k +20-res-4k", ran.stdout)
+# models, sae
+
+
+def rows(*words: str) -> list[dict[str, str]]:
+    """What a command prints for programs: a head, then tab-separated lines."""
+    ran = CliRunner().invoke(app, list(words))
+    assert ran.exit_code == 0, ran.output
+    head, *lines = [line.split("\t") for line in ran.stdout.splitlines()]
+    return [dict(zip(head, line, strict=True)) for line in lines]
+
+
+def on_a_terminal(*words: str, width: int) -> str:
+    """As a person sees it, through a pseudo-terminal of its own."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
+    with subprocess.Popen(
+        [*COMMAND, *words], env=surroundings(), stdin=theirs, stdout=theirs, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # what a terminal raises at its end
+            while part := os.read(ours, 2**16):
+                shown += part
+    os.close(ours)
+    assert process.returncode == 0, shown
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).replace("\r\n", "\n")
+
+
+def test_models_of_the_embedded_model_are_counted_from_its_files() -> None:
+    from safetensors.torch import load_file
+
+    (found,) = rows("models", MODEL)
+    folders = [embedded.sae_dir(source) for source in embedded.SOURCES]
+    numbers = sum(
+        tensor.numel() for folder in folders for tensor in load_file(folder / "sae_weights.safetensors").values()
+    )
+    assert found["bytes on disk"] == str(sum(file.stat().st_size for folder in folders for file in folder.iterdir()))
+    assert found["bytes resident"] == str(4 * numbers)
+    assert (found["set"], found["saes"], found["width"], found["kind"]) == ("res-4k", "3", "4096", "jumprelu")
+    assert (found["hook"], found["canonical"], found["default"]) == ("hook_resid_post", "yes", "yes")
+    (halved,) = rows("models", MODEL, "--set", "SAE_DTYPE=bfloat16")
+    assert halved["bytes resident"] == str(2 * numbers)
 
 
 def test_models_marks_the_base_and_says_what_is_not_served() -> None:
     from neuronpedia_inference.saes.listed import REASONS
 
-    ran = CliRunner().invoke(app, ["models", "gemma-2-2b-it"])
-    assert ran.exit_code == 0
-    assert f"temporal-res: 1 not served: {REASONS[0]}" in ran.stdout
-    assert f"clt-hp: 26 with a limit: {REASONS[2]}" in ran.stdout
-    assert ran.stdout.splitlines()[-1] == "Without SAE_SETS: gemmascope-res-16k"
-    assert re.search(r"temporal-res +1 .* gemma-2-2b *\n", ran.stdout)
+    by_set = {row["set"]: row for row in rows("models", "gemma-2-2b-it")}
+    assert by_set["temporal-res"]["refused"] == f"1: {REASONS[0]}"
+    assert by_set["temporal-res"]["of"] == "gemma-2-2b"
+    assert by_set["clt-hp"]["limited"] == f"26: {REASONS[2]}"
+    assert [name for name, row in by_set.items() if row["default"]] == ["gemmascope-res-16k"]
+    assert by_set["gemmascope-res-16k"]["canonical"] == "yes"
+    assert not by_set["gemma-scope-2b-pt-res__width_16k-average_l0_10"]["canonical"]
+
+
+def test_models_in_all_gives_every_sae_of_the_directory_once() -> None:
+    from neuronpedia_inference.saes.directory import releases
+
+    every = {(release, sae_id) for release, about in releases().items() for sae_id in about.paths}
+    ran = CliRunner().invoke(app, ["models", "--all", "--json"])
+    models = json.loads(ran.stdout)["models"]
+    saes = [sae for model in models for one in model["sets"] for sae in one["saes"]]
+    assert len(saes) == len(every)
+    assert {(sae["release"], sae["sae_id"]) for sae in saes} == every
+    assert all({"name", "hook", "width", "kind", "bytes"} <= sae.keys() for sae in saes)
+    assert sum("refused" in sae for sae in saes) == 11
+    piped = rows("models", "--all")
+    assert {(row["release"], row["sae_id"]) for row in piped} == every
+
+
+def test_models_without_a_model_lists_all_with_what_they_serve_by_default() -> None:
+    found = {row["model"]: row for row in rows("models")}
+    assert next(iter(found)) == MODEL
+    assert found["gemma-2-2b"]["without SAE_SETS"] == "gemmascope-res-16k"
+    ran = CliRunner().invoke(app, ["models", "--json"])
+    assert {model["model"] for model in json.loads(ran.stdout)["models"]} == set(found)
+
+
+@pytest.mark.parametrize("words", [("models", "gemma-2-2b-it"), ("models",), ("sae", "gemma-2-2b/2-clt-hp")])
+def test_lists_are_readable_at_60_columns(words: tuple[str, ...]) -> None:
+    shown = on_a_terminal(*words, width=60)
+    assert max(map(len, shown.splitlines())) <= 60
+    assert "\t" not in shown
+    assert {"models": "gemmascope-res-16k", "sae": "activations only"}[words[0]] in " ".join(shown.split())
+
+
+def test_sae_shows_one() -> None:
+    (found,) = rows("sae", SOURCE)
+    assert found["hook"] == "blocks.15.hook_resid_post"
+    assert found["address"] == str(embedded.sae_dir(SOURCE))
+    (other,) = rows("sae", "gemma-2-2b/20-gemmascope-res-16k")
+    assert other["address"] == "gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical"
+    assert rows("sae", other["address"]) == [other]
+    assert rows("sae", "20-gemmascope-res-16k", "--model-id", "gemma-2-2b") == [other]
+    as_json = json.loads(CliRunner().invoke(app, ["sae", other["address"], "--json"]).stdout)
+    assert (as_json["width"], as_json["bytes"]) == (16384, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["sae", "15-res-4q"], "Did you mean '15-res-4k'"),
+        (["sae", "gemma-2-2b/20-gemmascope-res-16"], "Did you mean '20-gemmascope-res-16k'"),
+        (["sae", "gemma-scope-2b-pt-res-canonic/x"], "Did you mean 'gemma-scope-2b-pt-res-canonical'"),
+        (["models", "gemma-2-2"], "Did you mean 'gemma-2-2b'"),
+    ],
+)
+def test_what_is_in_no_directory_is_one_line(monkeypatch: Any, capsys: Any, words: list[str], says: str) -> None:
+    code, said = complaint(*words, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1
+    assert says in said
+    assert len(said.splitlines()) == 1
 
 
 # demo

@@ -66,7 +66,10 @@ def test_every_part_of_the_weights_is_needed(snapshot: Path) -> None:
     assert downloads.found(settings()) is None
 
 
-def test_a_folder_is_itself(tmp_path: Path) -> None:
+def test_a_folder_is_itself_if_it_holds_a_model(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="holds no model: it needs config.json"):
+        downloads.found(settings(str(tmp_path)))
+    (tmp_path / "config.json").write_text("{}")
     assert downloads.found(settings(str(tmp_path))) == tmp_path
 
 

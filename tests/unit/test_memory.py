@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,7 +51,11 @@ def a_hub(monkeypatch: pytest.MonkeyPatch, config: Path, files: dict[str, int]) 
     """The hub itself is out of reach here: its answers are given in its place. Returns what is asked."""
     config.write_text(json.dumps({"n_layer": 12, "n_head": 12, "n_embd": 768}))
     tensors = {"wte.weight": (100, 8), "h.0.attn.c_attn.bias": (24,), "h.0.attn.bias": (1, 1, 50, 50)}
-    weights = SimpleNamespace(tensors={name: SimpleNamespace(shape=shape) for name, shape in tensors.items()})
+    weights = SimpleNamespace(
+        tensors={
+            name: SimpleNamespace(shape=shape, data_offsets=(0, 4 * prod(shape))) for name, shape in tensors.items()
+        }
+    )
     metadata = SimpleNamespace(files_metadata={"model.safetensors": weights})
     listed = [SimpleNamespace(rfilename=name, size=size) for name, size in files.items()]
     asked: list[str] = []
@@ -83,10 +88,33 @@ def test_a_model_on_the_hub_is_counted_from_its_metadata(tmp_path: Path, monkeyp
 
 
 def test_saes_in_other_formats_are_stored_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {f"blocks.{n}.hook_resid_pre/params.npz": 4000 for n in range(12)}
-    a_hub(monkeypatch, tmp_path / "config.json", files)
-    counted = memory.sizes(Settings.read(model_id="gpt2-small", sae_sets=("res-jb",), include_sae=("^1-res-jb$",)))
+    a_hub(monkeypatch, tmp_path / "config.json", {"layer_1/width_16k/average_l0_102/params.npz": 4000})
+    counted = memory.sizes(Settings.read(model_id="gemma-2-2b", sae_sets=("1-gemmascope-res-16k",)))
     assert counted.sae_numbers == 1000
+
+
+def test_a_layer_of_a_cross_layer_transcoder_is_counted_as_it_will_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its decoder, a matrix for each later layer in its file, is summed to the size of the encoder."""
+    asked = a_hub(monkeypatch, tmp_path / "config.json", {"W_enc_3.safetensors": 4000, "W_dec_3.safetensors": 90000})
+    counted = memory.sizes(Settings.read(model_id="gemma-2-2b", sae_sets=("3-clt-hp",)))
+    assert (asked[1:], counted.sae_numbers) == (["W_enc_3.safetensors"], 2 * 950)
+
+
+def test_a_budget_for_saes_bounds_them() -> None:
+    bounded = memory.sizes(Settings.read(sae_memory_gib=0.001)).needs("float32", "float32")
+    assert bounded.saes == 2**30 // 1000
+    assert memory.sizes(Settings.read()).needs("float32", "float32").saes > bounded.saes
+
+
+def test_quantised_weights_take_what_their_files_do(tmp_path: Path) -> None:
+    about = {"n_layer": 2, "n_head": 2, "n_embd": 8, "quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    save_file({"a": torch.zeros(300, 40, dtype=torch.int32)}, tmp_path / "model.safetensors")
+    counted = memory.sizes(Settings.read(model_id=str(tmp_path), sae_sets=()))
+    needs = [counted.needs(dtype, "float32").weights for dtype in ("float32", "bfloat16")]
+    assert needs == [(tmp_path / "model.safetensors").stat().st_size] * 2
 
 
 def test_an_sae_that_the_hub_does_not_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,258 @@
+"""The command line: serve, demo, call, models, sae, operations, plan. A command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neuronpedia_inference.cli import catalogue
+from neuronpedia_inference.cli.options import DeviceOption, ModelOption, SetOption, SetsOption, settings_of
+from neuronpedia_inference.cli.output import console, fail, line, print_json, table
+from neuronpedia_inference.errors import EngineDied, InferenceError, InvalidRequest, StartupError, unknown_name
+from neuronpedia_inference.exits import ENGINE_DIED, FAILED, WRONG_USAGE, by_signal, leave
+
+if TYPE_CHECKING:
+    from neuronpedia_inference.operations import Operation
+    from neuronpedia_inference.runtime import Runtime
+    from neuronpedia_inference.settings import Settings
+
+SHOW_CURSOR = b"\x1b[?25h"
+# What the environment may say about other models; the demo is about the embedded one.
+OTHER_MODELS = ("override_model_id", "custom_hf_model_id", "sae_sets", "local_sae_dir", "include_sae", "exclude_sae")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="SAE features, top-k and steering for language models. Without any setting everything runs on the "
+    "embedded model. Settings come from the environment and [bold].env[/]; docs/reference.md lists them.",
+)
+
+
+def main() -> None:
+    """Run the command line. Expected errors end in one line on standard error. Exit codes: docs/operating.md."""
+    _open_streams()
+    with _ends_at_once():
+        try:
+            app()
+        except EngineDied as exc:
+            fail(str(exc), ENGINE_DIED)
+        except (StartupError, InferenceError) as exc:
+            fail(str(exc.args[0]) if exc.args else type(exc).__name__, FAILED)
+
+
+def _open_streams() -> None:
+    """A closed stream swallows what is written to it, and one that has no sign for a character escapes it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open as long as the process)
+        else:
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _ends_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process whatever it does; `serve` has a way of its own."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        if sys.stderr.isatty():
+            os.write(sys.stderr.fileno(), SHOW_CURSOR + b"\n")  # what turns while a model loads has hidden it
+        leave(by_signal(number))
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@app.command()
+def serve(
+    model_id: ModelOption = None,
+    sae_sets: SetsOption = None,
+    device: DeviceOption = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. (SERVER_HOST, 127.0.0.1)")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one. (SERVER_PORT, 5002)")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow other addresses without a SECRET.")] = False,
+    set_: SetOption = None,
+) -> None:
+    """Serve a model over HTTP.
+
+    GET /health answers at once, GET /ready when the model is loaded. API: /docs.
+
+    The secret that callers must send comes from the environment: [bold]SECRET=... neuronpedia-inference serve[/].
+    Without one, only this machine can connect, unless you add --insecure.
+    """
+    from neuronpedia_inference.web.serve import serve as serve_http
+
+    settings = settings_of(
+        set_, model_id=model_id, sae_sets=sae_sets, device=device, server_host=host, server_port=port
+    )
+    if settings.is_exposed and settings.secret is None and not insecure:
+        fail(
+            f"SERVER_HOST {settings.server_host} is open to other machines and no SECRET is set: "
+            "set SECRET in the environment, or add --insecure",
+            WRONG_USAGE,
+        )
+    serve_http(settings, line, _say_ready)
+
+
+@app.command()
+def demo(
+    device: DeviceOption = None,
+    tokens: Annotated[int, typer.Option(min=1, max=200, help="Tokens to generate for each steered text.")] = 24,
+) -> None:
+    """Show what the library does, on the embedded model.
+
+    Three views: the strongest features of each token of a sentence, one feature as a heat strip, and the same
+    prompts continued plain and steered. Needs no network and no GPU.
+    """
+    from neuronpedia_inference.demo import show
+    from neuronpedia_inference.embedded import MODEL_ID
+
+    settings = settings_of(None, without=OTHER_MODELS, model_id=MODEL_ID, device=device)
+    runtime = _load(settings)
+    try:
+        asyncio.run(show(console(), runtime, n_tokens=tokens))
+    finally:
+        runtime.close()
+
+
+@app.command()
+def call(
+    operation: Annotated[str, typer.Argument(help="Name of an operation; see [bold]operations[/].")],
+    body: Annotated[str, typer.Argument(help="Its request as JSON, or - to read it from standard input.")],
+    url: Annotated[str | None, typer.Option(help="Ask a running server, such as http://127.0.0.1:5002.")] = None,
+    model_id: ModelOption = None,
+    sae_sets: SetsOption = None,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Run one operation and print its answer as JSON.
+
+    Loads the model in this process, or asks a running server with --url (the SECRET of the environment goes along).
+    With "stream": true in the body, every event is printed on a line of its own.
+
+    Example: [bold]neuronpedia-inference call top_k '{"prompt": "The cat sat.", "source": "15-res-4k"}'[/]
+    """
+    wanted = _operation(operation)
+    request = _json_object(sys.stdin.read() if body == "-" else body)
+    settings = settings_of(set_, model_id=model_id, sae_sets=sae_sets, device=device)
+    if url is not None:
+        from neuronpedia_inference.web.client import ask
+
+        for answer in ask(url, wanted.path, request, settings.secret):
+            print_json(answer)
+        return
+    from neuronpedia_inference.operations import validate
+
+    validate(wanted, request)
+    runtime = _load(settings)
+    try:
+        asyncio.run(_run(wanted, request, runtime))
+    finally:
+        runtime.close()
+
+
+for command in (catalogue.models, catalogue.sae, catalogue.plan):
+    app.command()(command)
+
+
+@app.command()
+def operations(
+    name: Annotated[str | None, typer.Argument(help="An operation; without one, all are listed.")] = None,
+) -> None:
+    """List the operations, or the fields of one with an example."""
+    from neuronpedia_inference.operations import OPERATIONS
+    from neuronpedia_inference.web.fields import example_of, fields_of
+
+    if name is None:
+        table(("operation", "path", "summary"), [(op.name, op.path, op.summary) for op in OPERATIONS])
+        return
+    wanted = _operation(name)
+    line(f"{wanted.name}: {wanted.summary} (POST {wanted.path})")
+    fields = fields_of(wanted.request)
+    table(("field", "type", "default", "meaning"), [(f.name, f.type, f.default, f.meaning) for f in fields])
+    line(f"Example: {json.dumps(example_of(wanted.request), ensure_ascii=False)}")
+
+
+# Operations
+
+
+def _operation(name: str) -> Operation[Any]:
+    from neuronpedia_inference.operations import by_name
+
+    if name not in by_name:
+        raise InvalidRequest(unknown_name("operation", name, by_name))
+    return by_name[name]
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidRequest(f"The body is not valid JSON: {exc}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("The body must be a JSON object")
+    return value
+
+
+async def _run(operation: Operation[Any], body: dict[str, Any], runtime: Runtime) -> None:
+    from neuronpedia_inference.operations import answer, answer_events
+
+    if operation.stream is None or not body.get("stream"):
+        print_json(await answer(operation, body, runtime))
+        return
+    async for event in await answer_events(operation, body, runtime):
+        print_json(event, one_line=True)
+
+
+# Output
+
+
+def _load(settings: Settings) -> Runtime:
+    """Load with the steps shown on standard error."""
+    import time
+
+    from neuronpedia_inference.observability import start_logging
+
+    quiet = {} if "log_level" in settings.model_fields_set else {"log_level": "warning"}
+    start_logging(settings.model_copy(update=quiet))
+    errors = console(stderr=True)
+    started = time.perf_counter()
+    with errors.status("Starting") as status:
+        from neuronpedia_inference.runtime import Runtime
+
+        def show(step: str) -> None:
+            status.update(step)
+            if not errors.is_terminal:
+                errors.print(step, markup=False, highlight=False)
+
+        runtime = Runtime.load(settings, show)
+    errors.print(_ready_line(runtime, time.perf_counter() - started), style="dim", markup=False, highlight=False)
+    return runtime
+
+
+def _say_ready(runtime: Runtime, seconds: float) -> None:
+    line(_ready_line(runtime, seconds))
+
+
+def _ready_line(runtime: Runtime, seconds: float) -> str:
+    from neuronpedia_inference.observability import peak_memory_bytes
+
+    model, n_sources = runtime.model, len(runtime.sources)
+    saes = f"{n_sources} SAE{'' if n_sources == 1 else 's'}"
+    peak = f"peak memory {peak_memory_bytes() / 2**20:.0f} MiB"
+    return f"Ready in {seconds:.1f} s: {model.name} on {model.device}, {saes}, {peak}"
