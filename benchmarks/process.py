@@ -51,6 +51,10 @@ class Process:
         self._draining = threading.Thread(target=self._drain, daemon=True)
         self._draining.start()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def wait_for(self, pattern: re.Pattern[str], timeout_s: float) -> re.Match[str]:
         """The first line of output with `pattern`. Raises ChildFailed."""
         while True:

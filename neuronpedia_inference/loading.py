@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import platform
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from neuronpedia_inference import downloads, embedded
+from neuronpedia_inference import downloads, embedded, kept
 from neuronpedia_inference.embedded.weights import default_cache_dir
 from neuronpedia_inference.engine import weights
 from neuronpedia_inference.engine.engine import ModelEngine
@@ -185,16 +184,11 @@ def _choose_products(model: PreTrainedModel, settings: Settings) -> Mapping[Shap
     """Timed once for each kind of machine, and kept in the cache folder."""
     machine = (_cpu_name(), os.cpu_count(), n_threads(settings), torch.__version__, str(model.dtype))
     key = hashlib.sha256(repr((*machine, settings.weights_id, TIMED_ROWS)).encode()).hexdigest()[:16]
-    kept = default_cache_dir() / f"products-{key}.json"
-    try:
-        remembered = json.loads(kept.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        remembered = None
+    file = default_cache_dir() / f"products-{key}.json"
+    remembered = kept.read(file)
     chosen = choose_products(model, remembered if isinstance(remembered, dict) else None)
     if names_of(chosen) != remembered:
-        with suppress(OSError):  # a folder that cannot be written to makes the next start as slow as this one
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(names_of(chosen)), encoding="utf-8")
+        kept.write(file, names_of(chosen))
     return chosen
 
 

@@ -19,6 +19,7 @@ from neuronpedia_inference.cli.options import DeviceOption, ModelOption, SetOpti
 from neuronpedia_inference.cli.output import console, fail, line, print_json, table
 from neuronpedia_inference.errors import EngineDied, InferenceError, InvalidRequest, StartupError, unknown_name
 from neuronpedia_inference.exits import ENGINE_DIED, FAILED, WRONG_USAGE, by_signal, leave
+from neuronpedia_inference.garbage import uncollected
 
 if TYPE_CHECKING:
     from neuronpedia_inference.operations import Operation
@@ -232,7 +233,7 @@ def _load(settings: Settings) -> Runtime:
     start_logging(settings.model_copy(update=quiet))
     errors = console(stderr=True)
     started = time.perf_counter()
-    with errors.status("Starting") as status:
+    with uncollected(), errors.status("Starting") as status:
         from neuronpedia_inference.runtime import Runtime
 
         def show(step: str) -> None:

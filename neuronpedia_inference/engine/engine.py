@@ -39,12 +39,12 @@ class ModelEngine:
         cache_dir: Path | None = None,
     ) -> None:
         """max_positions: of the longest text that will be served. `graphs`: replay decode steps as CUDA graphs if the
-        device can. cache_dir: where verdicts are kept from start to start; None: the model is probed.
+        device can. cache_dir: where descriptions and verdicts are kept from start to start; None: the model is probed.
 
         Raises StartupError for an architecture that TransformerLens does not know.
         """
         self._model = model
-        self._tree = Tree(model)
+        self._tree = Tree(model, cache_dir)
         self._names = {"id": model_id, "name": name, "family": self._tree.architecture}
         self.decoder = Decoder(self._tree, frozenset(stop_ids))
         self.verdict = self._judged(max_positions, graphs, cache_dir)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
-from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 from transformers import PreTrainedModel
 
 from neuronpedia_inference.engine.attention import AttentionReader
+from neuronpedia_inference.engine.description import Part, describe
 from neuronpedia_inference.engine.hooks import Edit, Remove
 from neuronpedia_inference.engine.points import (
     ATTN_IN,
@@ -72,22 +71,26 @@ class ModuleSide:
 class Tree:
     """A model with its places. The one way into the model is `run`."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Raises StartupError for an architecture that TransformerLens does not know."""
+    def __init__(self, model: PreTrainedModel, cache_dir: Path | None = None) -> None:
+        """cache_dir: where descriptions of architectures are kept.
+
+        Raises StartupError for an architecture that TransformerLens does not know.
+        """
         self.model = model
-        self.architecture, self.cfg, mapping = _described(model)
-        self.blocks: Sequence[nn.Module] = list(_descend(model, mapping["blocks"].name) or ())
+        self.cfg = describe(model, cache_dir)
+        self.architecture, parts = self.cfg.architecture, self.cfg.parts
+        self.blocks: Sequence[nn.Module] = list(_descend(model, parts["blocks"].name or "") or ())
         if not self.blocks:
             raise StartupError(
-                f"No blocks of {self.architecture} at {mapping['blocks'].name!r} in {type(model).__name__}."
+                f"No blocks of {self.architecture} at {parts['blocks'].name!r} in {type(model).__name__}."
             )
         self.rotation = Rotation(model)
         self.rms_eps = _rms_eps(model.config)
         """Epsilon of RMS norms; 0 for other norms."""
-        self._parts = [dict(_parts(block, mapping["blocks"].submodules)) | {BLOCK: block} for block in self.blocks]
+        self._parts = [dict(_parts(block, parts["blocks"].submodules)) | {BLOCK: block} for block in self.blocks]
         self._attention = AttentionReader([parts.get("attn") for parts in self._parts])
-        final = mapping.get("ln_final")
-        self.final_norm = None if final is None else _descend(model, final.name)
+        final = parts.get("ln_final")
+        self.final_norm = None if final is None else _descend(model, final.name or "")
         self._sides: Mapping[Point, ModuleSide] = {}
         self._n_rows = 0
 
@@ -157,23 +160,7 @@ class Tree:
         return hook
 
 
-def _described(model: PreTrainedModel) -> tuple[str, Any, Mapping[str, Any]]:
-    """TransformerLens's name of the architecture, its configuration, and its parts by name."""
-    config: Any = model.config
-    if not config.architectures:
-        config.architectures = [type(model).__name__]
-    name = config.architectures[0]
-    try:
-        architecture = determine_architecture_from_hf_config(config)
-        cfg = build_bridge_config_from_hf(config, architecture, name, model.dtype)
-        mapping: Any = ArchitectureAdapterFactory.select_architecture_adapter(cfg).component_mapping
-        mapping["blocks"]  # what decodes has blocks
-    except (ValueError, NotImplementedError, AttributeError, KeyError, TypeError) as exc:
-        raise StartupError(f"TransformerLens does not know the architecture {name}: {exc}") from exc
-    return architecture, cfg, mapping
-
-
-def _parts(parent: nn.Module, components: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _parts(parent: nn.Module, components: Mapping[str, Part], prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The parts that the block really has. Of a mixture of experts' block that is dense, the dense ones."""
     has_dense = any(key.startswith("dense_") for key in components)
     for key, component in components.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from neuronpedia_inference import load_options
 from neuronpedia_inference.engine import quantised
+from neuronpedia_inference.engine.description import accept_integers
 from neuronpedia_inference.errors import StartupError
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def load_weights(
         quantised.check(where, method, device, has_gpu=torch.cuda.is_available())
         arguments["device_map"] = {"": device}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(where, **arguments)
+        loaded: Any = _tolerant(AutoModelForCausalLM.from_pretrained, where, **arguments)
     except _LOAD_ERRORS as exc:
         raise StartupError(f"Cannot load the model {where!r}: {_gist(exc, options)}{_culprit(where, options)}") from exc
     model, report = loaded
@@ -111,7 +112,7 @@ def load_tokenizer(where: str, options: Mapping[str, Any]) -> PreTrainedTokenize
     where, options: as for `load_weights`. Where files are missing some tokenizers are made all the same, and are empty.
     """
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(where, **load_options.of_tokenizer(options))
+        tokenizer: Any = _tolerant(AutoTokenizer.from_pretrained, where, **load_options.of_tokenizer(options))
         ids = list(tokenizer.encode(_A_TEXT, add_special_tokens=False))
         is_empty = not set(ids) - {tokenizer.unk_token_id} or not tokenizer.decode(ids).strip()
     except _TOKENIZER_ERRORS as exc:
@@ -146,6 +147,15 @@ def check_vocabulary(where: str, tokenizer: PreTrainedTokenizerBase, model: PreT
             beyond[0],
             n_embeddings - 1,
         )
+
+
+def _tolerant(load: Callable[..., Any], where: str, **arguments: Any) -> Any:
+    """Once more, where a configuration has an integer for a number, as those of DeepSeek-V3 do."""
+    try:
+        return load(where, **arguments)
+    except StrictDataclassError:
+        accept_integers()
+        return load(where, **arguments)
 
 
 def first_line(exc: BaseException) -> str:

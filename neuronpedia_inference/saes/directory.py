@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from neuronpedia_inference import kept
 from neuronpedia_inference.embedded.weights import default_cache_dir
 
 PACKAGE = "sae_lens"
@@ -38,13 +36,23 @@ class Release:
 def releases() -> dict[str, Release]:
     """Every release by its name. From a copy in the cache folder, which reads sixty times faster than the original."""
     source = _source()
-    copy = default_cache_dir() / f"sae-directory-{FORM}-{metadata.version('sae-lens')}-{source.stat().st_size}.json"
+    about = source.stat()
+    version = f"{FORM}-{metadata.version('sae-lens')}-{about.st_size}-{about.st_mtime_ns}"
+    copy = default_cache_dir() / f"sae-directory-{version}.json"
     try:
-        rows = json.loads(copy.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _releases(kept.read(copy))
+    except (TypeError, AttributeError, KeyError):
         rows = _rows(source)
-        _keep(copy, rows)
-    return {name: Release(*row) for name, row in rows.items()}
+        kept.write(copy, rows)
+        return _releases(rows)
+
+
+def _releases(rows: Mapping[str, Sequence[Any]]) -> dict[str, Release]:
+    """Raises TypeError, AttributeError or KeyError for what `_rows` has not made."""
+    found = {name: Release(*row) for name, row in rows.items()}
+    if not found or any(one.paths.keys() != one.neuronpedia_ids.keys() for one in found.values()):
+        raise KeyError
+    return found
 
 
 def _source() -> Path:
@@ -70,12 +78,3 @@ def _rows(source: Path) -> dict[str, list[Any]]:
         ]
         for name, about in data.items()
     }
-
-
-def _keep(copy: Path, rows: Mapping[str, Any]) -> None:
-    """For the next start; a folder that cannot be written to only makes that one slower."""
-    scratch = copy.with_name(f".{copy.name}.{os.getpid()}")
-    with suppress(OSError):
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(rows), encoding="utf-8")
-        scratch.replace(copy)

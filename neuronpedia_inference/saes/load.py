@@ -22,6 +22,7 @@ from neuronpedia_inference.domain import Source
 from neuronpedia_inference.errors import OutOfMemory, StartupError
 from neuronpedia_inference.saes.encode import ACROSS_LAYERS, FeatureReader, LoadedSae
 from neuronpedia_inference.saes.originals import loader_of
+from neuronpedia_inference.saes.plain import PlainSae, load_plain, plain_config
 from neuronpedia_inference.saes.specs import CONFIG_NAME, WEIGHTS_NAME, SourceSpec
 
 SERVED = frozenset(
@@ -137,10 +138,13 @@ def stored_bytes(spec: SourceSpec, dtype: str) -> int:
 
 def _copy(master: LoadedSae, device: str) -> LoadedSae:
     # A new module, not a deep copy: functions in the old one may hold it, and would write to it when the copy is used.
-    config = deepcopy(master.module.cfg)
-    config.device = "meta"
-    with _without_model_advice():
-        module = type(master.module)(config)
+    if isinstance(master.module, PlainSae):
+        module: Any = PlainSae(master.module.cfg)
+    else:
+        config = deepcopy(master.module.cfg)
+        config.device = "meta"
+        with _without_model_advice():
+            module = type(master.module)(config)
     module.load_state_dict(_weights_on(device, master), assign=True)
     module.to(device=device)
     return LoadedSae(master.source, _only_read(module))
@@ -183,30 +187,40 @@ def _copy_stream(device: str) -> torch.cuda.Stream:
 
 def _only_read(module: Any) -> Any:
     """The module as it is used here: encoding flat vectors, never trained."""
-    module.turn_off_forward_pass_hook_z_reshaping()
+    if not isinstance(module, PlainSae):
+        module.turn_off_forward_pass_hook_z_reshaping()
     return module.eval().requires_grad_(False)
 
 
 def _from_folder(spec: SourceSpec, folder: Path, dtype: str) -> Any:
-    _check_architecture(spec, _read_architecture(spec, folder / CONFIG_NAME))
+    config = _read_config(spec, folder / CONFIG_NAME)
+    _check_architecture(spec, str(config.get("architecture", "standard")))
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
         raise StartupError(f"SAE {spec.name!r}: {str(weights)!r} is missing.")
-    from sae_lens import SAE
-
+    plain = plain_config(config)
     try:
-        with _without_model_advice():
-            return SAE.load_from_disk(folder, device="cpu", dtype=dtype)
+        return (plain and load_plain(plain, weights, dtype)) or _by_saelens(folder, dtype)
     except _UNREADABLE as exc:
         raise StartupError(f"SAE {spec.name!r}: {str(weights)!r} could not be read: {_line(exc)}") from exc
 
 
-def _read_architecture(spec: SourceSpec, config: Path) -> str:
+def _by_saelens(folder: Path, dtype: str) -> Any:
+    from sae_lens import SAE
+
+    with _without_model_advice():
+        return SAE.load_from_disk(folder, device="cpu", dtype=dtype)
+
+
+def _read_config(spec: SourceSpec, config: Path) -> dict[str, Any]:
     try:
-        return str(json.loads(config.read_text(encoding="utf-8")).get("architecture", "standard"))
+        found = json.loads(config.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+        return found
     except FileNotFoundError:
         raise StartupError(f"SAE {spec.name!r}: {str(config)!r} is missing.") from None
-    except (OSError, ValueError, AttributeError) as exc:
+    except (OSError, ValueError) as exc:
         raise StartupError(f"SAE {spec.name!r}: {str(config)!r} could not be read: {_line(exc)}") from exc
 
 
@@ -237,7 +251,7 @@ def _check_architecture(spec: SourceSpec, architecture: str) -> None:
 def _describe(spec: SourceSpec, module: Any) -> Source:
     config = module.cfg
     # SAELens's metadata answers None for any name, so only what is written there counts.
-    metadata = config.metadata.to_dict()
+    metadata = config.metadata if isinstance(module, PlainSae) else config.metadata.to_dict()
     hook = metadata.get("hook_name")
     layer = re.search(r"(?:^|\.)blocks\.(\d+)\.", hook) if isinstance(hook, str) else None
     if not isinstance(hook, str) or layer is None:

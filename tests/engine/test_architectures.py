@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BioGptConfig
 
 from neuronpedia_inference.engine import tree
+from neuronpedia_inference.engine.description import Part
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.generation import SoloLane
 from neuronpedia_inference.engine.points import HOOK_Z, MLP_POST, PATTERN, RESID_MID, WRITABLE, Point
@@ -112,17 +112,16 @@ def test_rows_steered_everywhere_equal_plain_loops(family: str) -> None:
 
 def test_modules_that_are_named_wrongly_are_refused_and_the_rest_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """What TransformerLens says of an architecture is not believed."""
-    described = tree._described
-
-    def misled(net: Any) -> Any:
-        architecture, cfg, mapping = described(net)
-        parts = mapping["blocks"].submodules
-        parts["attn"].submodules["o"].name = "k_proj"
-        parts["mlp"].submodules["out"].name = "up_proj"
-        parts["ln2"].name = "input_layernorm"
-        return architecture, cfg, mapping
-
-    monkeypatch.setattr(tree, "_described", misled)
+    described = tree.describe(models.model("llama"))
+    block = described.parts["blocks"].submodules
+    wrong = {
+        "attn": replace(block["attn"], submodules={**block["attn"].submodules, "o": Part("k_proj")}),
+        "mlp": replace(block["mlp"], submodules={**block["mlp"].submodules, "out": Part("up_proj")}),
+        "ln2": Part("input_layernorm"),
+    }
+    blocks = replace(described.parts["blocks"], submodules={**block, **wrong})
+    misled = replace(described, parts={**described.parts, "blocks": blocks})
+    monkeypatch.setattr(tree, "describe", lambda *_: misled)
     with torch.inference_mode(False):
         built = ModelEngine(models.model("llama"), model_id="llama", name="llama", stop_ids=())
     for place in (HOOK_Z, MLP_POST, RESID_MID, PATTERN):

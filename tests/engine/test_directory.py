@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import warnings
@@ -39,12 +40,16 @@ def test_it_agrees_with_saelens(cache: Path) -> None:
         directory.releases.cache_clear()
 
 
-def test_a_copy_that_was_cut_off_is_made_again(cache: Path) -> None:
+def test_a_broken_copy_is_made_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = directory.releases()
     (copy,) = cache.iterdir()
-    copy.write_bytes(copy.read_bytes()[:1000])
-    directory.releases.cache_clear()
-    assert directory.releases() == whole
+    good = copy.read_text()
+    monkeypatch.setattr(directory, "_rows", lambda source: json.loads(good))  # parsing it takes seconds
+    for broken in (good[:1000], "{}", "[]", "3", '{"a": 1}', '{"a": ["m", "r", {"x": "y"}, {}]}'):
+        copy.write_text(broken)
+        directory.releases.cache_clear()
+        assert directory.releases() == whole
+        assert copy.read_text() == good
 
 
 def test_a_folder_that_cannot_be_written_to_is_no_fault(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,7 +161,7 @@ def test_what_was_chosen_before_is_not_timed_again(monkeypatch: pytest.MonkeyPat
 def test_what_was_chosen_before_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another build of torch may lack a product, or have it wrong."""
     net = nn.Sequential(nn.Linear(8, 6))
-    monkeypatch.setattr(products, "_is_right", lambda product, layers: product is not products.turned)
+    monkeypatch.setattr(products, "_is_right", lambda product, *_: product is not products.turned)
     pretend(monkeypatch, {})
     chosen = products.choose_products(net, {"6x8": ["turned"] * len(products.TIMED_ROWS)})
     assert set(chosen[6, 8]) == {products.linear}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,3 +49,18 @@ def test_products_are_timed_once_for_a_kind_of_machine(tmp_path: Path, monkeypat
         start(settings)
         assert json.loads(kept.read_text()).keys() == names.keys()
     assert len(timed) == 5
+
+
+def test_a_second_start_imports_neither_transformer_lens_nor_saelens(tmp_path: Path) -> None:
+    """The first has kept what they say. SAEs: test_saes_plain.py."""
+    settings = Settings.read(model_id=str(models.save("llama", tmp_path)), sae_sets=(), num_threads=1)
+    loading.load(settings, lambda line: None)
+    program = (
+        "import sys\n"
+        "from neuronpedia_inference import loading\n"
+        "from neuronpedia_inference.settings import Settings\n"
+        "loading.load(Settings.read(model_id=sys.argv[1], sae_sets=(), num_threads=1), lambda line: None)\n"
+        "print(*sorted({'transformer_lens', 'sae_lens', 'datasets'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
