@@ -34,6 +34,7 @@ from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, NotReady
 from neuronpedia_inference.features import FeatureQuestions
 from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n_threads
 from neuronpedia_inference.metrics import Metrics
+from neuronpedia_inference.offers import offered
 from neuronpedia_inference.operations.pacing import paced
 from neuronpedia_inference.saes.encode import FeatureReader
 from neuronpedia_inference.scheduler.admission import Admission, Demand
@@ -319,6 +320,7 @@ class Runtime:
             "request_memory_bytes": self._admission.bounds.bytes,
             "running": self._worker.n_running,
             "waiting": self._worker.n_waiting,
+            **offered(self._engine.verdict, self.sources, chat=model.has_chat_template),
         }
 
     # Inside

@@ -43,6 +43,7 @@ LAYERS = {
     "loading": 5,
     "memory": 5,
     "inventory": 5,
+    "offers": 5,
     "room": 5,
     "demand": 5,
     "runtime": 5,

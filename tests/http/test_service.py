@@ -51,6 +51,8 @@ def test_when_it_is_loaded(http: httpx.Client) -> None:
     capabilities = http.get("/v1/capabilities").json()
     assert capabilities["sae_sets"] == ["res-4k"]
     assert capabilities["token_limit"] == small_settings().token_limit
+    assert capabilities["places"]["hook_resid_post"]["writable"]["refused"] == {}
+    assert capabilities["endpoints"]["tokenize"] is True
 
 
 def test_a_failed_device_is_not_ready(runtime: Runtime, serve: Serve) -> None:

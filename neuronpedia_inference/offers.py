@@ -1,0 +1,100 @@
+"""What this server offers, place by place and route by route, with the reason for what it does not: plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from neuronpedia_inference.domain import Source
+from neuronpedia_inference.engine.points import MLP_POST, PATTERN, READABLE, WRITABLE, Point
+from neuronpedia_inference.engine.verdict import Finding, Verdict
+from neuronpedia_inference.operations import by_name
+
+NOT_STEERED = "this place is only read"
+NO_ROUTE = "this server has no such route"
+NO_TEMPLATE = "the tokenizer has no chat template; CHATML_FALLBACK=1 uses ChatML"
+NO_HEADS = "no source that is served reads what attention heads give (attn.hook_z)"
+_LENSES = {"lens_logit": "lens_prompt", "lens_jacobian": "lens_prompt"}
+_OTHERS = ("activation_raw", "activation_attention")
+"""Names of the wire's map that are asked for under a name of their own."""
+
+Layers = Mapping[str, Any]
+"""`layers`: those where it can be done. `refused`: the other ones by the reason."""
+
+
+def offered(verdict: Verdict, sources: Collection[Source], *, chat: bool) -> dict[str, Any]:
+    """The keys `places`, `endpoints` (a map of names to whether they are served, as the wire has it) and
+    `endpoints_off_because` (the reasons of those that are not). chat: whether there is a chat template.
+    """
+    refused = refused_endpoints(verdict, sources, chat=chat)
+    return {
+        "places": places(verdict),
+        "endpoints": {name: not because for name, because in refused.items()},
+        "endpoints_off_because": {name: because for name, because in refused.items() if because},
+    }
+
+
+def places(verdict: Verdict) -> dict[str, dict[str, Layers]]:
+    """For every place with one vector per token: the layers where it can be read, steered, and shared with others.
+
+    `merged`: where a capture shares its pass with those of other requests, and steered rows decode with other rows.
+    """
+    found: dict[str, list[tuple[int, Finding]]] = {place: [] for place in READABLE}
+    for point, finding in sorted(verdict.findings.items()):
+        if point.place in found:
+            found[point.place].append((point.layer, finding))
+    return {place: _place(place, layers, verdict) for place, layers in found.items()}
+
+
+def _place(place: str, layers: Collection[tuple[int, Finding]], verdict: Verdict) -> dict[str, Layers]:
+    def unmerged(finding: Finding) -> str:
+        is_steered = place in WRITABLE and not finding.unwritten_because
+        reasons = (verdict.uncaptured_because, verdict.unmerged_because if is_steered else "")
+        return finding.unread_because or "; ".join(dict.fromkeys(filter(None, reasons)))
+
+    def unwritten(finding: Finding) -> str:
+        return finding.unwritten_because if place in WRITABLE else NOT_STEERED
+
+    whys: dict[str, Callable[[Finding], str]] = {
+        "readable": lambda finding: finding.unread_because,
+        "writable": unwritten,
+        "merged": unmerged,
+    }
+    return {word: _by_reason((layer, why(finding)) for layer, finding in layers) for word, why in whys.items()}
+
+
+def _by_reason(layers: Iterable[tuple[int, str]]) -> Layers:
+    """(layer, reason, empty if it can be done) of every layer."""
+    able: list[int] = []
+    refused: dict[str, list[int]] = {}
+    for layer, because in layers:
+        (refused.setdefault(because, []) if because else able).append(layer)
+    return {"layers": able, "refused": refused}
+
+
+def refused_endpoints(verdict: Verdict, sources: Collection[Source], *, chat: bool) -> dict[str, str]:
+    """Why what the wire's clients look for is not served, empty where it is: every operation, `dfa` and `neurons`."""
+    neurons = _none_can(verdict, MLP_POST)
+    no_features = f"no SAEs are served, and this model has no neurons: {neurons}" if neurons and not sources else ""
+    because = {name: no_features if _needs_features(name) else "" for name in by_name}
+    because |= {name: "" if name in by_name else NO_ROUTE for name in _OTHERS}
+    because |= {name: "" if route in by_name else NO_ROUTE for name, route in _LENSES.items()}
+    if not chat:
+        because["steer_completion_chat"] = NO_TEMPLATE
+    return {**because, "dfa": _no_attribution(verdict, sources), "neurons": neurons}
+
+
+def _needs_features(operation: str) -> bool:
+    return operation in ("activations", "top_k") or (operation.startswith("activation_") and "single" not in operation)
+
+
+def _none_can(verdict: Verdict, place: str) -> str:
+    """Why no layer's place can be read; empty if one can."""
+    reasons = [finding.unread_because for point, finding in verdict.findings.items() if point.place == place]
+    return "" if "" in reasons else next(iter(reasons), "it has no layers")
+
+
+def _no_attribution(verdict: Verdict, sources: Collection[Source]) -> str:
+    """Why no source's features are attributed to positions; empty if one source's are."""
+    reasons = [verdict.findings[Point(source.layer, PATTERN)].unread_because for source in sources if source.has_dfa]
+    return "" if "" in reasons else next(iter(reasons), NO_HEADS)
