@@ -14,6 +14,7 @@ import modal
 import modal.exception
 import modal.experimental
 
+from neuronpedia_inference.garbage import uncollected
 from neuronpedia_inference.settings import Settings, variable
 from service import jobs, snapshot
 from service.errors import builtin_errors
@@ -56,16 +57,18 @@ class Serving:
         is_gpu_to_come = bool(self.options.gpu) and not self.options.gpu_snapshot
         with _saying_why():
             self._prepared = self.wanted()
-        with _saying_why(), snapshot.without_cuda() if is_gpu_to_come else nullcontext():
+        with uncollected(), _saying_why(), snapshot.without_cuda() if is_gpu_to_come else nullcontext():
             snapshot.import_everything()
 
             from neuronpedia_inference import downloads, loading
 
+            self._found_out = snapshot.found_out()
             if downloads.fetch_everything(self._prepared, say):
-                await self._commit()
+                await self._commit("downloads")
             self._host = snapshot.own_weights(loading.load_on_host(self._prepared, say))
             if not is_gpu_to_come:
                 self._loaded = snapshot.own_saes(loading.load(self._prepared, say, self._host))
+            snapshot.settle()
         snapshot.close_connections()
 
     @modal.enter()
@@ -89,6 +92,8 @@ class Serving:
         model, n_saes = self._runtime.model, len(self._runtime.sources)
         seconds = time.monotonic() - started
         say(f"Ready: {model.name} on {model.device}, {n_saes} SAEs, {seconds:.2f} s after the snapshot")
+        if snapshot.found_out() != self._found_out:
+            await self._commit("measurements")
 
     @modal.exit()
     async def stop(self) -> None:
@@ -119,12 +124,12 @@ class Serving:
             return Runtime(self._settings, loaded)
         return Runtime.load(self._settings, say, host=host)
 
-    async def _commit(self) -> None:
-        """What was downloaded outlives this container; if it cannot, the next one downloads again."""
+    async def _commit(self, what: str) -> None:
+        """What was downloaded or measured outlives this container; if it cannot, the next one does it again."""
         try:
             await self.volume.commit.aio()
         except modal.exception.Error as exc:
-            say(f"The downloads could not be kept on the volume: {exc}")
+            say(f"The {what} could not be kept on the volume: {exc}")
 
     async def _leave_when_unhealthy(self) -> None:
         """A device that has failed stays failed: take no more inputs, so that Modal replaces the container."""

@@ -38,6 +38,13 @@ def import_everything() -> None:
     tqdm.tqdm.monitor_interval = 0  # no thread that watches progress bars
 
 
+def found_out() -> frozenset[tuple[str, int]]:
+    """What earlier starts have measured and kept: names of files in the cache folder, and when they were written."""
+    from neuronpedia_inference.embedded.weights import default_cache_dir
+
+    return frozenset((file.name, file.stat().st_mtime_ns) for file in default_cache_dir().glob("*.json"))
+
+
 def own_weights(host: HostWeights) -> HostWeights:
     """The same, with weights in memory of their own: a file on the volume may be another after a restore."""
     if host.model is not None:
@@ -53,6 +60,13 @@ def own_saes(loaded: Loaded) -> Loaded:
             if module is not None:
                 _own(module)
     return loaded
+
+
+def settle() -> None:
+    """What is loaded stays: the collector would look through all of it after every restore."""
+    from neuronpedia_inference.runtime import Runtime
+
+    Runtime.settle()
 
 
 def close_connections() -> None:
