@@ -32,7 +32,8 @@ LINES: Mapping[str, str] = {
         "The weights of '…' are quantised by '…', which is not served (bitsandbytes, AWQ, GPTQ, FP8, MXFP4 are)."
     ),
     "tokenizer larger than the embedding": (
-        "… tokens of the tokenizer have no embedding (the first is …, the model's last …): texts with them are refused"
+        "the tokenizer has tokens without an embedding, … of them from … on (the model's last is …): texts with them "
+        "are refused"
     ),
 }
 """By situation; `…` stands for what differs, ` | ` is between two that may be said."""

@@ -141,8 +141,8 @@ def check_vocabulary(where: str, tokenizer: PreTrainedTokenizerBase, model: PreT
     beyond = sorted(i for i in tokenizer.get_vocab().values() if i >= n_embeddings)
     if beyond:
         log.warning(
-            "%d tokens of the tokenizer have no embedding (the first is %d, the model's last %d): texts with them are "
-            "refused",
+            "the tokenizer has tokens without an embedding, %d of them from %d on (the model's last is %d): texts with "
+            "them are refused",
             len(beyond),
             beyond[0],
             n_embeddings - 1,

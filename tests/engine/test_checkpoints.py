@@ -241,6 +241,46 @@ def test_fp8_weights_mean_what_their_scales_say(folder: Path) -> None:
     loaded.store.close()
 
 
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""E2M1 without its sign, of the OCP Microscaling Formats specification 1.0."""
+
+
+def as_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
+    """The experts of a gpt-oss folder, drawn in 4 bit with a power of two for each 32; what they stand for, by name."""
+    file = folder / "model.safetensors"
+    tensors, meant = load_file(file), {}
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        n_experts, n_in, n_out = tensors.pop(name).shape
+        shape = (n_experts, n_out, n_in // 32, 16)
+        blocks = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        scales = torch.randint(120, 127, shape[:3], generator=generator, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        values = torch.tensor([*FP4, *(-value for value in FP4)])
+        both = torch.stack((values[(blocks & 15).long()], values[(blocks >> 4).long()]), dim=-1).flatten(-2)
+        meant[name] = (both * 2.0 ** (scales.float() - 127)[..., None]).flatten(2).transpose(1, 2)
+    save_file(tensors, file, metadata={"format": "pt"})
+    quantised_by(folder, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]})
+    return meant
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU multiplies 4-bit weights themselves")
+def test_mxfp4_weights_mean_what_their_blocks_say(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, GptOssConfig
+
+    sizes = {**models.GROUPED, "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
+    AutoModelForCausalLM.from_config(GptOssConfig(**sizes)).save_pretrained(tmp_path)
+    models.tokenizer().save_pretrained(tmp_path)
+    meant = as_mxfp4(tmp_path)
+    loaded = loading.load(settings(tmp_path), lambda line: None)
+    weights = loaded.engine._model.state_dict()
+    assert len(meant) == 2 * sizes["num_hidden_layers"]
+    for name, value in meant.items():
+        assert torch.equal(weights[name].float(), value)  # 3 bits and a power of two: bfloat16 holds them
+        assert value.abs().max() > 0
+    loaded.store.close()
+
+
 @pytest.mark.parametrize(
     ("about", "situation", "names"),
     [

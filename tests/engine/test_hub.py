@@ -17,9 +17,11 @@ import pytest
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from neuronpedia_inference.embedded.weights import CACHE_VARIABLE
 from tests import models
+from tests.modal.local_modal.hub import a_hub
 from tests.rounding import differences
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,3 +132,24 @@ def test_local_folders_give_the_same_answers(hub: Path, tmp_path: Path, answered
     )
     for key in ("ids", "values", "ranked", "generated"):
         assert differences(local[key], answered[key]) == []
+
+
+def test_a_name_alone_starts_from_the_cache_and_asks_nobody(tmp_path: Path) -> None:
+    """`MODEL_ID=gpt2-small`: its weights and its canonical residual SAEs are here, and a hub would answer."""
+    torch.manual_seed(0)
+    config = {**models.CONFIGS["gpt2"].to_dict(), "n_layer": 12}
+    net: Any = AutoModelForCausalLM.from_config(GPT2Config(**config)).eval()
+    folder = snapshot(tmp_path / "hub", MODEL_REPO)
+    net.save_pretrained(folder)
+    models.tokenizer().save_pretrained(folder)
+    saes = snapshot(tmp_path / "hub", SAE_REPO)
+    for layer in range(12):
+        seeded_sae(layer).save_model(saes / f"blocks.{layer}.hook_resid_pre")
+    seeded_sae(11).save_model(saes / "blocks.11.hook_resid_post")
+    with a_hub({}) as (address, asked):
+        alone = {"SAE_SETS": "", "INCLUDE_SAE": "", "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address}
+        answered = start(tmp_path, MODEL_ID="gpt2-small", **alone)
+    assert asked == []
+    assert [source["name"] for source in answered["sources"]] == [f"{n}-res-jb" for n in range(13)]
+    assert answered["generated"][1] == models.greedy(net, answered["ids"], 8)
+    assert answered["generated"][0] != answered["generated"][1]
