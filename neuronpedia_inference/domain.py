@@ -203,6 +203,8 @@ class Sampling:
     seed: int = 0
     n_logprobs: int = 0
     """Candidates reported per token; 0 reports no log-probabilities at all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens are drawn, as many as it takes to reach this probability; 0 leaves one."""
 
 
 @dataclass(frozen=True, slots=True)

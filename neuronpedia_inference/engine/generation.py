@@ -6,6 +6,7 @@ it as it was. Leaving is only noted, and done when the next step or joining begi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,13 +15,15 @@ from torch import Tensor
 
 from neuronpedia_inference.engine.cache import MaskForm, RowCache, RowMemory, SoloCache
 from neuronpedia_inference.engine.decoder import Changes, Decoder, ends
-from neuronpedia_inference.engine.faults import failure_of
+from neuronpedia_inference.engine.faults import failure_of, let_go
 from neuronpedia_inference.engine.prompts import PromptPass
 from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
-from neuronpedia_inference.engine.sampling import Sampler
+from neuronpedia_inference.engine.sampling import Drawn, Sampler, draw
 from neuronpedia_inference.engine.static import Record, StaticStep
 from neuronpedia_inference.engine.steered import steering_edits
 from neuronpedia_inference.errors import EngineFailed, InvalidRequest
+
+log = logging.getLogger(__name__)
 
 NewRows = Sequence[tuple[RowId, RowSpec]]
 
@@ -76,7 +79,7 @@ class Lane:
         """One more token for every row. After an exception the rows are as they were: it may be tried again."""
         self._settle()
         logits = self.logits(torch.tensor([row.generated[-1:] for row in self._rows]))
-        return self._draw(self._rows, list(logits))
+        return self._draw(self._rows, logits)
 
     def logits(self, ids: Tensor) -> Tensor:
         """One position more for every row: [row, 1] ids -> [row, vocab], float32."""
@@ -100,7 +103,7 @@ class Lane:
     def take_in(self, rows: Sequence[_Row], prompts: PromptPass) -> list[RowStep]:
         """First tokens are drawn, and rows that go on join. After an exception none has joined."""
         self._settle()
-        steps = self._draw(rows, prompts.logits())
+        steps = self._draw(rows, torch.stack(prompts.logits()))
         staying = [place for place, row in enumerate(rows) if not row.is_leaving]
         if staying:
             specs = [rows[place].spec for place in staying]
@@ -146,32 +149,41 @@ class Lane:
             self._static = None
         self._is_settled = True
 
-    def _draw(self, rows: Sequence[_Row], logits: Sequence[Tensor]) -> list[RowStep]:
-        """A draw that fails ends its own row. logits: [vocab] of every row."""
-        steps = [self._step(row, of_row) for row, of_row in zip(rows, logits, strict=True)]
+    def _draw(self, rows: Sequence[_Row], logits: Tensor) -> list[RowStep]:
+        """One pass for all rows; should it raise, each row draws for itself. logits: [row, vocab]."""
+        drawn: list[Drawn] = []
+        failure = failure_of(lambda: drawn.extend(draw(logits, [row.sampler for row in rows])))
+        if failure is None:
+            steps = [self._step(row, one) for row, one in zip(rows, drawn, strict=True)]
+        else:
+            let_go(failure)
+            log.warning("a draw failed, and its rows draw one by one: %s", failure)
+            steps = [self._step_alone(row, logits[n : n + 1]) for n, row in enumerate(rows)]
         for row, step in zip(rows, steps, strict=True):
             row.is_leaving = step.ends
         if any(step.ends for step in steps):
             self.drop(())
         return steps
 
-    def _step(self, row: _Row, logits: Tensor) -> RowStep:
+    def _step_alone(self, row: _Row, logits: Tensor) -> RowStep:
+        """A draw that fails ends its own row. logits: [1, vocab]."""
         steps: list[RowStep] = []
-        failure = failure_of(lambda: steps.append(self._drawn(row, logits)))
+        failure = failure_of(lambda: steps.append(self._step(row, draw(logits, [row.sampler])[0])))
         return steps[0] if failure is None else RowStep(row.id, -1, error=failure)
 
-    def _drawn(self, row: _Row, logits: Tensor) -> RowStep:
-        if not bool(torch.isfinite(logits).all()):
-            raise _not_finite(row.spec)
-        token = row.sampler.draw(logits)
-        logprob, top = row.sampler.logprobs(logits, token)
-        row.generated.append(token)
+    def _step(self, row: _Row, drawn: Drawn) -> RowStep:
+        if not drawn.is_finite:
+            return RowStep(row.id, -1, error=_not_finite(row.spec))
+        if not drawn.is_possible:
+            return RowStep(row.id, -1, error=_no_distribution(row.spec))
+        row.sampler.commit(drawn.token_id)
+        row.generated.append(drawn.token_id)
         finish = None
-        if token in self.decoder.stop_ids:
+        if drawn.token_id in self.decoder.stop_ids:
             finish = "stop"
         elif len(row.generated) >= row.spec.sampling.max_new_tokens:
             finish = "length"
-        return RowStep(row.id, token, logprob, top, finish)
+        return RowStep(row.id, drawn.token_id, drawn.logprob, drawn.top, finish)
 
 
 class Joining:
@@ -269,3 +281,11 @@ def _not_finite(spec: RowSpec) -> Exception:
             "The steered model's output is not finite: the strength is too large. Lower strength or multiplier."
         )
     return EngineFailed("The model's output is not finite although nothing steers it: its precision overflows here.")
+
+
+def _no_distribution(spec: RowSpec) -> Exception:
+    sampling = spec.sampling
+    return EngineFailed(
+        f"No token can be drawn with temperature {sampling.temperature:g} and freq_penalty {sampling.freq_penalty:g}: "
+        "their numbers leave the range of float32."
+    )

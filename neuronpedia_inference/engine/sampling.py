@@ -1,51 +1,230 @@
-"""Drawing a token from logits, one row at a time, so that a row's draws do not depend on its neighbours."""
+"""Drawing tokens: one pass over the logits of all rows, on their device and in float32, and one copy to the host.
+
+A row's draw is a function of its logits, its own numbers and its own uniforms, whoever is beside it. Distributions are
+inverted in two stages, a block of the vocabulary and a token in it, each with a uniform of its own: a cumulative sum
+over the whole vocabulary in float32 would round the unlikely tokens away.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.domain import Numbers, Sampling
 
 LEAST_LOGPROB = -100.0
 """Reported in place of minus infinity, which JSON cannot carry (contract 3.8)."""
+BLOCK = 256
+"""Tokens of the vocabulary whose weights are summed first."""
+_UNIFORMS_AT_ONCE = 64
+"""Steps; what is made for them together is a whole number of the generator's counts."""
+_LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
+"""Below it the likeliest token is drawn for certain, unless logits differ by less than 1e-36."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What one draw gave one row."""
+
+    token_id: int
+    logprob: float | None
+    """Log-softmax of the raw logits at the token; None if no candidates are reported."""
+    top: tuple[tuple[int, float], ...]
+    """The likeliest candidates, descending."""
+    is_finite: bool
+    """Whether all logits were; if not, the rest means nothing."""
+    is_possible: bool
+    """Whether temperature and penalty left a distribution; if not, the token means nothing."""
 
 
 class Sampler:
-    """The random stream and token counts of one row."""
+    """The uniforms and the token counts of one row. Only `commit` changes what the next draw will be."""
 
     def __init__(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
         self.sampling = sampling
-        self._generator = torch.Generator().manual_seed(sampling.seed)
-        self._seen = list(prompt_ids)
-        """Ids so far, which the penalty counts."""
+        self._n_drawn = 0
+        self._uniforms: tuple[int, Numbers] | None = None
+        self._places: dict[int, int] = {}
+        self._ids = np.zeros(0, dtype=np.int64)
+        self._counts = np.zeros(0, dtype=np.int64)
+        if self.is_penalised:
+            self._ids, self._counts = np.unique(np.asarray(prompt_ids, dtype=np.int64), return_counts=True)
+            self._places = {int(token): place for place, token in enumerate(self._ids)}
 
-    def draw(self, logits: Tensor) -> int:
-        """logits: [vocab], finite. Greedy at temperature 0, else softmax(logits / temperature − penalty × count)."""
-        if self.sampling.temperature == 0:
-            return int(logits.argmax())
-        # In float64 on the host: not every device has it.
-        scaled = logits.cpu().double()
-        # Shifted before the division, so that a tiny temperature does not overflow.
-        scaled = (scaled - scaled.max()) / self.sampling.temperature
-        if self.sampling.freq_penalty:
-            counts = torch.bincount(torch.tensor(self._seen, dtype=torch.long), minlength=len(scaled))
-            scaled = scaled - self.sampling.freq_penalty * counts[: len(scaled)]
-        token = int(torch.multinomial(scaled.softmax(-1), 1, generator=self._generator))
-        self._seen.append(token)
-        return token
+    @property
+    def is_greedy(self) -> bool:
+        return self.sampling.temperature == 0
 
-    def logprobs(self, logits: Tensor, token: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-        """Log-softmax of the raw logits at `token`, and the likeliest candidates, descending (contract 3.8)."""
-        if self.sampling.n_logprobs == 0:
-            return None, ()
-        logprobs = logits.float().log_softmax(-1)
-        top = logprobs.topk(min(self.sampling.n_logprobs, len(logprobs)))
-        candidates = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        return _finite(float(logprobs[token])), tuple((i, _finite(v)) for i, v in candidates)
+    @property
+    def is_penalised(self) -> bool:
+        return self.sampling.freq_penalty != 0 and not self.is_greedy
+
+    def uniforms(self) -> Numbers:
+        """[2] of float32 in [0, 1): Philox keyed by the seed, at the count of the row's draws."""
+        block, at = divmod(self._n_drawn, _UNIFORMS_AT_ONCE)
+        if self._uniforms is None or self._uniforms[0] != block:
+            numbers = np.random.Philox(key=self.sampling.seed % 2**64, counter=block * _UNIFORMS_AT_ONCE)
+            drawn = np.random.Generator(numbers).random((_UNIFORMS_AT_ONCE, 2), dtype=np.float32)
+            self._uniforms = block, drawn
+        return self._uniforms[1][at]
+
+    def penalties(self, n_vocab: int) -> tuple[Numbers, Numbers]:
+        """Ids that have been seen, below `n_vocab`, and what is subtracted from each: penalty × count, float64."""
+        known = self._ids < n_vocab
+        with np.errstate(over="ignore"):
+            return self._ids[known], self.sampling.freq_penalty * self._counts[known]
+
+    def commit(self, token_id: int) -> None:
+        """The token has been drawn: the next draw takes the next uniforms, and counts it."""
+        self._n_drawn += 1
+        if not self.is_penalised:
+            return
+        place = self._places.setdefault(token_id, len(self._ids))
+        if place == len(self._ids):
+            self._ids = np.append(self._ids, token_id)
+            self._counts = np.append(self._counts, 0)
+        self._counts[place] += 1
 
 
-def _finite(logprob: float) -> float:
-    return max(logprob, LEAST_LOGPROB)
+def draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[Drawn]:
+    """One token for every row; commits nothing. logits: [row, vocab], float32.
+
+    Greedy at temperature 0, else from softmax(logits / temperature − penalty × count), of which `top_p` keeps the
+    likeliest tokens, in order, until their probabilities reach it.
+    """
+    least, most = logits.amin(-1, keepdim=True), logits.amax(-1, keepdim=True)  # aminmax takes twenty times as long
+    greedy = [row for row, one in enumerate(samplers) if one.is_greedy]
+    sampled = [row for row, one in enumerate(samplers) if not one.is_greedy]
+    tokens = torch.zeros(len(samplers), dtype=torch.long, device=logits.device)
+    possible = torch.ones_like(tokens)
+    if greedy:
+        _put(tokens, greedy, _of(logits, greedy).argmax(-1))
+    if sampled:
+        chosen = [samplers[row] for row in sampled]
+        drawn, total = _drawn(_of(logits, sampled), _of(most, sampled), chosen)
+        _put(tokens, sampled, drawn)
+        _put(possible, sampled, torch.isfinite(total).long())
+    finite = (torch.isfinite(least) & torch.isfinite(most)).long()[:, 0]
+    reporting = [row for row, one in enumerate(samplers) if one.sampling.n_logprobs]
+    n_top = min(max((one.sampling.n_logprobs for one in samplers), default=0), logits.shape[1])
+    # Whole numbers and the bits of the others in one tensor, which is the one that the host reads.
+    parts = [torch.stack([tokens, finite, possible], 1).int()]
+    if reporting:
+        report = parts[0].new_zeros(len(samplers), 1 + 2 * n_top)
+        _put(report, reporting, _report(_of(logits, reporting), _of(tokens, reporting), n_top))
+        parts.append(report)
+    found = torch.cat(parts, 1)
+    return [_told(row, one.sampling.n_logprobs) for row, one in zip(_on_host(found), samplers, strict=True)]
+
+
+def _drawn(logits: Tensor, most: Tensor, samplers: Sequence[Sampler]) -> tuple[Tensor, Tensor]:
+    """Tokens [row], and the sum of the weights they were drawn from, which is no number if nothing can be drawn.
+
+    most: [row, 1], the largest logits.
+    """
+    n_rows, n_vocab = logits.shape
+    numbers = np.empty((4, n_rows, 1), dtype=np.float32)
+    for row, one in enumerate(samplers):
+        # A temperature beyond float32 becomes infinite: all finite logits are alike then, as they should be.
+        with np.errstate(over="ignore"):
+            numbers[0, row] = max(one.sampling.temperature, _LEAST_TEMPERATURE)
+        numbers[1, row] = one.sampling.top_p
+        numbers[2:, row, 0] = one.uniforms()
+    temperature, top_p, for_block, for_token = torch.from_numpy(numbers).to(logits.device)
+    n_blocks = -(-n_vocab // BLOCK)
+    scaled = logits.new_empty(n_rows, n_blocks * BLOCK)
+    scaled[:, n_vocab:] = -torch.inf
+    # Shifted before the division, so that a tiny temperature does not overflow.
+    torch.sub(logits, most, out=scaled[:, :n_vocab]).div_(temperature)
+    _penalise(scaled[:, :n_vocab], samplers)
+    weights = scaled.softmax(-1)
+    cut = [row for row, one in enumerate(samplers) if one.sampling.top_p < 1]
+    if cut:
+        _put(weights, cut, _nucleus(_of(weights, cut), _of(top_p, cut)))
+    blocks = weights.view(n_rows, n_blocks, BLOCK)
+    sums = blocks.sum(-1)
+    block = _inverted(sums, for_block)
+    rows = torch.arange(n_rows, device=logits.device)
+    token = _inverted(blocks[rows, block], for_token)
+    return block * BLOCK + token, sums.sum(-1)
+
+
+def _penalise(scaled: Tensor, samplers: Sequence[Sampler]) -> None:
+    """In place: penalty × count is subtracted, up to one number for all of a row. scaled: [row, vocab]"""
+    found = [(row, *one.penalties(scaled.shape[1])) for row, one in enumerate(samplers) if one.is_penalised]
+    if not found:
+        return
+    # The largest reward is taken off all instead of added to some: beside it, in float32, logits would lose digits.
+    rewards = np.zeros((len(samplers), 1))
+    for row, _, amounts in found:
+        rewards[row] = max(0.0, -amounts.min(initial=0.0))
+    at = np.concatenate([np.stack([np.full(len(ids), row), ids]) for row, ids, _ in found], 1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rests = np.concatenate([-amounts - rewards[row] for row, _, amounts in found]).astype(np.float32)
+        offsets = rewards.astype(np.float32)
+    rows, ids = torch.from_numpy(at).to(scaled.device)
+    seen = scaled[rows, ids] + torch.from_numpy(rests).to(scaled.device)
+    if offsets.any():
+        scaled.sub_(torch.from_numpy(offsets).to(scaled.device))
+    scaled[rows, ids] = seen
+
+
+def _nucleus(weights: Tensor, top_p: Tensor) -> Tensor:
+    """Zero but for the likeliest tokens: each that those before it have not brought to top_p. Of equal ones the first.
+
+    [row, vocab] -> [row, vocab]; top_p: [row, 1].
+    """
+    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    sums = ordered.cumsum(-1)
+    is_kept = sums - ordered < top_p * sums[:, -1:]
+    is_kept[:, 0] = True
+    return torch.zeros_like(weights).scatter_(-1, order, ordered.masked_fill_(~is_kept, 0))
+
+
+def _inverted(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The place at which the running sum passes uniform × total; never one of weight 0. [row, n], [row, 1] -> [row]"""
+    sums = weights.cumsum(-1)
+    passed = (sums > uniform * sums[:, -1:]) & (weights > 0)
+    return passed.int().argmax(-1)  # the first of them
+
+
+def _report(logits: Tensor, tokens: Tensor, n_top: int) -> Tensor:
+    """[row, 1 + 2 × n_top] of int32: bits of the token's log-probability, candidates, bits of theirs (contract 3.8)."""
+    norms = logits.logsumexp(-1, keepdim=True)
+    top = logits.topk(n_top)
+    own = logits.gather(1, tokens[:, None]) - norms
+    return torch.cat([own.view(torch.int32), top.indices.int(), (top.values - norms).view(torch.int32)], 1)
+
+
+def _told(row: Sequence[int], n_logprobs: int) -> Drawn:
+    """One row of what the host has read."""
+    token, finite, possible, *report = row
+    if not n_logprobs:
+        return Drawn(token, None, (), bool(finite), bool(possible))
+    n_top = len(report) // 2
+    numbers = np.asarray(report, dtype=np.int32).view(np.float32).tolist()
+    candidates = zip(report[1 : 1 + n_top], numbers[1 + n_top :], strict=True)
+    top = [(token_id, max(value, LEAST_LOGPROB)) for token_id, value in candidates][:n_logprobs]
+    return Drawn(token, max(numbers[0], LEAST_LOGPROB), tuple(top), bool(finite), bool(possible))
+
+
+def _on_host(tensor: Tensor) -> list[list[int]]:
+    """The copy, for which the host waits until the step is done."""
+    return tensor.tolist()
+
+
+def _of(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """These rows; no copy if they are all."""
+    return tensor if len(rows) == len(tensor) else tensor[torch.tensor(rows, device=tensor.device)]
+
+
+def _put(tensor: Tensor, rows: Sequence[int], values: Tensor) -> None:
+    """In place."""
+    if len(rows) == len(tensor):
+        tensor.copy_(values)
+    else:
+        tensor[torch.tensor(rows, device=tensor.device)] = values

@@ -24,6 +24,7 @@ from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.steering.plan import SteerMethod
 from tests import models
 from tests.engine.engines import engine
+from tests.host_reads import HostReads
 
 PROMPTS = [
     (0, 72, 105, 44, 80, 33, 61, 90, 17),
@@ -147,6 +148,22 @@ def test_sampled_rows_draw_the_same_merged_as_alone(family: str) -> None:
         assert [s.logprob for s in steps] == pytest.approx([s.logprob for s in single], abs=1e-4)
         for one, other in zip(steps, single, strict=True):
             assert [value for _, value in one.top] == pytest.approx([value for _, value in other.top], abs=1e-4)
+
+
+def test_the_host_reads_once_a_step_for_all_rows() -> None:
+    samplings = (
+        Sampling(6),
+        Sampling(6, temperature=1.0, freq_penalty=0.3),
+        Sampling(6, temperature=0.5, n_logprobs=3),
+    )
+    lane = engine("llama").lane
+    with torch.inference_mode():
+        lane.prefill([(RowId(n, 0), RowSpec(PROMPTS[n], one)) for n, one in enumerate(samplings)])
+        for _ in range(3):
+            with HostReads() as reads:
+                assert len(lane.decode()) == 3
+            assert reads.names == ["tolist"]
+        lane.drop(set(lane.rows))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
