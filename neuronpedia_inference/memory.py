@@ -24,6 +24,7 @@ from typing import Any
 from neuronpedia_inference import downloads
 from neuronpedia_inference.engine.quantised import method_of
 from neuronpedia_inference.errors import StartupError
+from neuronpedia_inference.load_options import without_places
 from neuronpedia_inference.saes.catalogue import WEIGHTS_NAME, SourceSpec, hub_location, resolve
 from neuronpedia_inference.saes.names import hugging_face_name
 from neuronpedia_inference.saes.originals import counted_files
@@ -111,7 +112,8 @@ class _Counted:
 
     @property
     def text_config(self) -> dict[str, Any]:
-        return self.config.get("text_config", self.config)
+        """Of the text's part, where there are others; what only the whole says holds for the part."""
+        return {**self.config, **self.config.get("text_config", {})}
 
 
 def sizes(settings: Settings) -> Sizes:
@@ -142,8 +144,10 @@ def needs_at_start(settings: Settings) -> Needs | None:
     """What must fit for the model to be served at all: its weights, and the cache of one row.
 
     SAEs are left out: they can take turns, and are judged one by one when they are loaded. None where files and hub
-    do not tell.
+    do not tell, or where options change what is loaded.
     """
+    if without_places(settings.model_from_pretrained_kwargs):
+        return None
     try:
         model = _model(settings)
         if model.packed_bytes is not None:  # without a GPU some of it is widened
@@ -183,6 +187,8 @@ def _model(settings: Settings) -> _Counted:
     options = settings.model_from_pretrained_kwargs
     if "gguf_file" in options:
         raise StartupError(f"The weights of {settings.weights_id!r} are a GGUF file: only safetensors are counted.")
+    if "quantization_config" in options:
+        raise StartupError(f"The weights of {settings.weights_id!r} are to be quantised while loading: not counted.")
     folder = downloads.found(settings)
     if folder is None:
         return _hub_model(hugging_face_name(settings.weights_id), options)

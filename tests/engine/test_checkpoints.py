@@ -303,6 +303,15 @@ def test_weights_that_cannot_be_read_here_are_refused_by_name(
     assert said_at_start(situation, str(ended.value))
 
 
+def test_weights_that_options_quantise_are_refused_alike(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neuronpedia_inference.engine.quantised.find_spec", lambda package: None)
+    about = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    with pytest.raises(StartupError) as ended:
+        loading.load(settings(folder, quantization_config=about), lambda line: None)
+    assert said_at_start("packages", str(ended.value))
+    assert "bitsandbytes" in str(ended.value)
+
+
 # Paths
 
 

@@ -147,6 +147,30 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     assert memory.tensor_numbers(tmp_path / "ok.safetensors") == 17
 
 
+def test_what_is_loaded_otherwise_than_it_lies_is_not_judged(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"n_layer": 2, "n_head": 2, "n_embd": 8}))
+    save_file({"a": torch.zeros(300, 40)}, tmp_path / "model.safetensors")
+    four_bits = {"quantization_config": {"load_in_4bit": True}}
+    for options in ({"n_layer": 1}, four_bits):
+        settings = Settings.read(model_id=str(tmp_path), sae_sets=(), model_from_pretrained_kwargs=options)
+        assert memory.needs_at_start(settings) is None
+    with pytest.raises(StartupError, match="quantised while loading: not counted"):
+        memory.sizes(Settings.read(model_id=str(tmp_path), sae_sets=(), model_from_pretrained_kwargs=four_bits))
+    anywhere = Settings.read(model_id=str(tmp_path), sae_sets=(), model_from_pretrained_kwargs={"token": "t"})
+    needs = memory.needs_at_start(anywhere)
+    assert needs is not None
+    assert needs.weights == 4 * 12_000
+
+
+def test_a_precision_that_only_the_whole_says_is_that_of_the_text(tmp_path: Path) -> None:
+    about = {"dtype": "bfloat16", "text_config": {"n_layer": 2, "n_head": 2, "n_embd": 8}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    save_file({"a": torch.zeros(300, 40, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    needs = memory.needs_at_start(Settings.read(model_id=str(tmp_path), sae_sets=()))
+    assert needs is not None
+    assert (needs.model_dtype, needs.weights) == ("bfloat16", 2 * 12_000)
+
+
 def test_the_command_shows_every_precision() -> None:
     shown = CliRunner().invoke(app, ["plan"])
     assert shown.exit_code == 0
