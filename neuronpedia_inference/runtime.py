@@ -7,7 +7,7 @@ import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -48,6 +48,8 @@ from neuronpedia_inference.steering.plan import SteerPlan
 from neuronpedia_inference.steering.resolve import SteerResolver, check_index, check_vector
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 NEURONS = "neurons"
 BATCH_SHARE = 4
@@ -281,6 +283,15 @@ class Runtime:
         )
         events = TicketEvents(lambda put: self._submit(work, demand, on_event=put), at_the_end=not stream)
         return _Writing(events, Completions(self._codec, len(plans)))
+
+    async def with_model(self, run: Callable[[torch.nn.Module], Result]) -> Result:
+        """What `run` makes of Hugging Face's model, on the worker, while nothing else uses it: for those who check."""
+
+        def steps() -> Steps:
+            yield None
+            return run(self._engine.decoder.model)
+
+        return await self._ask(CallWork(steps))
 
     def describe(self) -> dict[str, Any]:
         """Model, sources, limits and state, for `/v1/capabilities`."""

@@ -76,7 +76,7 @@ class Serving:
         """After the snapshot, or its restore: load what is not loaded, and serve only once the numbers are right."""
         import torch
 
-        from service.self_test import self_test
+        from neuronpedia_inference.checks import self_test
 
         # Containers restored from one snapshot would all draw the same numbers.
         started = time.monotonic()

@@ -33,7 +33,12 @@ def import_everything() -> None:
     """All that a request will need: seconds, of which none is left after a restore."""
     import tqdm
 
-    for name in ("sae_lens", "neuronpedia_inference.runtime", "neuronpedia_inference.web.app", "service.self_test"):
+    for name in (
+        "sae_lens",
+        "neuronpedia_inference.runtime",
+        "neuronpedia_inference.web.app",
+        "neuronpedia_inference.checks",
+    ):
         import_module(name)
     tqdm.tqdm.monitor_interval = 0  # no thread that watches progress bars
 

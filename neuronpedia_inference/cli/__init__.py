@@ -1,4 +1,4 @@
-"""The command line: serve, demo, call, models, sae, operations, plan. A command imports what it needs when it runs."""
+"""The command line. A command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import typer
 
 from neuronpedia_inference.cli import catalogue
 from neuronpedia_inference.cli.options import DeviceOption, ModelOption, SetOption, SetsOption, settings_of
-from neuronpedia_inference.cli.output import console, fail, line, print_json, table
+from neuronpedia_inference.cli.output import console, facts, fail, line, print_json, table
 from neuronpedia_inference.errors import EngineDied, InferenceError, InvalidRequest, StartupError, unknown_name
 from neuronpedia_inference.exits import ENGINE_DIED, FAILED, WRONG_USAGE, by_signal, leave
 from neuronpedia_inference.garbage import uncollected
@@ -165,6 +165,40 @@ def call(
         asyncio.run(_run(wanted, request, runtime))
     finally:
         runtime.close()
+
+
+@app.command()
+def verify(
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+    model_id: ModelOption = None,
+    sae_sets: SetsOption = None,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Compare this machine's numbers with plain Hugging Face, and print a report that can be pasted.
+
+    Captures, features, every kind of steering, merged and streamed, against Hugging Face's own forward with hooks put
+    on its blocks and SAEs computed by hand from their files. Exit code 1 if anything differs by more than rounding.
+    """
+    settings = settings_of(set_, model_id=model_id, sae_sets=sae_sets, device=device)
+    runtime = _load(settings)
+    try:
+        from neuronpedia_inference.checks import verify as verified
+
+        report = asyncio.run(verified(runtime))
+    finally:
+        runtime.close()
+    if as_json:
+        print_json(report.to_json())
+    else:
+        facts(report.about)
+        rows = [
+            (c.name, c.verdict, f"{c.difference:.2g}", f"{c.bound:.2g}", c.skipped or c.where) for c in report.checks
+        ]
+        table(("check", "verdict", "difference", "bound", "where"), rows)
+        line("All numbers are right." if report.passed else "Some numbers are wrong.")
+    if not report.passed:
+        raise SystemExit(FAILED)
 
 
 for command in (catalogue.models, catalogue.sae, catalogue.plan):

@@ -101,7 +101,7 @@ def test_the_command_line_knows_every_operation() -> None:
         assert operation.path in described.stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "demo", "call", "models", "sae", "operations", "plan"])
+@pytest.mark.parametrize("command", ["serve", "demo", "call", "models", "sae", "operations", "plan", "verify"])
 def test_help_says_what_a_command_does(command: str) -> None:
     shown = CliRunner().invoke(cli, [command, "--help"])
     assert shown.exit_code == 0
