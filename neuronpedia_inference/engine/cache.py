@@ -151,6 +151,8 @@ class RowCache(Cache):
         self.n_seen = 0
         """Columns that its queries may see."""
         self._is_whole = False
+        self._whole_positions = self.positions
+        """What `positions` is in whole steps: it stays where it is, whatever other steps are between them."""
 
     def prompts(self, n_columns: int) -> PromptCache:
         return PromptCache(self._config, n_columns)
@@ -181,9 +183,9 @@ class RowCache(Cache):
     def decode_whole(self) -> Iterator[None]:
         """As `decode`, but every slot takes part at the full width, and the positions stay in one tensor."""
         n_slots, self.n_seen = self.shape
-        if not self._is_whole or len(self.positions) != n_slots:
-            self.positions = torch.zeros(n_slots, dtype=torch.long, device=self._device)
-        self._is_whole = True
+        if len(self._whole_positions) != n_slots:
+            self._whole_positions = torch.zeros(n_slots, dtype=torch.long, device=self._device)
+        self.positions, self._is_whole = self._whole_positions, True
         self.positions.copy_(torch.tensor([*self.lengths, *[0] * (n_slots - len(self.lengths))]))
         yield
         self.lengths = [length + 1 for length in self.lengths]
@@ -213,6 +215,11 @@ class RowCache(Cache):
         held: list[Tensor | None] = [layer.keys for layer in self.layers if isinstance(layer, _Slots)]
         shapes = [(len(keys), keys.shape[2]) for keys in held if keys is not None] or [(0, 0)]
         return min(slots for slots, _ in shapes), min(columns for _, columns in shapes)
+
+    def held(self) -> list[Tensor]:
+        """All that a whole step reads and writes here. A layer that has grown has got others."""
+        slots = [(layer.keys, layer.values) for layer in self.layers if isinstance(layer, _Slots)]
+        return [self._whole_positions, *(one for pair in slots for one in pair if one is not None)]
 
     def masks(self) -> Any:
         """What the queries of a step may see; None where every row sees every column.
@@ -282,8 +289,9 @@ class _Slots(CacheLayerMixin):
 
         `shape`: slots and columns to have room for. Nothing in use is touched, so this may fail and be repeated.
         """
-        self.keys = self._with_prompts(_grown(self.keys, keys, shape), keys, rows, lengths)
-        self.values = self._with_prompts(_grown(self.values, values, shape), values, rows, lengths)
+        held_keys = self._with_prompts(_grown(self.keys, keys, shape), keys, rows, lengths)
+        held_values = self._with_prompts(_grown(self.values, values, shape), values, rows, lengths)
+        self.keys, self.values = held_keys, held_values  # both or neither: they have one shape
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 

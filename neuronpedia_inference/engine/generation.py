@@ -124,10 +124,11 @@ class Lane:
         return torch.stack(prompts.logits())
 
     def _decode_whole(self, ids: Tensor, record: Record) -> Tensor:
-        """[row, 1] ids -> [row, vocab]; the step is recorded when the cache has got another shape."""
+        """[row, 1] ids -> [row, vocab]; the step is recorded when the cache has got other tensors."""
         assert isinstance(self.memory, RowCache)
         with self.memory.decode_whole():
-            if self._static is None or self._static.shape != self.memory.shape:
+            if self._static is None or not self._static.is_current:
+                self._static = None  # first, so that its memory is there for the next one
                 self._static = StaticStep(self.decoder, self.memory, record)
                 self._static.steer([row.spec for row in self._rows])
             return self._static(ids)
@@ -143,7 +144,7 @@ class Lane:
                 self._rows.pop()
         specs = [row.spec for row in self._rows]
         self._changes = steering_edits(specs)
-        if self._static is not None and self._static.shape == self._static.cache.shape:
+        if self._static is not None and self._static.is_current:
             self._static.steer(specs)
         else:
             self._static = None

@@ -42,8 +42,8 @@ class StaticStep:
         n_layers, width = text.num_hidden_layers, text.hidden_size
         self._decoder = decoder
         self.cache = cache
-        self.shape = cache.shape
-        n_slots, device, dtype = self.shape[0], decoder.model.device, decoder.model.dtype
+        self._held = cache.held()
+        n_slots, device, dtype = cache.shape[0], decoder.model.device, decoder.model.dtype
         self._ids = torch.zeros(n_slots, 1, dtype=torch.long, device=device)
         self._added = torch.zeros(n_layers + 1, n_slots, 1, width, dtype=dtype, device=device)
         """[layer, slot, 1, d_model]: what is added before each block, and after the last."""
@@ -51,6 +51,12 @@ class StaticStep:
         adders = [self._adder(place) for place in range(n_layers + 1)]
         self._changes = list(zip([*points, Point(n_layers - 1, RESID_POST)], adders, strict=True))
         self._step = record(self._forward)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the cache still holds what it held. A layer may grow alone, where the next one's growth failed."""
+        now = self.cache.held()
+        return len(now) == len(self._held) and all(a is b for a, b in zip(now, self._held, strict=True))
 
     @staticmethod
     def fits(rows: Sequence[RowSpec]) -> bool:
@@ -67,9 +73,9 @@ class StaticStep:
                 self._added[place, slot, 0] += (s.coefficient * s.vector).to(self._added.dtype)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """[row, 1] ids -> [row, vocab] logits, float32."""
+        """[row, 1] ids -> [row, vocab] logits, float32, which the next step does not overwrite."""
         self._ids[: len(ids)] = ids.to(self._ids.device)
-        return self._step()[: len(ids)].float()
+        return self._step()[: len(ids)].to(torch.float32, copy=True)
 
     def _forward(self) -> Tensor:
         """[slot, vocab]; reads nothing but tensors that stay where they are."""
