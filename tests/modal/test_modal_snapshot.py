@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from neuronpedia_inference.embedded.weights import default_cache_dir
 from tests import models
 from tests.modal.local_modal import Plane
 from tests.modal.local_modal.containers import Container
@@ -125,6 +126,25 @@ def test_what_is_there_is_neither_asked_for_nor_committed(watched: Watched) -> N
     container = watched.ready("again")
     assert [path for path in watched.asked if "tests/remote" in path] == []
     assert watched.seen[-1].commits == before
+    watched.service.stop(container)
+
+
+def test_what_a_first_start_measures_is_committed_and_a_second_only_reads_it(watched: Watched) -> None:
+    """With the device that comes after the snapshot, which is the first to be probed."""
+    volume = watched.service.plane.objects.volume("hf-cache-neuronpedia")
+    watched.service.deploy(
+        APP_NAME="measured", SECRET_NAME="hub", MODEL_ID=REMOTE, SAE_SETS="[]", GPU="L4", NUM_THREADS="1"
+    )
+    for kept in default_cache_dir().glob("verdict-*.json"):
+        kept.unlink()
+    container = watched.ready("measured")
+    assert volume.commits == watched.seen[-1].commits + 1
+    watched.service.stop(container)
+    (verdict,) = default_cache_dir().glob("verdict-*.json")
+    written = verdict.stat().st_mtime_ns
+    container = watched.ready("measured")
+    assert volume.commits == watched.seen[-1].commits
+    assert verdict.stat().st_mtime_ns == written
     watched.service.stop(container)
 
 
