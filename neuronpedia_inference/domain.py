@@ -18,6 +18,20 @@ Numbers = NDArray[np.number[Any]]
 MAX_STEERS = 512
 """Steers of one request: each costs a little at every step of decoding."""
 
+READ_BY_COLUMN = frozenset(
+    {
+        "standard",
+        "transcoder",
+        "cross_layer_transcoder",
+        "skip_transcoder",
+        "jumprelu",
+        "jumprelu_transcoder",
+        "jumprelu_skip_transcoder",
+        "gated",
+    }
+)
+"""SAELens architectures whose features do not depend on each other."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -63,6 +77,11 @@ class Source:
     @property
     def is_neurons(self) -> bool:
         return self.architecture == "neurons"
+
+    @property
+    def is_read_by_column(self) -> bool:
+        """Whether a feature is computed without all the others, so that memory is a block's and not the source's."""
+        return self.is_neurons or self.architecture in READ_BY_COLUMN
 
     @property
     def is_transcoder(self) -> bool:
@@ -177,7 +196,7 @@ class ActiveFeatures:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """How `Runtime.ranked_features` orders and cuts (contract 2.10)."""
+    """How the strongest features are ordered and cut (contract 2.10)."""
 
     limit: int
     ignore_first: bool = True

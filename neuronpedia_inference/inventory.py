@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from neuronpedia_inference import downloads
+from neuronpedia_inference.costs import ITEM_BYTES
 from neuronpedia_inference.errors import StartupError, unknown_name
-from neuronpedia_inference.memory import BYTES, sae_numbers
+from neuronpedia_inference.memory import sae_numbers
 from neuronpedia_inference.saes.catalogue import OfferedSet, SourceSpec, hub_location, known_models, offered, resolve
 from neuronpedia_inference.saes.explicit import is_explicit, located
 from neuronpedia_inference.saes.originals import all_files
@@ -156,7 +157,7 @@ def described(spec: SourceSpec, sae_dtype: str, snapshots: Snapshots) -> Sae:
     """Nothing is asked of the hub. Raises StartupError for files that cannot be read."""
     files = _files(spec, snapshots)
     on_disk = sum(file.stat().st_size for file in files) if files else None
-    resident = BYTES[sae_dtype] * sae_numbers([spec])[0] if files else None
+    resident = ITEM_BYTES[sae_dtype] * sae_numbers([spec])[0] if files else None
     if spec.listed is not None:
         return Sae(spec, spec.listed.kind, spec.listed.hook, spec.listed.n_features, on_disk, resident)
     kind, hook, width = _written(spec)

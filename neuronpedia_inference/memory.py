@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from neuronpedia_inference import downloads
+from neuronpedia_inference.costs import ITEM_BYTES, cache_numbers
 from neuronpedia_inference.engine.quantised import method_of
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.load_options import without_places
@@ -31,7 +32,6 @@ from neuronpedia_inference.saes.originals import counted_files
 from neuronpedia_inference.settings import Settings
 
 GIB = 2**30
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 CONTEXT_BYTES = 3 * GIB // 2
 HEADROOM_SHARE = 0.1
 STORED_BYTES = 4
@@ -91,7 +91,7 @@ class Sizes:
     """Bytes that SAEs may take together: some leave when others are asked for."""
 
     def needs(self, model_dtype: str, sae_dtype: str) -> Needs:
-        model, sae = BYTES[model_dtype], BYTES[sae_dtype]
+        model, sae = ITEM_BYTES[model_dtype], ITEM_BYTES[sae_dtype]
         weights = self.parameters * model if self.packed_bytes is None else self.packed_bytes
         saes = self.sae_numbers * sae
         resident = saes if self.sae_budget is None else min(saes, self.sae_budget)
@@ -163,7 +163,7 @@ def _dtype(config: dict[str, Any], settings: Settings) -> str:
     if settings.model_dtype != "auto":
         return settings.model_dtype
     own = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    if own not in BYTES:
+    if own not in ITEM_BYTES:
         raise StartupError(f"The weights of {settings.weights_id!r} are in {own!r}: MODEL_DTYPE chooses another.")
     return own
 
@@ -303,4 +303,4 @@ def _cache_numbers(config: dict[str, Any], settings: Settings) -> int:
         raise StartupError(f"The configuration of {settings.weights_id!r} has no {exc.args[0]!r}.") from None
     d_head = config.get("head_dim") or width // n_heads
     n_kv_heads = config.get("num_key_value_heads") or n_heads
-    return 2 * n_layers * n_kv_heads * d_head * settings.max_tokens * settings.max_rows
+    return cache_numbers(n_layers, n_kv_heads, d_head) * settings.max_tokens * settings.max_rows

@@ -7,37 +7,23 @@ import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-import torch
-
-from neuronpedia_inference.demand import Costs
-from neuronpedia_inference.domain import (
-    ActiveFeatures,
-    ChatMessage,
-    FeatureActivations,
-    FeatureValue,
-    Numbers,
-    RankedFeatures,
-    Ranking,
-    Sampling,
-    Source,
-    Tokens,
-    TopFeatures,
-    Written,
-)
-from neuronpedia_inference.engine.completions import Completions
-from neuronpedia_inference.engine.points import MLP_POST, PATTERN, Point
-from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
+from neuronpedia_inference.capabilities import describe, max_tokens, token_limit
+from neuronpedia_inference.costs import Costs, Demand
+from neuronpedia_inference.domain import ChatMessage, Sampling, Tokens, Written
+from neuronpedia_inference.engine.completions import Completions, Writing
+from neuronpedia_inference.engine.points import PATTERN
+from neuronpedia_inference.engine.protocol import ModelInfo
 from neuronpedia_inference.engine.tokens import BosRule
-from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, NotReady, UnknownSource
-from neuronpedia_inference.features import FeatureQuestions
+from neuronpedia_inference.errors import LimitExceeded, NotReady
 from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n_threads
 from neuronpedia_inference.metrics import Metrics
-from neuronpedia_inference.offers import offered
-from neuronpedia_inference.operations.pacing import paced
-from neuronpedia_inference.saes.encode import FeatureReader
-from neuronpedia_inference.scheduler.admission import Admission, Demand
+from neuronpedia_inference.pacing import paced
+from neuronpedia_inference.questions import Question
+from neuronpedia_inference.questions.checks import check_prompts
+from neuronpedia_inference.saes.shelf import Shelf
+from neuronpedia_inference.scheduler.admission import Admission
 from neuronpedia_inference.scheduler.events import TicketEvents
 from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, GenerateWork, Steps, Ticket, Work
 from neuronpedia_inference.scheduler.policy import Limits
@@ -45,13 +31,12 @@ from neuronpedia_inference.scheduler.stay import at_the_end
 from neuronpedia_inference.scheduler.worker import Worker
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.steering.plan import SteerPlan
-from neuronpedia_inference.steering.resolve import SteerResolver, check_index, check_vector
+from neuronpedia_inference.steering.resolve import SteerResolver
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-
-NEURONS = "neurons"
 BATCH_SHARE = 4
 """Each prompt of a batch may have this fraction of TOKEN_LIMIT."""
 PASS_TOKENS = {"cpu": 512, "gpu": 4096}
@@ -68,10 +53,8 @@ class Runtime:
         self.model: ModelInfo = loaded.info
         self._engine = loaded.engine
         self._codec = loaded.codec
-        self._store = loaded.store
-        self._labels = loaded.labels
-        self._questions = FeatureQuestions(loaded.store, loaded.info)
-        self._steering = SteerResolver(loaded.engine, loaded.store, self.source)
+        self.shelf = Shelf(loaded.store, loaded.engine, loaded.labels)
+        self._steering = SteerResolver(loaded.engine, self.shelf)
         self._costs = Costs(loaded.info)
         self.metrics = Metrics()
         bounds = Demand(
@@ -95,7 +78,7 @@ class Runtime:
             inside=lambda: self._admission.inside.requests,
             inside_bytes=lambda: self._admission.inside.bytes,
             peak_bytes=lambda: self._admission.peak_bytes,
-            sae=loaded.store.stats,
+            sae=self.shelf.stats,
         )
 
     def _limits(self, request_bytes: int) -> Limits:
@@ -129,124 +112,48 @@ class Runtime:
     def close(self) -> None:
         """Finish what was accepted, then stop."""
         self._worker.close()
-        self._store.close()
+        self.shelf.close()
 
     @property
     def healthy(self) -> bool:
         """False once the device has failed: the process should be replaced."""
         return self._worker.healthy
 
-    # What is served
-
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        """The SAEs, in directory order."""
-        return self._store.sources
-
-    @property
-    def source_sets(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(source.source_set for source in self.sources))
-
-    def source(self, name: str) -> Source:
-        """An SAE by its name, or a layer's neurons by a bare integer. Raises UnknownSource."""
-        if name.isascii() and name.isdecimal():
-            return self._neurons(name)
-        source = next((source for source in self.sources if source.name == name), None)
-        if source is None:
-            raise UnknownSource.named("source", name[:80], [s.name for s in self.sources])
-        return source
-
-    def source_set(self, name: str) -> tuple[Source, ...]:
-        """Every source of a set; "neurons" is the set of all layers' neurons. Raises UnknownSource."""
-        if name == NEURONS:
-            return tuple(self._neurons(str(layer)) for layer in range(self.model.n_layers))
-        found = tuple(source for source in self.sources if source.source_set == name)
-        if not found:
-            raise UnknownSource.named("source set", name[:80], [*self.source_sets, NEURONS])
-        return found
-
-    def label(self, source: str, index: int) -> str | None:
-        """What a person calls a feature, where someone or something has named it."""
-        labels = self._labels.get(source, ())
-        return (labels[index] or None) if 0 <= index < len(labels) else None
-
     # Text
 
     def tokenize(self, text: str, bos: BosRule, *, limit: int | None = None, batch: bool = False) -> Tokens:
         """`limit` None is TOKEN_LIMIT, a quarter of it with `batch`. Raises InvalidRequest or LimitExceeded."""
-        limit = limit or self._token_limit
+        limit = limit or token_limit(self.settings, self.model)
         if batch:
             return self._codec.tokenize(text, bos, limit=max(1, limit // BATCH_SHARE), suffix=" for batch requests")
         return self._codec.tokenize(text, bos, limit=limit)
 
     def render_chat(self, messages: Sequence[ChatMessage]) -> tuple[str, Tokens]:
         """The chat as the model reads it, with generation prompt. Raises InvalidRequest or LimitExceeded."""
-        return self._codec.render_chat(messages, limit=self._token_limit)
+        return self._codec.render_chat(messages, limit=token_limit(self.settings, self.model))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, special tokens kept."""
         return self._codec.decode(ids)
 
-    # Features: one result per prompt, in full-prompt coordinates, nothing masked
+    # Questions
 
-    async def feature_activations(
-        self, prompts: Sequence[Tokens], source: Source, index: int, *, dfa_from: int = 0
-    ) -> list[FeatureActivations]:
-        """One feature. `dfa_from`: first position that direct feature attribution may explain."""
-        check_index(source, index)
-        self._check_prompts(prompts, at_least=dfa_from + 1)
-        return await self._ask(self._questions.activations(prompts, source, index, dfa_from))
+    async def ask(self, question: Question[T]) -> T:
+        """The answer, with one entry per prompt where prompts are run.
 
-    async def projections(self, prompts: Sequence[Tokens], hook: str, vector: Sequence[float]) -> list[Numbers]:
-        """h·v at every position of a hook: [pos] per prompt."""
-        point = Point.parse(hook)
-        self._engine.check(point)
-        check_vector(vector, self._engine.width(point), hook)
-        self._check_prompts(prompts)
-        return await self._ask(self._questions.projections(prompts, point, vector))
-
-    async def ranked_features(
-        self, prompts: Sequence[Tokens], sources: Sequence[Source], ranking: Ranking
-    ) -> list[RankedFeatures]:
-        """The features that fire most (contract 2.10)."""
-        self._check_prompts(prompts, at_least=max(ranking.weights, default=0) + 1)
-        return await self._ask(self._questions.ranked(prompts, sources, ranking))
-
-    async def top_features(self, prompts: Sequence[Tokens], source: Source, k: int) -> list[TopFeatures]:
-        """The k strongest features at every position."""
-        self._check_prompts(prompts)
-        return await self._ask(self._questions.top(prompts, source, k))
-
-    async def active_features(
-        self, prompts: Sequence[Tokens], source: Source, *, first: int = 0
-    ) -> list[ActiveFeatures]:
-        """All non-zero activations from position `first` on. Raises LimitExceeded beyond MAX_RESULT_VALUES."""
-        self._check_prompts(prompts)
-        most = self.settings.max_result_values
-        return await self._ask(self._questions.active(prompts, source, first=first, most=most))
-
-    async def encoder_column(self, source: Source, index: int) -> tuple[float, ...]:
-        """W_enc[:, index] after folding: [width]."""
-        check_index(source, index)
-
-        def column(reader: FeatureReader) -> tuple[float, ...]:
-            return tuple(reader.encoder_column(index).tolist())
-
-        return await self._ask(CallWork(lambda: self._questions.read(source, column)))
-
-    async def nearest_decoder_rows(
-        self, source: Source, query: Sequence[float] | tuple[Source, int], limit: int
-    ) -> list[FeatureValue]:
-        """Features of `source` by cosine similarity of their decoder rows to a vector or to another feature's row."""
-        if isinstance(query, tuple) and len(query) == 2 and isinstance(query[0], Source):
-            return await self._nearest_to_feature(source, query[0], int(query[1]), limit)
-        vector = cast(Sequence[float], query)
-        check_vector(vector, len(vector), source.name)  # the reader knows the width of its decoder rows
-
-        def nearest(reader: FeatureReader) -> list[FeatureValue]:
-            return list(reader.nearest_decoder_rows(torch.tensor(vector), limit))
-
-        return await self._ask(CallWork(lambda: self._questions.read(source, nearest)))
+        Raises what the question's `check` raises and UnknownPoint before anything runs, LimitExceeded or Overloaded
+        where there is no room, and what its reduction raises.
+        """
+        question.check(self._engine, self.model.vocab_size)
+        points = question.points
+        if not points:
+            work: Work = CallWork(lambda: question.reduce((), self.shelf))
+            return await asyncio.wrap_future(self._submit(work, Demand()).future)
+        for point in sorted(points):
+            self._engine.check(point)
+        prompts = [prompt.ids for prompt in question.prompts]
+        work = CaptureWork(prompts, points, lambda captured: question.reduce(captured, self.shelf))
+        return await asyncio.wrap_future(self._submit(work, self._demand(question)).future)
 
     # Generation
 
@@ -266,7 +173,7 @@ class Runtime:
         self._check_room(prompt, sampling)
         steered = [plan for plan in plans if plan is not None]
         work = GenerateWork(
-            lambda: self._rows(prompt, plans, sampling),
+            lambda: self._steering.rows(prompt, plans, sampling),
             n_rows=len(plans),
             n_prompt_tokens=len(prompt),
             n_positions=len(prompt) + sampling.max_new_tokens,
@@ -282,133 +189,38 @@ class Runtime:
             pattern=pattern,
         )
         events = TicketEvents(lambda put: self._submit(work, demand, on_event=put), at_the_end=not stream)
-        return _Writing(events, Completions(self._codec, len(plans)))
+        return Writing(events, Completions(self._codec, len(plans)))
 
-    async def with_model(self, run: Callable[[torch.nn.Module], Result]) -> Result:
+    async def with_model(self, run: Callable[[Any], T]) -> T:
         """What `run` makes of Hugging Face's model, on the worker, while nothing else uses it: for those who check."""
 
         def steps() -> Steps:
             yield None
             return run(self._engine.decoder.model)
 
-        return await self._ask(CallWork(steps))
+        return await asyncio.wrap_future(self._submit(CallWork(steps), Demand()).future)
 
     def describe(self) -> dict[str, Any]:
         """Model, sources, limits and state, for `/v1/capabilities`."""
-        model, settings = self.model, self.settings
-        return {
-            "model": model.name,
-            "model_id": model.id,
-            "family": model.family,
-            "backend": "eager" if self._engine.graphs_off_because else "cuda_graph",
-            "graphs_off_because": self._engine.graphs_off_because or None,
-            "device": model.device,
-            "dtype": model.dtype,
-            "num_layers": model.n_layers,
-            "d_model": model.d_model,
-            "vocab_size": model.vocab_size,
-            "context_length": model.context_length,
-            "sae_sets": list(self.source_sets),
-            "sources": [source.name for source in self.sources],
-            "token_limit": self._token_limit,
-            "activation_token_limit": self._token_limit,
-            "max_tokens": self._max_tokens,
-            "max_num_results": settings.max_results,
-            "max_top_k": settings.max_top_k,
-            "max_result_values": settings.max_result_values,
-            "max_body_bytes": settings.max_body_bytes,
-            "max_concurrent_requests": settings.max_concurrent_requests,
-            "capture_points": list(self._engine.readable_places()),
-            "writes_available": list(self._engine.writable_places()),
-            "chat": model.has_chat_template,
-            "neurons": MLP_POST in self._engine.readable_places(),
-            "dfa": any(source.has_dfa for source in self.sources),
-            "sae_cache": self._store.stats(),
+        load = {
             "requests": {"inside": self._admission.inside.requests, **self.metrics.counts()},
-            "merges_completions": not self._engine.unmerged_because,
-            "unmerged_because": self._engine.unmerged_because or None,
-            "max_rows": settings.max_rows,
             "request_memory_bytes": self._admission.bounds.bytes,
             "running": self._worker.n_running,
             "waiting": self._worker.n_waiting,
-            **offered(self._engine.verdict, self.sources, chat=model.has_chat_template),
         }
+        return describe(self.settings, self.model, self._engine, self.shelf, load)
 
     # Inside
 
-    def _neurons(self, name: str) -> Source:
-        layer = int(name[:8])
-        if layer >= self.model.n_layers or len(name) > 8 or str(layer) != name:
-            raise UnknownSource(
-                f"Unknown source {name[:80]!r}: a bare integer names a layer's neurons, "
-                f"and the model has layers 0 to {self.model.n_layers - 1}."
-            )
-        point = Point(layer, MLP_POST)
-        self._engine.check(point)
-        width = self._engine.width(point)
-        return Source(name, NEURONS, layer, point.name, width, width, NEURONS)
-
-    async def _nearest_to_feature(self, source: Source, other: Source, index: int, limit: int) -> list[FeatureValue]:
-        check_index(other, index)
-
-        def run() -> Steps:
-            row = yield from self._questions.read(other, lambda reader: reader.decoder_row(index))
-            return (
-                yield from self._questions.read(source, lambda reader: list(reader.nearest_decoder_rows(row, limit)))
-            )
-
-        return await self._ask(CallWork(run))
-
-    @property
-    def _token_limit(self) -> int:
-        return min(self.settings.token_limit, self.model.context_length)
-
-    @property
-    def _max_tokens(self) -> int:
-        return min(self.settings.max_tokens, self.model.context_length)
-
-    def _check_prompts(self, prompts: Sequence[Tokens], *, at_least: int = 1) -> None:
-        """Raises InvalidRequest for a prompt with fewer tokens than the question needs, or with unknown ones."""
-        for prompt in prompts:
-            if len(prompt) < at_least:
-                short = f"has {len(prompt)} tokens, {at_least} needed" if prompt.ids and at_least > 1 else "is empty"
-                raise InvalidRequest(f"Prompt {short}.")
-            largest = max(prompt.ids)
-            if largest >= self.model.vocab_size:
-                name = prompt.strings[prompt.ids.index(largest)]
-                raise InvalidRequest(
-                    f"The model has no embedding for token {name!r} (id {largest}): its last id is "
-                    f"{self.model.vocab_size - 1}. The tokenizer knows more than the model; leave this token out."
-                )
-
     def _check_room(self, prompt: Tokens, sampling: Sampling) -> None:
-        self._check_prompts([prompt])
-        if len(prompt) + sampling.max_new_tokens > self._max_tokens:
+        check_prompts([prompt], self.model.vocab_size)
+        most = max_tokens(self.settings, self.model)
+        if len(prompt) + sampling.max_new_tokens > most:
             raise LimitExceeded(
                 f"No room to generate: the prompt is {len(prompt)} tokens and {sampling.max_new_tokens} are asked for, "
-                f"but the per-request budget (prompt + completion) is {self._max_tokens}. "
+                f"but the per-request budget (prompt + completion) is {most}. "
                 "Shorten the prompt, ask for fewer tokens, or start a new conversation."
             )
-
-    def _rows(self, prompt: Tokens, plans: Sequence[SteerPlan | None], sampling: Sampling) -> Steps:
-        """-> list[RowSpec]. Runs on the worker."""
-        special = tuple(place for place, is_special in enumerate(prompt.is_special) if is_special)
-        rows: list[RowSpec] = []
-        for plan in plans:
-            if plan is None:
-                rows.append(RowSpec(prompt.ids, sampling))
-            else:
-                steering = yield from self._steering.resolve(plan)
-                untouched = special if plan.skip_special_tokens else ()
-                rows.append(RowSpec(prompt.ids, sampling, steering, untouched))
-        return rows
-
-    async def _ask(self, work: CaptureWork | CallWork) -> Any:
-        if isinstance(work, CaptureWork):
-            for point in sorted(work.points):
-                self._engine.check(point)
-        demand = self._capture_demand(work) if isinstance(work, CaptureWork) else Demand()
-        return await asyncio.wrap_future(self._submit(work, demand).future)
 
     def _submit(self, work: Work, demand: Demand, *, on_event: Callable[[Any], None] | None = None) -> Ticket:
         permit = self._admission.permit(demand)
@@ -420,29 +232,12 @@ class Runtime:
         at_the_end(ticket.future, permit.release)
         return ticket
 
-    def _capture_demand(self, work: CaptureWork) -> Demand:
-        widths = [self._engine.width(point) for point in work.points if point.place != PATTERN]
+    def _demand(self, question: Question[Any]) -> Demand:
+        widths = [self._engine.width(point) for point in question.points if point.place != PATTERN]
         return self._costs.capture(
-            work.lengths,
+            [len(prompt) for prompt in question.prompts],
             widths,
-            work.reduce_bytes,
-            pattern=self._engine.makes_pattern(work.points),
-            n_patterns=len(work.points) - len(widths),
+            question.n_bytes,
+            pattern=self._engine.makes_pattern(question.points),
+            n_patterns=len(question.points) - len(widths),
         )
-
-
-class _Writing(AsyncIterator[tuple[Written, ...]]):
-    """Decode steps as text, on the reader's event loop."""
-
-    def __init__(self, events: TicketEvents, completions: Completions) -> None:
-        self._events = events
-        self._completions = completions
-
-    async def __anext__(self) -> tuple[Written, ...]:
-        return await self._completions.written(await anext(self._events))
-
-    async def rest(self, seconds: float) -> None:
-        await self._events.rest(seconds)
-
-    async def aclose(self) -> None:
-        await self._events.aclose()

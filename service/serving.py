@@ -89,7 +89,7 @@ class Serving:
         self._runtime.metrics.reset()
         self._started = time.monotonic()
         self._watching = asyncio.create_task(self._leave_when_unhealthy())
-        model, n_saes = self._runtime.model, len(self._runtime.sources)
+        model, n_saes = self._runtime.model, len(self._runtime.shelf.sources)
         seconds = time.monotonic() - started
         say(f"Ready: {model.name} on {model.device}, {n_saes} SAEs, {seconds:.2f} s after the snapshot")
         if snapshot.found_out() != self._found_out:

@@ -21,6 +21,7 @@ from neuronpedia_inference.checks.plain import METHODS, PlainSteer
 from neuronpedia_inference.checks.report import Check, Report, about
 from neuronpedia_inference.domain import Sampling, Source, Tokens, Written
 from neuronpedia_inference.errors import InferenceError, StartupError
+from neuronpedia_inference.questions import Projection, TopPerToken
 from neuronpedia_inference.saes.catalogue import resolve
 from neuronpedia_inference.settings import EMBEDDED_MODEL_ID
 from neuronpedia_inference.steering.plan import SteerMethod, SteerPlan, SteerVector
@@ -45,7 +46,7 @@ async def verify(runtime: Runtime) -> Report:
     """Every comparison. One that the runtime does not answer has failed."""
     asked = await _Asked.of(runtime)
     questions = [("capture", asked.capture(TEXTS))]
-    questions += [(f"features of {source.name}", asked.features(source)) for source in runtime.sources]
+    questions += [(f"features of {source.name}", asked.features(source)) for source in runtime.shelf.sources]
     questions += [(f"steered, {method}", asked.steered(method)) for method in METHODS]
     questions += [("effect", asked.effect()), ("merged", asked.merged()), ("streamed", asked.streamed())]
     return Report(about(runtime.model), [await _answered(name, question) for name, question in questions])
@@ -95,7 +96,7 @@ class _Asked:
         on_record = KNOWN.get(self._runtime.model.name)
         if on_record is None:
             return
-        found = (await self._runtime.projections(self._prompts[:1], self._hook, self._vector))[0][1:].tolist()
+        found = (await self._runtime.ask(Projection(self._prompts[:1], self._hook, self._vector)))[0][1:].tolist()
         if not all(abs(a - b) <= KNOWN_TOLERANCE for a, b in zip(found, on_record, strict=True)):
             raise StartupError(f"Self-test failed: {self._hook} gave {_few(found)}, on record are {_few(on_record)}")
 
@@ -108,7 +109,7 @@ class _Asked:
         expected = [await self._residuals(prompt) for prompt in prompts]
         v = torch.tensor(self._vector)
         for hook, place in hooks:
-            found = await self._runtime.projections(prompts, hook, self._vector)
+            found = await self._runtime.ask(Projection(prompts, hook, self._vector))
             for prompt, row, of_text in zip(prompts, found, expected, strict=True):
                 h = of_text[place].float().cpu()
                 apart = (torch.as_tensor(row) - h @ v).abs() / (h.norm(dim=1) * v.norm())
@@ -128,7 +129,7 @@ class _Asked:
             return Check(name, 0.0, self._bound, "", written)
         worst = _Worst()
         k = min(N_FEATURES, source.n_features)
-        found = await self._runtime.top_features(self._prompts, source, k)
+        found = await self._runtime.ask(TopPerToken(self._prompts, source, k))
         for prompt, top in zip(self._prompts, found, strict=True):
             x = (await self._residuals(prompt))[source.layer + (place == "hook_resid_post")]
             apart = _features_apart(written, x, torch.as_tensor(top.indices), torch.as_tensor(top.values), self._bound)

@@ -287,7 +287,7 @@ def _say_ready(runtime: Runtime, seconds: float) -> None:
 def _ready_line(runtime: Runtime, seconds: float) -> str:
     from neuronpedia_inference.observability import peak_memory_bytes
 
-    model, n_sources = runtime.model, len(runtime.sources)
+    model, n_sources = runtime.model, len(runtime.shelf.sources)
     saes = f"{n_sources} SAE{'' if n_sources == 1 else 's'}"
     peak = f"peak memory {peak_memory_bytes() / 2**20:.0f} MiB"
     return f"Ready in {seconds:.1f} s: {model.name} on {model.device}, {saes}, {peak}"

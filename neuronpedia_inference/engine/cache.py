@@ -17,12 +17,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from neuronpedia_inference.costs import COLUMNS_AT_ONCE
 from neuronpedia_inference.engine.rotation import Rotation
 
 ALL_LAYERS = "all"
 SLIDING = "sliding_attention"
-COLUMNS_AT_ONCE = 64
-"""Slots grow in steps of this many positions."""
 
 Inputs = dict[str, Any]
 """Arguments of the model's forward beside the ids."""

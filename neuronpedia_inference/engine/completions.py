@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from neuronpedia_inference.domain import TokenLogprob, Written
 from neuronpedia_inference.engine.protocol import RowStep
 from neuronpedia_inference.engine.tokens import TextCodec, TextStream
-from neuronpedia_inference.operations.pacing import Pace
+from neuronpedia_inference.pacing import Pace
 
 
 @dataclass
@@ -52,3 +53,32 @@ class Completions:
     def _logprob(self, step: RowStep, logprob: float) -> TokenLogprob:
         name = self._codec.token_string
         return TokenLogprob(name(step.token_id), logprob, tuple((name(i), value) for i, value in step.top))
+
+
+class StepEvents(Protocol):
+    """Decode steps as they come."""
+
+    async def __anext__(self) -> list[RowStep]: ...
+
+    async def rest(self, seconds: float) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Writing(AsyncIterator[tuple[Written, ...]]):
+    """Decode steps as text, on the reader's event loop."""
+
+    def __init__(self, events: StepEvents, completions: Completions) -> None:
+        self._events = events
+        self._completions = completions
+
+    async def __anext__(self) -> tuple[Written, ...]:
+        return await self._completions.written(await self._events.__anext__())
+
+    async def rest(self, seconds: float) -> None:
+        """Leave the work alone for so long, or until it has ended."""
+        await self._events.rest(seconds)
+
+    async def aclose(self) -> None:
+        """Stop the work; no effect once it has ended."""
+        await self._events.aclose()

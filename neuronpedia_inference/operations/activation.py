@@ -20,6 +20,7 @@ from neuronpedia_inference.errors import InvalidRequest, UnknownSource
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model, check_size, tokenize_prompts
 from neuronpedia_inference.operations.rendering import Entries, Rows
+from neuronpedia_inference.questions import Active, OneFeature, Projection, Strongest
 from neuronpedia_inference.schemas.activation import (
     ActivationAllBatchRequest,
     ActivationAllBatchResponse,
@@ -71,9 +72,9 @@ async def activation_all_batch(request: ActivationAllBatchRequest, rt: Runtime) 
 async def activation_source(request: ActivationSourceRequest, rt: Runtime) -> ActivationSourceResponse:
     """Everything that fires, per prompt. Raises UnknownSource, LimitExceeded."""
     check_model(request.model, rt)
-    source = rt.source(request.source)
+    source = rt.shelf.source(request.source)
     prompts = tokenize_prompts(rt, request.prompts, "once")
-    found = await rt.active_features(prompts, source, first=1 if prompts[0].has_bos else 0)
+    found = await rt.ask(Active(prompts, source, rt.settings.max_result_values, first=1 if prompts[0].has_bos else 0))
     return ActivationSourceResponse.model_construct(
         results=[
             ActivationSourceResult.model_construct(tokens=list(tokens.strings), activeFeatures=_pairs(active))
@@ -89,7 +90,7 @@ async def _single(request: FeatureOrVector, prompts: Sequence[str], rt: Runtime)
     if by_feature == by_vector:
         raise InvalidRequest(PAIR_RULE)
     if request.source is not None and request.index is not None:
-        return await _feature(rt.source(request.source), _index(request.index), prompts, rt)
+        return await _feature(rt.shelf.source(request.source), _index(request.index), prompts, rt)
     assert request.hook is not None, request
     assert request.vector is not None, request
     return await _projection(request.hook, request.vector, prompts, rt)
@@ -107,7 +108,7 @@ async def _feature(source: Source, index: int, prompts: Sequence[str], rt: Runti
     start = 1 if batch[0].has_bos and not source.is_neurons else 0
     if any(len(tokens) <= start for tokens in batch):
         raise InvalidRequest("Prompt is empty")
-    found = await rt.feature_activations(batch, source, index, dfa_from=start)
+    found = await rt.ask(OneFeature(batch, source, index, dfa_from=start))
     return [_result(tokens, one, start) for tokens, one in zip(batch, found, strict=True)]
 
 
@@ -116,7 +117,7 @@ async def _projection(
 ) -> list[ActivationSingleResponse]:
     """Nothing is left out or masked."""
     batch = tokenize_prompts(rt, prompts, "natural", allow_empty=False)
-    found = await rt.projections(batch, hook, vector)
+    found = await rt.ask(Projection(batch, hook, vector))
     return [_result(tokens, FeatureActivations(values), 0) for tokens, values in zip(batch, found, strict=True)]
 
 
@@ -161,7 +162,7 @@ async def _all(request: RankingFields, prompts: Sequence[str], rt: Runtime) -> l
     check_size(min(ranking.limit, sum(source.n_features for source in sources)), batch, "features", rt)
     if ranking.limit == 0:
         return [ActivationAllResponse(activations=[], tokens=list(tokens.strings)) for tokens in batch]
-    ranked = await rt.ranked_features(batch, sources, ranking)
+    ranked = await rt.ask(Strongest(batch, sources, ranking))
     return [
         ActivationAllResponse.model_construct(
             activations=Rows(len(found), lambda row, found=found: _ranked(found[row])), tokens=list(tokens.strings)
@@ -172,7 +173,7 @@ async def _all(request: RankingFields, prompts: Sequence[str], rt: Runtime) -> l
 
 def _selected(request: RankingFields, rt: Runtime) -> tuple[Source, ...]:
     """The sources named, each once, in the order named; all of the set when none is."""
-    members = {source.name: source for source in rt.source_set(request.source_set)}
+    members = {source.name: source for source in rt.shelf.source_set(request.source_set)}
     for name in request.selected_sources:
         if name not in members:
             raise UnknownSource.named(f"source of set {request.source_set!r}:", name, members)

@@ -20,12 +20,12 @@ from neuronpedia_inference.operations.activation import (
 )
 from neuronpedia_inference.operations.friendly import ACTIVATIONS, STEER, TOP_K
 from neuronpedia_inference.operations.operation import Events, Operation
-from neuronpedia_inference.operations.pacing import paced, paced_items
 from neuronpedia_inference.operations.rendering import Spelling, json_pieces, plain_pieces
 from neuronpedia_inference.operations.steer import STEER_COMPLETION, STEER_COMPLETION_CHAT
 from neuronpedia_inference.operations.tokenize import TOKENIZE
 from neuronpedia_inference.operations.top_k import ACTIVATION_TOPK_BY_TOKEN, ACTIVATION_TOPK_BY_TOKEN_BATCH
 from neuronpedia_inference.operations.vectors import UTIL_SAE_TOPK_BY_DECODER_COSSIM, UTIL_SAE_VECTOR
+from neuronpedia_inference.pacing import paced, paced_items
 from neuronpedia_inference.scheduler.stay import Stay
 from neuronpedia_inference.schemas.common import Wire, lists_of_objects
 

@@ -56,7 +56,7 @@ async def activations(request: ActivationsRequest, rt: Runtime) -> ActivationsRe
 
 async def top_k(request: TopKRequest, rt: Runtime) -> TopKResponse:
     """Raises InvalidRequest where the source must be named, and what activation/topk-by-token raises."""
-    source = _choose_source(request.source, rt.sources)
+    source = _choose_source(request.source, rt.shelf.sources)
     wire = ActivationTopkByTokenBatchRequest(
         prompts=_prompts(request.prompt),
         model=rt.model.id,
@@ -104,12 +104,12 @@ def _choose_source(named: str | None, candidates: Sequence[Source]) -> str:
 def _choose_set(request: ActivationsRequest, rt: Runtime) -> tuple[str, list[str]]:
     """Source set and the sources selected from it; no source means all of the set."""
     if request.source is not None:
-        return request.source_set or rt.source(request.source).source_set, [request.source]
+        return request.source_set or rt.shelf.source(request.source).source_set, [request.source]
     if request.source_set is not None:
         return request.source_set, []
-    if len(rt.source_sets) == 1:
-        return rt.source_sets[0], []
-    names = ", ".join(rt.source_sets[:12]) or "none"
+    if len(rt.shelf.source_sets) == 1:
+        return rt.shelf.source_sets[0], []
+    names = ", ".join(rt.shelf.source_sets[:12]) or "none"
     raise InvalidRequest(f"source_set: name one, there is not exactly one to choose. Available: {names}")
 
 
@@ -141,13 +141,13 @@ async def _strongest(request: ActivationsRequest, rt: Runtime) -> ActivationsRes
 async def _one_feature(request: ActivationsRequest, index: int, rt: Runtime) -> ActivationsResponse:
     if not request.ignore_bos:
         raise InvalidRequest("ignore_bos: must be true with index, whose values never include a BOS token")
-    candidates = rt.sources if request.source_set is None else rt.source_set(request.source_set)
+    candidates = rt.shelf.sources if request.source_set is None else rt.shelf.source_set(request.source_set)
     source = _choose_source(request.source, candidates)
     wire = ActivationSingleBatchRequest(
         prompts=_prompts(request.prompt), model=rt.model.id, source=source, index=str(index)
     )
     answer = await activation_single_batch(wire, rt)
-    label = rt.label(source, index)
+    label = rt.shelf.label(source, index)
     return ActivationsResponse(
         results=[
             ActivationsResult(
@@ -166,7 +166,7 @@ def _each(items: Sequence[T], turn: Callable[[T], U]) -> Rows[U]:
 
 def _labelled(one: ActivationAllFeature, rt: Runtime) -> LabelledFeature:
     fields = {name: value for name, value in one.__dict__.items() if name != "sum_values"}
-    return LabelledFeature(**fields, label=rt.label(one.source, one.index))
+    return LabelledFeature(**fields, label=rt.shelf.label(one.source, one.index))
 
 
 def _labelled_token(one: ActivationTopkByTokenResult, source: str, rt: Runtime) -> LabelledToken:
@@ -175,7 +175,8 @@ def _labelled_token(one: ActivationTopkByTokenResult, source: str, rt: Runtime) 
         token=one.token,
         is_special=one.is_special,
         top_features=[
-            LabelledTopFeature(**top.__dict__, label=rt.label(source, top.feature_index)) for top in one.top_features
+            LabelledTopFeature(**top.__dict__, label=rt.shelf.label(source, top.feature_index))
+            for top in one.top_features
         ],
     )
 
@@ -210,7 +211,7 @@ def _steer_features(request: SteerRequest, rt: Runtime) -> list[NPSteerFeature] 
     return [
         NPSteerFeature(
             model=rt.model.id,
-            source=_choose_source(one.source, rt.sources),
+            source=_choose_source(one.source, rt.shelf.sources),
             index=one.index,
             strength=one.strength,
         )

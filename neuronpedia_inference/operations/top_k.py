@@ -10,6 +10,7 @@ from neuronpedia_inference.errors import LimitExceeded
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model, check_size, tokenize_prompts
 from neuronpedia_inference.operations.rendering import Rows
+from neuronpedia_inference.questions import TopPerToken
 from neuronpedia_inference.schemas.activation import (
     ActivationTopkByTokenBatchRequest,
     ActivationTopkByTokenBatchResponse,
@@ -40,11 +41,11 @@ async def activation_topk_by_token_batch(
 
 async def _top_k(request: TopkFields, prompts: Sequence[str], rt: Runtime) -> list[ActivationTopkByTokenResponse]:
     check_model(request.model, rt)
-    source = rt.source(request.source)
+    source = rt.shelf.source(request.source)
     batch = tokenize_prompts(rt, prompts, "once")
     k = min(DEFAULT_TOP_K if request.top_k is None else _checked(request.top_k, rt), source.n_features)
     check_size(k, batch, "features", rt)
-    found = await rt.top_features(batch, source, k)
+    found = await rt.ask(TopPerToken(batch, source, k))
     start = 1 if request.ignore_bos and batch[0].has_bos else 0
     return [_result(tokens, top, start) for tokens, top in zip(batch, found, strict=True)]
 

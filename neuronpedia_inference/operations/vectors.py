@@ -8,6 +8,7 @@ from neuronpedia_inference.domain import Source
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model
+from neuronpedia_inference.questions import EncoderColumn, NearestRows
 from neuronpedia_inference.schemas.common import NPFeature
 from neuronpedia_inference.schemas.util import (
     UtilSaeTopkByDecoderCossimFeature,
@@ -28,7 +29,7 @@ async def util_sae_vector(request: UtilSaeVectorRequest, rt: Runtime) -> UtilSae
     """The encoder column. Raises UnknownSource, and InvalidRequest for neurons or an index out of range."""
     check_model(request.model, rt)
     source = _sae(request.source, rt)
-    column = await rt.encoder_column(source, request.index)
+    column = await rt.ask(EncoderColumn(source, request.index))
     return UtilSaeVectorResponse(vector=list(column), hookName=source.hook)
 
 
@@ -40,12 +41,9 @@ async def util_sae_topk_by_decoder_cossim(
     if (request.feature is None) == (request.vector is None):
         raise InvalidRequest(QUERY_RULE)
     source = _sae(request.source, rt)
-    query = request.vector
-    if request.feature is not None:
-        query = (_sae(request.feature.source, rt), request.feature.index)
-    assert query is not None, request
+    feature = request.feature and (_sae(request.feature.source, rt), request.feature.index)
     limit = min(request.num_results, MAX_NEAREST, source.n_features)
-    nearest = await rt.nearest_decoder_rows(source, query, limit)
+    nearest = await rt.ask(NearestRows(source, limit, request.vector or (), feature))
     return UtilSaeTopkByDecoderCossimResponse(
         feature=request.feature,
         topk_decoder_cossim_features=[
@@ -59,7 +57,7 @@ async def util_sae_topk_by_decoder_cossim(
 
 
 def _sae(name: str, rt: Runtime) -> Source:
-    source = rt.source(name)
+    source = rt.shelf.source(name)
     if source.is_neurons:
         raise InvalidRequest(f"Source {name!r} stands for neurons, which have no SAE vectors")
     return source

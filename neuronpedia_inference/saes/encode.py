@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from neuronpedia_inference.domain import FeatureValue, Source
+from neuronpedia_inference.costs import COPIED_NUMBERS
+from neuronpedia_inference.domain import READ_BY_COLUMN, FeatureValue, Source
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.saes.order import stable_topk
 
@@ -20,8 +21,6 @@ MAX_NEAREST = 128
 _ROWS_AT_ONCE = 8192
 ACROSS_LAYERS = "cross_layer_transcoder"
 """One layer of it: features read there, and write to every later layer."""
-COPIED_NUMBERS = 2**22
-"""Weights of a gated encoder that are scaled at once."""
 
 
 class FeatureReader(Protocol):
@@ -233,8 +232,4 @@ _BY_COLUMN: dict[str, _Encoder] = {
     "jumprelu_skip_transcoder": _jumprelu_columns,
     "gated": _gated_columns,
 }
-
-
-def encodes_by_column(source: Source) -> bool:
-    """Whether a feature is computed without all the others, so that memory is a block's and not the source's."""
-    return source.is_neurons or source.architecture in _BY_COLUMN
+assert _BY_COLUMN.keys() == READ_BY_COLUMN, _BY_COLUMN.keys() ^ READ_BY_COLUMN

@@ -1,50 +1,47 @@
 """From activations of one prompt to columns of plain numbers. NaN and infinity raise EngineFailed.
 
-Features are computed in blocks, so wide sources do not need memory for all of them. At the peak, for a prompt of `pos`
-tokens and a source of F features, in float32:
-
-block   4 bytes × min(pos × F, max(2²², 256 × pos))
-peak    6 × block + 16 × pos × width bytes; 8 × pos × F more for architectures that compare features (TopK and others),
-        16 MiB more for gated ones
-
-The results come on top (`features.py`). What goes over blocks is a generator that pauses between them, so that others
+Features are computed in blocks, so wide sources do not need memory for all of them (`costs.py` says how much).
+What goes over blocks is a generator that pauses between them, so that others
 may have a turn on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from neuronpedia_inference.domain import ActiveFeatures, Dfa, Numbers, RankedFeatures, Ranking, Source, TopFeatures
-from neuronpedia_inference.errors import EngineFailed
-from neuronpedia_inference.saes.encode import COPIED_NUMBERS, FeatureReader, encodes_by_column
+from neuronpedia_inference.costs import BLOCK_ELEMENTS
+from neuronpedia_inference.domain import ActiveFeatures, Dfa, Numbers, RankedFeatures, Ranking, TopFeatures
+from neuronpedia_inference.errors import EngineFailed, InvalidRequest
+from neuronpedia_inference.saes.encode import FeatureReader
 from neuronpedia_inference.saes.order import merge_topk, stable_topk
 
 T = TypeVar("T")
 Pauses = Generator[None, None, T]
 """Work that may be left between two steps; returns its result."""
 
-BLOCK_ELEMENTS = 2**22
-"""Activations computed at once: 16 MiB in float32."""
-
-
-def peak_bytes(source: Source, n_positions: int) -> int:
-    """Memory that reducing one prompt takes at the most, its results aside; the formula above."""
-    every = n_positions * source.n_features
-    block = min(every, max(BLOCK_ELEMENTS, 256 * n_positions))
-    compared = 0 if encodes_by_column(source) else 8 * every
-    copied = 4 * COPIED_NUMBERS if source.architecture == "gated" else 0
-    return 24 * block + 16 * n_positions * source.width + compared + copied
-
 
 def feature_values(reader: FeatureReader, x: Tensor, index: int) -> Numbers:
     """One feature at every position: [pos, width] -> [pos]."""
     values = reader.encode_feature(x, index)
     _require_finite(values, reader)
+    return on_host(values)
+
+
+def projections(hidden: Tensor, vector: Sequence[float], hook: str) -> Numbers:
+    """h·v at every position, the vector in the activation's dtype: [pos, width] -> [pos].
+
+    Raises InvalidRequest if the vector is too large for it.
+    """
+    direction = torch.tensor(vector, dtype=hidden.dtype, device=hidden.device)
+    values = (hidden @ direction).float()
+    if not bool(values.isfinite().all()):
+        if bool(hidden.isfinite().all()):
+            raise InvalidRequest(f"The vector is too large: its product with {hook} is not finite.")
+        raise EngineFailed(f"The model gave a value that is not finite at {hook!r}.")
     return on_host(values)
 
 

@@ -4,36 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 
+from neuronpedia_inference.costs import Demand
 from neuronpedia_inference.errors import LimitExceeded, Overloaded
-
-
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """What a request takes while it is inside, or what a server has for all of them."""
-
-    requests: int = 1
-    rows: int = 0
-    """Sequences to generate."""
-    tokens: int = 0
-    """Prompt tokens to run through the model."""
-    bytes: int = 0
-    """Memory at the most."""
-
-    def __add__(self, other: Demand) -> Demand:
-        return self._with(other, 1)
-
-    def __sub__(self, other: Demand) -> Demand:
-        return self._with(other, -1)
-
-    def beyond(self, bounds: Demand) -> str | None:
-        """The first bound that is broken, by name."""
-        return next((f.name for f in fields(self) if getattr(self, f.name) > getattr(bounds, f.name)), None)
-
-    def _with(self, other: Demand, sign: int) -> Demand:
-        return Demand(*(getattr(self, f.name) + sign * getattr(other, f.name) for f in fields(self)))
-
 
 NOTHING = Demand(requests=0)
 

@@ -63,8 +63,6 @@ class CaptureWork:
     """engine.points.Point"""
     reduce: Callable[[list[Any]], Steps]
     """Gets one mapping of point to tensor per prompt."""
-    reduce_bytes: int = 0
-    """Memory that `reduce` takes at the most, beside what was captured."""
 
     @property
     def lengths(self) -> list[int]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from neuronpedia_inference.domain import MAX_STEERS, Source
+from neuronpedia_inference.domain import MAX_STEERS, Sampling, Tokens
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.points import Point
-from neuronpedia_inference.engine.protocol import Steering
+from neuronpedia_inference.engine.protocol import RowSpec, Steering
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
-from neuronpedia_inference.saes.store import SaeStore
+from neuronpedia_inference.questions.checks import check_index, check_vector
+from neuronpedia_inference.saes.shelf import Shelf
 from neuronpedia_inference.scheduler.jobs import Steps
 from neuronpedia_inference.steering.apply import unit
 from neuronpedia_inference.steering.plan import Steer, SteerFeature, SteerMethod, SteerPlan, SteerVector
@@ -23,10 +23,9 @@ from neuronpedia_inference.steering.plan import Steer, SteerFeature, SteerMethod
 class SteerResolver:
     """Knows the model's points and the SAEs' decoder rows."""
 
-    def __init__(self, engine: ModelEngine, store: SaeStore, find_source: Callable[[str], Source]) -> None:
+    def __init__(self, engine: ModelEngine, shelf: Shelf) -> None:
         self._engine = engine
-        self._store = store
-        self._find_source = find_source
+        self._shelf = shelf
 
     def checks(self, plan: SteerPlan) -> Generator[None, None, None]:
         """Raises LimitExceeded, InvalidRequest, UnknownSource or UnknownPoint; a yield after each steer. No tensors."""
@@ -44,16 +43,30 @@ class SteerResolver:
     def points(self, plan: SteerPlan) -> set[Point]:
         """Where a checked plan steers."""
         return {
-            Point.parse(s.hook if isinstance(s, SteerVector) else self._find_source(s.source).hook) for s in plan.steers
+            Point.parse(s.hook if isinstance(s, SteerVector) else self._shelf.source(s.source).hook)
+            for s in plan.steers
         }
+
+    def rows(self, prompt: Tokens, plans: Sequence[SteerPlan | None], sampling: Sampling) -> Steps:
+        """-> list[RowSpec], one per plan; None is not steered. Runs on the worker."""
+        special = tuple(place for place, is_special in enumerate(prompt.is_special) if is_special)
+        found: list[RowSpec] = []
+        for plan in plans:
+            if plan is None:
+                found.append(RowSpec(prompt.ids, sampling))
+            else:
+                steering = yield from self.resolve(plan)
+                untouched = special if plan.skip_special_tokens else ()
+                found.append(RowSpec(prompt.ids, sampling, steering, untouched))
+        return found
 
     def resolve(self, plan: SteerPlan) -> Steps:
         """-> tuple[Steering, ...]: the steers as tensors on the engine's device. Runs on the worker."""
         found: list[Steering] = []
         for steer in plan.steers:
             if isinstance(steer, SteerFeature):
-                source = self._find_source(steer.source)
-                with (yield self._store.request(source.name)) as reader:
+                source = self._shelf.source(steer.source)
+                with (yield self._shelf.request(source)) as reader:
                     vector = reader.decoder_row(steer.index)
                 found.append(self._steering(Point.parse(source.hook), vector, steer, plan))
             else:
@@ -62,7 +75,7 @@ class SteerResolver:
         return tuple(found)
 
     def _check_feature(self, steer: SteerFeature) -> None:
-        source = self._find_source(steer.source)
+        source = self._shelf.source(steer.source)
         if source.is_neurons:
             raise InvalidRequest(f"Source {source.name!r} is MLP neurons, which have no decoder row to steer with.")
         check_index(source, steer.index)
@@ -91,21 +104,3 @@ class SteerResolver:
         if not math.isfinite(norm) or (needs_direction and norm == 0):
             raise InvalidRequest(f"The steering vector at {point.name!r} has the norm {norm:g} and no direction.")
         return Steering(point, unit(vector) if plan.normalize else vector, steer.coefficient, plan.method)
-
-
-def check_index(source: Source, index: int) -> None:
-    """Raises InvalidRequest unless 0 <= index < n_features."""
-    if not 0 <= index < source.n_features:
-        raise InvalidRequest(
-            f"Feature index {index} is out of range for {source.name}, which has {source.n_features} features "
-            f"(0 to {source.n_features - 1})."
-        )
-
-
-def check_vector(vector: Sequence[float], width: int, where: str) -> None:
-    """Raises InvalidRequest for the wrong length or a number that is not finite in float32."""
-    if len(vector) != width:
-        raise InvalidRequest(f"The vector for {where!r} has {len(vector)} numbers; {width} are needed.")
-    is_finite = np.abs(np.asarray(vector, dtype=np.float64)) <= np.finfo(np.float32).max
-    if not is_finite.all():
-        raise InvalidRequest(f"The vector for {where!r} is not finite in float32 at position {is_finite.argmin()}.")

@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from neuronpedia_inference.errors import BodyTooLarge, Overloaded, RequestTimeout
 from neuronpedia_inference.operations import InvalidBody
-from neuronpedia_inference.operations.pacing import paced
+from neuronpedia_inference.pacing import paced
 from neuronpedia_inference.web.parsing import MAX_CONTAINERS, n_containers, parsed
 
 BODIES_AT_ONCE = 16

@@ -10,6 +10,7 @@ from typing import Any
 
 from neuronpedia_inference.domain import Ranking, Sampling
 from neuronpedia_inference.errors import StartupError
+from neuronpedia_inference.questions import OneFeature, Strongest
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.steering.plan import SteerFeature, SteerPlan
@@ -19,14 +20,14 @@ PROMPT = "Hello, hub!"
 
 async def answers(runtime: Runtime) -> dict[str, Any]:
     prompt = runtime.tokenize(PROMPT, "once")
-    source = runtime.sources[-1]
+    source = runtime.shelf.sources[-1]
     plan = SteerPlan((SteerFeature(source.name, 3, 40.0),))
     texts = runtime.generate(prompt, [plan, None], Sampling(8), stream=False)
-    [ranked] = await runtime.ranked_features([prompt], runtime.sources, Ranking(4))
+    [ranked] = await runtime.ask(Strongest([prompt], runtime.shelf.sources, Ranking(4)))
     return {
         "ids": prompt.ids,
-        "sources": [asdict(s) for s in runtime.sources],
-        "values": (await runtime.feature_activations([prompt], source, 3))[0].values.tolist(),
+        "sources": [asdict(s) for s in runtime.shelf.sources],
+        "values": (await runtime.ask(OneFeature([prompt], source, 3)))[0].values.tolist(),
         "ranked": [(row.source, row.index, row.values.tolist()) for row in map(ranked.__getitem__, range(4))],
         "generated": [row.token_ids for row in await anext(texts)],
         "known_names": runtime.model.known_names,

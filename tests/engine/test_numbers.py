@@ -180,7 +180,7 @@ def test_active_features_are_exactly_the_non_zero_ones(runtime: Runtime, folder:
 
 @pytest.mark.parametrize("source_set", ["res-4k", "std", "jump", "topk", "gated", "btk"])
 def test_all_features_equal_the_reference(runtime: Runtime, folder: Path, source_set: str) -> None:
-    sources = [s.name for s in runtime.source_set(source_set)]
+    sources = [s.name for s in runtime.shelf.source_set(source_set)]
     for prompt in prompts():
         want = torch.cat([expected(source, prompt, folder) for source in sources], dim=1)
         want[0] = 0

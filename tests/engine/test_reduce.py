@@ -26,9 +26,10 @@ from sae_lens import (
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
+from neuronpedia_inference import costs
+from neuronpedia_inference.costs import ACTIVE_BYTES, RANKED_BYTES, TOP_BYTES, peak_bytes
 from neuronpedia_inference.domain import RankedFeature, Ranking, Source
 from neuronpedia_inference.errors import EngineFailed
-from neuronpedia_inference.features import ACTIVE_BYTES, RANKED_BYTES, TOP_BYTES
 from neuronpedia_inference.saes import reduce
 from neuronpedia_inference.saes.encode import FeatureReader, LoadedSae, NeuronReader
 from neuronpedia_inference.saes.order import merge_topk, stable_topk
@@ -405,13 +406,14 @@ class TestMemory:
     @pytest.fixture(autouse=True)
     def _real_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(reduce, "BLOCK_ELEMENTS", 2**20)
+        monkeypatch.setattr(costs, "BLOCK_ELEMENTS", 2**20)
 
     @pytest.mark.parametrize("architecture", ARCHITECTURES)
     @pytest.mark.parametrize(("n_pos", "width", "n_features"), [(16, 512, 32768), (200, 64, 32768), (64, 64, 1024)])
     def test_stays_within_the_formula(self, architecture: str, n_pos: int, width: int, n_features: int) -> None:
         reader = random_sae(architecture, width, n_features)
         x = torch.randn(n_pos, width)
-        bound = reduce.peak_bytes(reader.source, n_pos)
+        bound = peak_bytes(reader.source, n_pos)
         kept = 8 * n_pos * 30 * 2 + 2**16
 
         def rank() -> None:
@@ -429,7 +431,7 @@ class TestMemory:
     def test_results_stay_within_what_is_admitted_for_them(self, n_pos: int, n_features: int) -> None:
         """Neurons have no zeros: everything is active, which is the most that can be found."""
         reader, x = reader_of("3", n_features), torch.rand(n_pos, n_features) + 0.1
-        bound = reduce.peak_bytes(reader.source, n_pos)
+        bound = peak_bytes(reader.source, n_pos)
 
         def rank() -> None:
             ranker = FeatureRanker(Ranking(1000))

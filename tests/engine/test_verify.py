@@ -145,7 +145,7 @@ def unanswered(patch: pytest.MonkeyPatch, _: Runtime) -> None:
 
 
 def other_bias(patch: pytest.MonkeyPatch, runtime: Runtime) -> None:
-    with runtime._store.lease("1-res-tiny") as reader:
+    with runtime.shelf._store.lease("1-res-tiny") as reader:
         bias = reader.module.b_enc  # pyright: ignore[reportAttributeAccessIssue]
         patch.setattr(bias, "data", bias.data + 0.01)
 
@@ -186,7 +186,7 @@ def test_a_broken_engine_is_red_where_it_is_broken(
         report = asyncio.run(verify(llama))
     assert not report.passed
     assert wrong(report) >= named, report
-    quiet = {"capture"} | {f"features of {source.name}" for source in llama.sources}
+    quiet = {"capture"} | {f"features of {source.name}" for source in llama.shelf.sources}
     if fault in (stronger, dropped, dropped_while_decoding, other_cap, words_lost, swapped_in_batches):
         assert not wrong(report) & quiet
     if fault is other_bias:

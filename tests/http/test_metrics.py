@@ -138,7 +138,7 @@ def test_what_reaches_no_operation_does_not_count(http: httpx.Client, locked_ser
     ],
 )
 def test_faults(runtime: Runtime, serve: Serve, exc: Exception, outcome: str) -> None:
-    faulty = Wrapped(runtime, feature_activations=partial(raising, exc))
+    faulty = Wrapped(runtime, ask=partial(raising, exc))
     with serve(small_settings(), lambda: faulty).client() as client, counting(client, **{outcome: 1}):
         assert client.post("/v1/activation/single", json=SINGLE).status_code >= 500
 

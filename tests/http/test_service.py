@@ -191,7 +191,7 @@ def test_a_client_that_sends_a_large_body_to_its_end_reads_the_refusal(runtime: 
 def test_a_fault_is_answered_and_the_next_request_served(
     runtime: Runtime, serve: Serve, caplog: pytest.LogCaptureFixture, exc: Exception, status: int, code: str
 ) -> None:
-    faulty = Wrapped(runtime, feature_activations=partial(raising, exc))
+    faulty = Wrapped(runtime, ask=partial(raising, exc))
     with serve(small_settings(), lambda: faulty).client() as client, caplog.at_level(logging.ERROR):
         answer = client.post("/v1/activation/single", json=SINGLE)
         assert (answer.status_code, answer.json()["code"]) == (status, code)
@@ -204,10 +204,10 @@ def test_a_fault_is_answered_and_the_next_request_served(
 
 
 def test_numbers_that_json_cannot_say(runtime: Runtime, serve: Serve) -> None:
-    async def not_a_number(prompts: Any, *_: Any, **__: Any) -> list[FeatureActivations]:
-        return [FeatureActivations(np.full(len(prompt), np.nan)) for prompt in prompts]
+    async def not_a_number(question: Any) -> list[FeatureActivations]:
+        return [FeatureActivations(np.full(len(prompt), np.nan)) for prompt in question.prompts]
 
-    broken = Wrapped(runtime, feature_activations=not_a_number)
+    broken = Wrapped(runtime, ask=not_a_number)
     with serve(small_settings(), lambda: broken).client() as client:
         answer = client.post("/v1/activation/single", json=SINGLE)
     assert answer.status_code == 500

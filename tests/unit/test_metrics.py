@@ -128,7 +128,7 @@ def test_a_caller_that_leaves_cancels() -> None:
     async def never(*_: Any, **__: Any) -> None:
         await asyncio.sleep(3600)
 
-    runtime.feature_activations = never
+    runtime.ask = never
     asyncio.run(leave(runtime))
     assert requests(runtime.metrics) == {("activation_single", "cancelled"): 1}
 

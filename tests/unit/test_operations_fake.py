@@ -38,6 +38,15 @@ from neuronpedia_inference.domain import (
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownSource
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.operations import answer, by_name
+from neuronpedia_inference.questions import (
+    Active,
+    EncoderColumn,
+    NearestRows,
+    OneFeature,
+    Projection,
+    Strongest,
+    TopPerToken,
+)
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.steering.plan import SteerPlan
 
@@ -86,6 +95,7 @@ class FakeRuntime:
         self.completions = completions
         self.template_tail = template_tail
         self.value = value
+        self.shelf = self
         self.vocabulary: list[str] = [BOS]
         self.calls: list[tuple[str, Any]] = []
         self.closed = 0
@@ -155,7 +165,29 @@ class FakeRuntime:
     def column(self, tokens: Tokens, feature: int) -> tuple[float, ...]:
         return tuple(self.at(tokens, position, feature) for position in range(len(tokens)))
 
-    async def feature_activations(
+    async def ask(self, question: Any) -> Any:
+        match question:
+            case OneFeature():
+                return self.feature_activations(
+                    question.prompts, question.source, question.index, dfa_from=question.dfa_from
+                )
+            case Projection():
+                return self.projections(question.prompts, question.hook, question.vector)
+            case Strongest():
+                return self.ranked_features(question.prompts, question.sources, question.ranking)
+            case TopPerToken():
+                return self.top_features(question.prompts, question.source, question.k)
+            case Active():
+                return [self._active(tokens, question.first) for tokens in question.prompts]
+            case EncoderColumn():
+                return tuple(float(question.index + place) for place in range(question.source.width))
+            case NearestRows():
+                query = question.feature or question.vector
+                self.calls.append(("nearest_decoder_rows", (question.source.name, query, question.limit)))
+                return [FeatureValue(index, 1.0 - index / 10) for index in range(question.limit)]
+        raise AssertionError(question)
+
+    def feature_activations(
         self, prompts: Sequence[Tokens], source: Source, index: int, *, dfa_from: int = 0
     ) -> list[FeatureActivations]:
         self.calls.append(("feature_activations", (source.name, index, dfa_from)))
@@ -171,11 +203,11 @@ class FakeRuntime:
         shares = [50.0 if place == 0 else place / 10 for place in range(len(values))]
         return FeatureActivations(np.array(values), Dfa(np.array(shares), target))
 
-    async def projections(self, prompts: Sequence[Tokens], hook: str, vector: Sequence[float]) -> list[Numbers]:
+    def projections(self, prompts: Sequence[Tokens], hook: str, vector: Sequence[float]) -> list[Numbers]:
         self.calls.append(("projections", (hook, tuple(vector))))
         return [np.array(self.column(tokens, 0)) for tokens in prompts]
 
-    async def ranked_features(
+    def ranked_features(
         self, prompts: Sequence[Tokens], sources: Sequence[Source], ranking: Ranking
     ) -> list[RankedFeatures]:
         self.calls.append(("ranked_features", ([source.name for source in sources], ranking)))
@@ -198,7 +230,7 @@ class FakeRuntime:
         numbers, indices, rows_of_values, largest, sums = (np.array(column) for column in columns[:5])
         return RankedFeatures(names, numbers, indices, rows_of_values, largest, sums, dfa)
 
-    async def top_features(self, prompts: Sequence[Tokens], source: Source, k: int) -> list[TopFeatures]:
+    def top_features(self, prompts: Sequence[Tokens], source: Source, k: int) -> list[TopFeatures]:
         self.calls.append(("top_features", (source.name, k)))
         return [self._top(tokens, k) for tokens in prompts]
 
@@ -206,11 +238,6 @@ class FakeRuntime:
         values = np.array([[self.at(tokens, place, i) for i in range(N_FEATURES)] for place in range(len(tokens))])
         indices = np.argsort(-values, axis=1, kind="stable")[:, :k]
         return TopFeatures(indices, np.take_along_axis(values, indices, axis=1))
-
-    async def active_features(
-        self, prompts: Sequence[Tokens], source: Source, *, first: int = 0
-    ) -> list[ActiveFeatures]:
-        return [self._active(tokens, first) for tokens in prompts]
 
     def _active(self, tokens: Tokens, first: int) -> ActiveFeatures:
         found: dict[int, list[tuple[int, float]]] = {}
@@ -222,15 +249,6 @@ class FakeRuntime:
         starts = np.concatenate(([0], ends[:-1])).astype(int)
         places, values = zip(*(pair for entries in found.values() for pair in entries), strict=True)
         return ActiveFeatures(np.array(list(found)), starts, ends, np.array(places), np.array(values))
-
-    async def encoder_column(self, source: Source, index: int) -> tuple[float, ...]:
-        return tuple(float(index + place) for place in range(source.width))
-
-    async def nearest_decoder_rows(
-        self, source: Source, query: Sequence[float] | tuple[Source, int], limit: int
-    ) -> list[FeatureValue]:
-        self.calls.append(("nearest_decoder_rows", (source.name, query, limit)))
-        return [FeatureValue(index, 1.0 - index / 10) for index in range(limit)]
 
     async def check_steering(self, plan: SteerPlan) -> None:
         self.calls.append(("check_steering", plan))
@@ -305,17 +323,19 @@ def client_reads(name: str, body: dict[str, Any]) -> Any:
 
 def test_the_stand_in_has_every_method_of_the_real_runtime():
     """Read from the source text, because importing it would import torch."""
-    text = (Path(neuronpedia_inference.__file__).parent / "runtime.py").read_text(encoding="utf-8")
-    [real] = [n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "Runtime"]
+    package = Path(neuronpedia_inference.__file__).parent
     compared = 0
-    for method in real.body:
-        if not isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef) or method.name.startswith("_"):
-            continue
-        fake = getattr(FakeRuntime, method.name, None)
-        if fake is None or isinstance(fake, property):
-            continue
-        wanted = [a.arg for a in (*method.args.args, *method.args.kwonlyargs)]
-        assert list(inspect.signature(fake).parameters) == wanted, method.name
-        assert inspect.iscoroutinefunction(fake) == isinstance(method, ast.AsyncFunctionDef), method.name
-        compared += 1
-    assert compared >= 14
+    for file, name in (("runtime.py", "Runtime"), ("saes/shelf.py", "Shelf")):
+        text = (package / file).read_text(encoding="utf-8")
+        [real] = [n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == name]
+        for method in real.body:
+            if not isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef) or method.name.startswith("_"):
+                continue
+            fake = getattr(FakeRuntime, method.name, None)
+            if fake is None or isinstance(fake, property):
+                continue
+            wanted = [a.arg for a in (*method.args.args, *method.args.kwonlyargs)]
+            assert list(inspect.signature(fake).parameters) == wanted, method.name
+            assert inspect.iscoroutinefunction(fake) == isinstance(method, ast.AsyncFunctionDef), method.name
+            compared += 1
+    assert compared >= 10

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronpedia_inference.scheduler.admission import Admission, Demand
+from neuronpedia_inference.costs import Demand
+from neuronpedia_inference.scheduler.admission import Admission
 from neuronpedia_inference.scheduler.pace import BETWEEN_STEPS, LEAST_TOKENS, UNTRIED_TOKENS, Pace
 from neuronpedia_inference.scheduler.stay import Stay, at_the_end
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neuronpedia_inference.costs import Demand
 from neuronpedia_inference.errors import LimitExceeded, Overloaded
-from neuronpedia_inference.scheduler.admission import Admission, Demand
+from neuronpedia_inference.scheduler.admission import Admission
 from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, GenerateWork, Job, Steps
 from neuronpedia_inference.scheduler.policy import Limits, UnderWay, plan_tick
 

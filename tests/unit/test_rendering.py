@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from neuronpedia_inference import pacing
 from neuronpedia_inference.errors import EngineFailed
-from neuronpedia_inference.operations import pacing, rendering
-from neuronpedia_inference.operations.pacing import paced, paced_items
+from neuronpedia_inference.operations import rendering
 from neuronpedia_inference.operations.rendering import Entries, Rows, Spelling, json_pieces, plain_pieces
+from neuronpedia_inference.pacing import paced, paced_items
 from neuronpedia_inference.schemas.common import ALSO_SNAKE, Reply
 
 

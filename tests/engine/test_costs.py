@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from neuronpedia_inference.demand import Costs
+from neuronpedia_inference.costs import COLUMNS_AT_ONCE, Costs
 from neuronpedia_inference.domain import Sampling
-from neuronpedia_inference.engine.cache import COLUMNS_AT_ONCE, RowCache
+from neuronpedia_inference.engine.cache import RowCache
 from neuronpedia_inference.engine.generation import Lane
 from neuronpedia_inference.engine.memory import free_bytes
 from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.engine.protocol import RowId, RowSpec
 from neuronpedia_inference.operations import by_name, validate
-from neuronpedia_inference.steering.resolve import check_vector
+from neuronpedia_inference.questions.checks import check_vector
 from neuronpedia_inference.web.parsing import parsed
 from tests import models
 from tests.allocation import allocated_at_the_peak

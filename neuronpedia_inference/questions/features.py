@@ -1,0 +1,256 @@
+"""Questions about what features do on prompts.
+
+The reductions are imported where they run, on the worker: whoever only makes or checks a question has no need of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from neuronpedia_inference.costs import ACTIVE_BYTES, RANKED_BYTES, TOP_BYTES, reduce_bytes
+from neuronpedia_inference.domain import (
+    ActiveFeatures,
+    Dfa,
+    FeatureActivations,
+    Numbers,
+    RankedFeatures,
+    Ranking,
+    Source,
+    Tokens,
+    TopFeatures,
+)
+from neuronpedia_inference.engine.points import HOOK_V, PATTERN, Point
+from neuronpedia_inference.engine.protocol import Captured
+from neuronpedia_inference.errors import LimitExceeded
+from neuronpedia_inference.questions.checks import check_index, check_prompts, check_vector
+from neuronpedia_inference.questions.question import Places, Weights
+
+if TYPE_CHECKING:
+    from neuronpedia_inference.saes.encode import FeatureReader
+
+T = TypeVar("T")
+Steps = Generator[Future[Any] | None, Any, T]
+"""As `scheduler.jobs.Steps`, with what they return."""
+
+
+@dataclass(frozen=True)
+class OneFeature:
+    """One feature at every position; for attention features also where its peak came from."""
+
+    prompts: Sequence[Tokens]
+    source: Source
+    index: int
+    dfa_from: int = 0
+    """First position that direct feature attribution may explain."""
+
+    @property
+    def points(self) -> set[Point]:
+        return _points([self.source])
+
+    @property
+    def n_bytes(self) -> int:
+        return reduce_bytes(self.prompts, [self.source])
+
+    def check(self, places: Places, vocab_size: int) -> None:
+        check_index(self.source, self.index)
+        check_prompts(self.prompts, vocab_size, at_least=self.dfa_from + 1)
+
+    def reduce(self, captured: Sequence[Captured], weights: Weights) -> Steps[list[FeatureActivations]]:
+        return (yield from _each(self.source, self._one, captured, weights))
+
+    def _one(self, reader: FeatureReader, seen: Captured) -> Steps[FeatureActivations]:
+        from neuronpedia_inference.saes import reduce
+
+        values = reduce.feature_values(reader, seen[_point(self.source)], self.index)
+        yield None
+        if not self.source.has_dfa:
+            return FeatureActivations(values)
+        target = self.dfa_from + int(values[self.dfa_from :].argmax())
+        return FeatureActivations(values, _dfa(reader, seen, self.index, target))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """h·v at every position of a hook: [pos] per prompt."""
+
+    prompts: Sequence[Tokens]
+    hook: str
+    vector: Sequence[float]
+
+    @property
+    def points(self) -> set[Point]:
+        return {Point.parse(self.hook)}
+
+    @property
+    def n_bytes(self) -> int:
+        return 0
+
+    def check(self, places: Places, vocab_size: int) -> None:
+        point = Point.parse(self.hook)
+        places.check(point)
+        check_vector(self.vector, places.width(point), self.hook)
+        check_prompts(self.prompts, vocab_size)
+
+    def reduce(self, captured: Sequence[Captured], weights: Weights) -> Steps[list[Numbers]]:
+        from neuronpedia_inference.saes import reduce
+
+        yield None
+        point = Point.parse(self.hook)
+        return [reduce.projections(seen[point], self.vector, point.name) for seen in captured]
+
+
+@dataclass(frozen=True)
+class Strongest:
+    """The features that fire most (contract 2.10), best first. One source is leased at a time."""
+
+    prompts: Sequence[Tokens]
+    sources: Sequence[Source]
+    ranking: Ranking
+
+    @property
+    def points(self) -> set[Point]:
+        return _points(self.sources)
+
+    @property
+    def n_bytes(self) -> int:
+        kept = RANKED_BYTES * self.ranking.limit * sum(map(len, self.prompts))
+        return reduce_bytes(self.prompts, self.sources) + kept
+
+    def check(self, places: Places, vocab_size: int) -> None:
+        check_prompts(self.prompts, vocab_size, at_least=max(self.ranking.weights, default=0) + 1)
+
+    def reduce(self, captured: Sequence[Captured], weights: Weights) -> Steps[list[RankedFeatures]]:
+        from neuronpedia_inference.saes import reduce
+
+        rankers = [reduce.FeatureRanker(self.ranking) for _ in captured]
+        for source in self.sources:
+            with (yield weights.request(source)) as reader:
+                for ranker, seen in zip(rankers, captured, strict=True):
+                    yield from ranker.add(reader, seen[_point(source)])
+        ranked = [ranker.result() for ranker in rankers]
+        yield None
+        dfas = yield from self._attributions(ranked, captured, weights)
+        return [replace(one, dfa=found) for one, found in zip(ranked, dfas, strict=True)]
+
+    def _attributions(
+        self, ranked: Sequence[RankedFeatures], captured: Sequence[Captured], weights: Weights
+    ) -> Steps[list[dict[int, Dfa]]]:
+        """Of the winners, by their row, where their source has any."""
+        dfas: list[dict[int, Dfa]] = [{} for _ in ranked]
+        for source in self.sources:
+            places = [_rows_of(source, one) if source.has_dfa else [] for one in ranked]
+            if not any(places):
+                continue
+            with (yield weights.request(source)) as reader:
+                for one, rows, seen, found in zip(ranked, places, captured, dfas, strict=True):
+                    for row in rows:
+                        found[row] = _dfa(reader, seen, one[row].index, one[row].max_value_index)
+                        yield None
+        return dfas
+
+
+@dataclass(frozen=True)
+class TopPerToken:
+    """The k strongest features at every position."""
+
+    prompts: Sequence[Tokens]
+    source: Source
+    k: int
+
+    @property
+    def points(self) -> set[Point]:
+        return {_point(self.source)}
+
+    @property
+    def n_bytes(self) -> int:
+        return reduce_bytes(self.prompts, [self.source]) + TOP_BYTES * self.k * sum(map(len, self.prompts))
+
+    def check(self, places: Places, vocab_size: int) -> None:
+        check_prompts(self.prompts, vocab_size)
+
+    def reduce(self, captured: Sequence[Captured], weights: Weights) -> Steps[list[TopFeatures]]:
+        from neuronpedia_inference.saes import reduce
+
+        def one(reader: FeatureReader, seen: Captured) -> Steps[TopFeatures]:
+            return reduce.top_features(reader, seen[_point(self.source)], self.k)
+
+        return (yield from _each(self.source, one, captured, weights))
+
+
+@dataclass(frozen=True)
+class Active:
+    """All activations that are not zero, from position `first` on. More than `most` are refused, by LimitExceeded."""
+
+    prompts: Sequence[Tokens]
+    source: Source
+    most: int
+    first: int = 0
+
+    @property
+    def points(self) -> set[Point]:
+        return {_point(self.source)}
+
+    @property
+    def n_bytes(self) -> int:
+        n_values = min(self.most, self.source.n_features * max(map(len, self.prompts), default=0)) * len(self.prompts)
+        return reduce_bytes(self.prompts, [self.source]) + ACTIVE_BYTES * n_values
+
+    def check(self, places: Places, vocab_size: int) -> None:
+        check_prompts(self.prompts, vocab_size)
+
+    def reduce(self, captured: Sequence[Captured], weights: Weights) -> Steps[list[ActiveFeatures]]:
+        from neuronpedia_inference.saes import reduce
+
+        def one(reader: FeatureReader, seen: Captured) -> Steps[tuple[int, ActiveFeatures | None]]:
+            return reduce.active_features(reader, seen[_point(self.source)], first=self.first, most=self.most)
+
+        found = yield from _each(self.source, one, captured, weights)
+        n_all = sum(n_found for n_found, _ in found)
+        if n_all > self.most:
+            raise LimitExceeded(
+                f"{n_all} activations of {self.source.name} are not zero, the most in one answer is {self.most}. "
+                "Send shorter or fewer prompts, or raise MAX_RESULT_VALUES."
+            )
+        return [active for _, active in found if active is not None]
+
+
+def _each(
+    source: Source, one: Callable[[FeatureReader, Captured], Steps[T]], captured: Sequence[Captured], weights: Weights
+) -> Steps[list[T]]:
+    """`one` asked of every prompt."""
+    with (yield weights.request(source)) as reader:
+        found: list[T] = []
+        for seen in captured:
+            found.append((yield from one(reader, seen)))
+        return found
+
+
+def _dfa(reader: FeatureReader, seen: Captured, index: int, target: int) -> Dfa:
+    from neuronpedia_inference.saes import reduce
+
+    layer = reader.source.layer
+    pattern, values, column = seen[Point(layer, PATTERN)], seen[Point(layer, HOOK_V)], reader.encoder_column(index)
+    n_value_heads = values.shape[1] * len(pattern) // column.numel()  # of the width that each head gives
+    return reduce.dfa(pattern, values.view(len(values), n_value_heads, -1), column, target)
+
+
+def _point(source: Source) -> Point:
+    return Point.parse(source.hook)
+
+
+def _points(sources: Sequence[Source]) -> set[Point]:
+    """What the sources read, and what their attributions need."""
+    points = {_point(source) for source in sources}
+    for source in sources:
+        if source.has_dfa:
+            points |= {Point(source.layer, PATTERN), Point(source.layer, HOOK_V)}
+    return points
+
+
+def _rows_of(source: Source, ranked: RankedFeatures) -> list[int]:
+    """Where the source's features stand in the ranking."""
+    number = ranked.sources.index(source.name)
+    return [row for row, one in enumerate(ranked.source_numbers.tolist()) if one == number]

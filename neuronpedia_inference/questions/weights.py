@@ -1,0 +1,76 @@
+"""Questions about the weights of SAEs: no prompt runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from neuronpedia_inference.domain import FeatureValue, Source, Tokens
+from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.engine.protocol import Captured
+from neuronpedia_inference.questions.checks import check_index, check_vector
+from neuronpedia_inference.questions.features import Steps
+from neuronpedia_inference.questions.question import Places, Weights
+
+
+@dataclass(frozen=True)
+class _OfWeights:
+    """Nothing is run and nothing captured."""
+
+    source: Source
+
+    @property
+    def prompts(self) -> Sequence[Tokens]:
+        return ()
+
+    @property
+    def points(self) -> frozenset[Point]:
+        return frozenset()
+
+    @property
+    def n_bytes(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class EncoderColumn(_OfWeights):
+    """W_enc[:, index] after folding: [width]."""
+
+    index: int
+
+    def check(self, places: Places, vocab_size: int) -> None:
+        check_index(self.source, self.index)
+
+    def reduce(self, captured: Sequence[Captured], weights: Weights) -> Steps[tuple[float, ...]]:
+        with (yield weights.request(self.source)) as reader:
+            return tuple(reader.encoder_column(self.index).tolist())
+
+
+@dataclass(frozen=True)
+class NearestRows(_OfWeights):
+    """Features by cosine similarity of their decoder rows to a query, most alike first.
+
+    The query is another feature's row, `feature`, or else `vector`.
+    """
+
+    limit: int
+    vector: Sequence[float] = ()
+    feature: tuple[Source, int] | None = None
+
+    def check(self, places: Places, vocab_size: int) -> None:
+        if self.feature is not None:
+            check_index(*self.feature)
+        else:
+            check_vector(self.vector, len(self.vector), self.source.name)  # the reader knows the width of its rows
+
+    def reduce(self, captured: Sequence[Captured], weights: Weights) -> Steps[list[FeatureValue]]:
+        if self.feature is None:
+            import torch
+
+            row = torch.tensor(self.vector)
+        else:
+            source, index = self.feature
+            with (yield weights.request(source)) as reader:
+                row = reader.decoder_row(index)
+        with (yield weights.request(self.source)) as reader:
+            return list(reader.nearest_decoder_rows(row, self.limit))

@@ -1,0 +1,104 @@
+"""Everything that gives features, by name: SAEs, sets of them, a layer's neurons, and what features are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from neuronpedia_inference.domain import Source
+from neuronpedia_inference.engine.engine import ModelEngine
+from neuronpedia_inference.engine.points import MLP_POST, Point
+from neuronpedia_inference.errors import UnknownSource
+from neuronpedia_inference.saes.encode import FeatureReader, NeuronReader
+from neuronpedia_inference.saes.store import SaeStore
+
+NEURONS = "neurons"
+
+
+class Shelf:
+    """The sources of one model."""
+
+    def __init__(self, store: SaeStore, engine: ModelEngine, labels: Mapping[str, tuple[str, ...]]) -> None:
+        """labels: of sources whose features have been named, one per feature, empty where there is none."""
+        self._store = store
+        self._engine = engine
+        self._labels = labels
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The SAEs, in directory order."""
+        return self._store.sources
+
+    @property
+    def source_sets(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(source.source_set for source in self.sources))
+
+    def source(self, name: str) -> Source:
+        """An SAE by its name, or a layer's neurons by a bare integer. Raises UnknownSource."""
+        if name.isascii() and name.isdecimal():
+            return self._neurons(name)
+        source = next((source for source in self.sources if source.name == name), None)
+        if source is None:
+            raise UnknownSource.named("source", name[:80], [s.name for s in self.sources])
+        return source
+
+    def source_set(self, name: str) -> tuple[Source, ...]:
+        """Every source of a set; "neurons" is the set of all layers' neurons. Raises UnknownSource."""
+        if name == NEURONS:
+            return tuple(self._neurons(str(layer)) for layer in range(self._engine.n_layers))
+        found = tuple(source for source in self.sources if source.source_set == name)
+        if not found:
+            raise UnknownSource.named("source set", name[:80], [*self.source_sets, NEURONS])
+        return found
+
+    def label(self, source: str, index: int) -> str | None:
+        """What a person calls a feature, where someone or something has named it."""
+        labels = self._labels.get(source, ())
+        return (labels[index] or None) if 0 <= index < len(labels) else None
+
+    def request(self, source: Source) -> Future[Any]:
+        """The right to use a source's weights, as soon as they are there: a lease. Fails as `SaeStore.request`."""
+        if not source.is_neurons:
+            return self._store.request(source.name)
+        free: Future[Any] = Future()
+        free.set_result(_Free(NeuronReader(source)))
+        return free
+
+    def stats(self) -> dict[str, int]:
+        """What is in memory, and how often it had to be brought there."""
+        return self._store.stats()
+
+    def close(self) -> None:
+        """Those who wait for weights get NotReady."""
+        self._store.close()
+
+    def _neurons(self, name: str) -> Source:
+        layer = int(name[:8])
+        n_layers = self._engine.n_layers
+        if layer >= n_layers or len(name) > 8 or str(layer) != name:
+            raise UnknownSource(
+                f"Unknown source {name[:80]!r}: a bare integer names a layer's neurons, "
+                f"and the model has layers 0 to {n_layers - 1}."
+            )
+        point = Point(layer, MLP_POST)
+        self._engine.check(point)
+        width = self._engine.width(point)
+        return Source(name, NEURONS, layer, point.name, width, width, NEURONS)
+
+
+@dataclass(frozen=True)
+class _Free:
+    """In place of a lease where there is nothing to keep."""
+
+    reader: FeatureReader
+
+    def __enter__(self) -> FeatureReader:
+        return self.reader
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Nothing was taken."""
