@@ -60,11 +60,16 @@ async def _answered(name: str, question: Awaitable[Check]) -> Check:
 
 
 async def self_test(runtime: Runtime) -> None:
-    """The few comparisons before a first request. Raises StartupError, one line."""
+    """The few comparisons before a first request: one text read, one token steered. Raises StartupError, one line."""
     try:
-        asked = await _Asked.of(runtime)
+        asked = await _Asked.of(runtime, n_tokens=1)
         await asked.known()
-        for check in (await asked.capture(TEXTS[:1]), await asked.effect(), await asked.steered(METHODS[0])):
+        rows = await asked.three_rows()
+        for check in (
+            await asked.capture(TEXTS[:1], at_the_end=True),
+            _effect(rows, asked.bound),
+            await asked.added(rows[2]),
+        ):
             if not check.passed:
                 raise StartupError(f"Self-test failed: {check.where if check.name == 'effect' else check.line()}")
     except InferenceError as exc:
@@ -74,20 +79,23 @@ async def self_test(runtime: Runtime) -> None:
 class _Asked:
     """One runtime, and its model without it."""
 
-    def __init__(self, runtime: Runtime, prompts: Sequence[Tokens], bound: float) -> None:
+    def __init__(self, runtime: Runtime, prompts: Sequence[Tokens], bound: float, n_tokens: int) -> None:
+        self.bound = bound
         self._runtime = runtime
         self._prompts = prompts
-        self._bound = bound
+        self._n_tokens = n_tokens
+        self._residuals_of: dict[tuple[int, ...], list[Tensor]] = {}
         self._n_layers = runtime.model.n_layers
         self._layer = runtime.model.n_layers // 2
         self._hook = f"blocks.{self._layer}.hook_resid_post"
         self._vector = _direction(runtime.model.d_model)
 
     @classmethod
-    async def of(cls, runtime: Runtime) -> _Asked:
+    async def of(cls, runtime: Runtime, n_tokens: int = N_TOKENS) -> _Asked:
+        """n_tokens: that are generated."""
         eps = torch.finfo(getattr(torch, runtime.model.dtype)).eps
         bound = min(LOOSEST_BOUND, 8 * eps * math.sqrt(runtime.model.n_layers * runtime.model.d_model))
-        return cls(runtime, [runtime.tokenize(text, "once") for text in TEXTS], bound)
+        return cls(runtime, [runtime.tokenize(text, "once") for text in TEXTS], bound, n_tokens)
 
     # What is read
 
@@ -100,12 +108,16 @@ class _Asked:
         if not all(abs(a - b) <= KNOWN_TOLERANCE for a, b in zip(found, on_record, strict=True)):
             raise StartupError(f"Self-test failed: {self._hook} gave {_few(found)}, on record are {_few(on_record)}")
 
-    async def capture(self, texts: Sequence[str]) -> Check:
-        """h·v before the first block and after the first, the middle and the last one, of texts that share a pass."""
+    async def capture(self, texts: Sequence[str], *, at_the_end: bool = False) -> Check:
+        """h·v before the first block and after the first, the middle and the last one, of texts that share a pass.
+
+        at_the_end: after the last one only.
+        """
         worst = _Worst()
         prompts = self._prompts[: len(texts)]
         layers = sorted({0, self._layer, self._n_layers - 1})
         hooks = [("blocks.0.hook_resid_pre", 0), *((f"blocks.{n}.hook_resid_post", n + 1) for n in layers)]
+        hooks = hooks[-1:] if at_the_end else hooks
         expected = [await self._residuals(prompt) for prompt in prompts]
         v = torch.tensor(self._vector)
         for hook, place in hooks:
@@ -114,7 +126,7 @@ class _Asked:
                 h = of_text[place].float().cpu()
                 apart = (torch.as_tensor(row) - h @ v).abs() / (h.norm(dim=1) * v.norm())
                 worst.see(apart, lambda at, hook=hook, prompt=prompt: f"{hook}, token {at} of {len(prompt)}")
-        return worst.check("capture", self._bound)
+        return worst.check("capture", self.bound)
 
     async def features(self, source: Source) -> Check:
         """The strongest features at every token of texts that share a pass, and their numbers."""
@@ -123,81 +135,85 @@ class _Asked:
         side, _, place = source.hook.rpartition(".")
         if spec.folder is None or place not in ("hook_resid_pre", "hook_resid_post"):
             why = "it is in no folder" if spec.folder is None else f"{place} is no block's input or output"
-            return Check(name, 0.0, self._bound, "", why)
+            return Check(name, 0.0, self.bound, "", why)
         written = features.written(spec.folder)
         if isinstance(written, str):
-            return Check(name, 0.0, self._bound, "", written)
+            return Check(name, 0.0, self.bound, "", written)
         worst = _Worst()
         k = min(N_FEATURES, source.n_features)
         found = await self._runtime.ask(TopPerToken(self._prompts, source, k))
         for prompt, top in zip(self._prompts, found, strict=True):
             x = (await self._residuals(prompt))[source.layer + (place == "hook_resid_post")]
-            apart = _features_apart(written, x, torch.as_tensor(top.indices), torch.as_tensor(top.values), self._bound)
+            apart = _features_apart(written, x, torch.as_tensor(top.indices), torch.as_tensor(top.values), self.bound)
             worst.see(apart, lambda at, prompt=prompt: f"{side}, token {at} of {len(prompt)}")
-        return worst.check(name, self._bound)
+        return worst.check(name, self.bound)
 
     # What is written
 
+    async def three_rows(self) -> list[Written]:
+        """The first text plain, with nothing added and with much added, in one batch."""
+        steer = await self._steer(METHODS[0])
+        plans = [None, _plan(steer, 0.0), _plan(steer)]
+        return await _whole(self._generate(self._prompts[0], plans, stream=False))
+
     async def effect(self) -> Check:
-        """Adding nothing changes nothing, adding much changes what comes next: without that nothing else says much."""
-        prompt = self._prompts[0]
-        _, steer = await self._steer(METHODS[0])
-        rows = await _whole(self._generate(prompt, [None, _plan(steer, 0.0), _plan(steer)], stream=False))
-        plain, nothing, much = (row.logprobs[0].logprob for row in rows)
-        if not all(map(math.isfinite, (plain, nothing, much))):
-            told = f"log-probabilities are not finite: {plain}, {nothing}, {much}"
-        elif abs(plain - nothing) > self._bound * max(1.0, abs(plain)):
-            told = f"steering by nothing changed {plain:.4f} to {nothing:.4f}"
-        elif rows[0].token_ids[0] == rows[2].token_ids[0] and math.isclose(plain, much, rel_tol=1e-3):
-            told = f"steering has no effect on the next token ({plain:.4f})"
-        else:
-            return Check("effect", 0.0, 0.0, "the next token")
-        return Check("effect", math.inf, 0.0, told)
+        return _effect(await self.three_rows(), self.bound)
+
+    async def added(self, row: Written) -> Check:
+        """Tokens and log-probabilities of the last of `three_rows`."""
+        worst = _Worst()
+        await self._compare(worst, self._prompts[0], await self._steer(METHODS[0]), row)
+        return worst.check(f"steered, {METHODS[0]}", self.bound)
 
     async def steered(self, method: str) -> Check:
         """Tokens and log-probabilities of one steered text."""
         worst = _Worst()
-        prompt, (_, steer) = self._prompts[0], await self._steer(method)
+        prompt, steer = self._prompts[0], await self._steer(method)
         (row,) = await _whole(self._generate(prompt, [_plan(steer)], stream=False))
         await self._compare(worst, prompt, steer, row)
-        return worst.check(f"steered, {method}", self._bound)
+        return worst.check(f"steered, {method}", self.bound)
 
     async def merged(self) -> Check:
         """Texts of different length, steered by every method and not at all, at once."""
         worst = _Worst()
-        steers = [None, *[(await self._steer(method))[1] for method in METHODS]]
+        steers = [None, *[await self._steer(method) for method in METHODS]]
         plans = [None if steer is None else _plan(steer) for steer in steers]
         at_once = [_whole(self._generate(prompt, plans, stream=False)) for prompt in self._prompts]
         for prompt, rows in zip(self._prompts, await asyncio.gather(*at_once), strict=True):
             for steer, row in zip(steers, rows, strict=True):
                 await self._compare(worst, prompt, steer, row)
-        return worst.check("merged", self._bound)
+        return worst.check("merged", self.bound)
 
     async def streamed(self) -> Check:
         """A steered text as it is written: its pieces are what the text is, which is what plain Hugging Face gives."""
         worst = _Worst()
-        prompt, (_, steer) = self._prompts[1], await self._steer(METHODS[0])
+        prompt, steer = self._prompts[1], await self._steer(METHODS[0])
         (row,) = await _whole(self._generate(prompt, [_plan(steer)], stream=True))
         await self._compare(worst, prompt, steer, row)
         if row.text != self._runtime.decode(row.token_ids):
-            return Check("streamed", math.inf, self._bound, f"the text {row.text!r} is not that of its tokens")
-        return worst.check("streamed", self._bound)
+            return Check("streamed", math.inf, self.bound, f"the text {row.text!r} is not that of its tokens")
+        return worst.check("streamed", self.bound)
 
     # Inside
 
     async def _residuals(self, prompt: Tokens) -> list[Tensor]:
-        return await self._runtime.with_model(lambda model: plain.residuals(model, self._n_layers, prompt.ids))
+        """[pos, width] before every block and after the last, made once for each text."""
+        ids = tuple(prompt.ids)
+        if ids not in self._residuals_of:
+            found = await self._runtime.with_model(lambda model: plain.residuals(model, self._n_layers, ids))
+            self._residuals_of[ids] = found
+        return self._residuals_of[ids]
 
-    async def _steer(self, method: str) -> tuple[float, PlainSteer]:
+    async def _steer(self, method: str) -> PlainSteer:
         """As much as there is: the size of h at the first text's last token, or a cap below what it has along v."""
         h = (await self._residuals(self._prompts[0]))[self._layer + 1][-1].float().cpu()
         size = float(h.norm())
         along = float(h @ torch.tensor(self._vector))
         amounts = {"SIMPLE_ADDITIVE": size, "ORTHOGONAL_DECOMP": 3.0, "PROJECTION_CAP": along - size}
-        return size, PlainSteer(self._layer, method, amounts[method], self._vector)
+        return PlainSteer(self._layer, method, amounts[method], self._vector)
 
     def _generate(self, prompt: Tokens, plans: Sequence[SteerPlan | None], *, stream: bool) -> AsyncIterator[Any]:
-        sampling = Sampling(N_TOKENS, n_logprobs=N_CANDIDATES)
+        sampling = Sampling(self._n_tokens, n_logprobs=N_CANDIDATES)
         return self._runtime.generate(prompt, plans, sampling, stream=stream)
 
     async def _compare(self, worst: _Worst, prompt: Tokens, steer: PlainSteer | None, row: Written) -> None:
@@ -215,6 +231,20 @@ class _Asked:
         apart = torch.maximum(apart, likeliest[:, 0] - drawn) / size
         what = "unsteered" if steer is None else f"{steer.method} at {self._hook}"
         worst.see(apart, lambda at: f"new token {at} after {len(prompt)}, {what}")
+
+
+def _effect(rows: Sequence[Written], bound: float) -> Check:
+    """Adding nothing changes nothing, adding much changes what comes next: without that nothing else says much."""
+    plain, nothing, much = (row.logprobs[0].logprob for row in rows)
+    if not all(map(math.isfinite, (plain, nothing, much))):
+        told = f"log-probabilities are not finite: {plain}, {nothing}, {much}"
+    elif abs(plain - nothing) > bound * max(1.0, abs(plain)):
+        told = f"steering by nothing changed {plain:.4f} to {nothing:.4f}"
+    elif rows[0].token_ids[0] == rows[2].token_ids[0] and math.isclose(plain, much, rel_tol=1e-3):
+        told = f"steering has no effect on the next token ({plain:.4f})"
+    else:
+        return Check("effect", 0.0, 0.0, "the next token")
+    return Check("effect", math.inf, 0.0, told)
 
 
 class _Worst:
