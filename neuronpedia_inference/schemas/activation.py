@@ -16,6 +16,7 @@ from neuronpedia_inference.schemas.common import (
     Name,
     NumResults,
     OnePrompt,
+    Ours,
     Reply,
     SeveralPrompts,
     SourceName,
@@ -275,7 +276,7 @@ class ActivationSourceResponse(Reply):
     results: list[ActivationSourceResult] = Field(description="One entry per prompt.")
 
 
-class ActivationsRequest(Wire):
+class ActivationsRequest(Ours):
     """Features on one prompt or several: the strongest ones, or with `index` a single one.
 
     Without `index` this is `activation/all`, with it `activation/single`.
@@ -323,7 +324,7 @@ class ActivationsResponse(Reply):
     results: list[ActivationsResult] = Field(description="One entry per prompt, in request order.")
 
 
-class TopKRequest(Wire):
+class TopKRequest(Ours):
     """The strongest features at each token of one prompt or several."""
 
     prompt: str | Annotated[Many[str], AtMostABatch] = Field(description="A text, or 1 to 4 texts.")

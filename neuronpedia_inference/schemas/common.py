@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -16,12 +16,16 @@ from pydantic import (
     Field,
     ValidationInfo,
     WithJsonSchema,
+    model_validator,
 )
 from pydantic.alias_generators import to_camel
+from pydantic_core import PydanticCustomError
 
-from neuronpedia_inference.errors import LimitExceeded
+from neuronpedia_inference.errors import LimitExceeded, did_you_mean
 
 SEED_LIMIT = 2**63
+MOST_NAME = 80
+"""Characters of a field that nobody knows, in a message."""
 
 ALSO_SNAKE = "also_snake"
 """Mark of a field of an answer that is written in both words where the answer is in camelCase."""
@@ -30,7 +34,7 @@ ALSO_SNAKE = "also_snake"
 class Wire(BaseModel):
     """A JSON object of the wire. Every field is read in snake_case and in camelCase; camelCase wins.
 
-    Types are strict: no strings for numbers, no `1.0` for integers, no NaN. Unknown fields are ignored.
+    Types are strict: no strings for numbers, no `1.0` for integers, no NaN. Unknown fields are ignored, but for `Ours`.
     """
 
     model_config = ConfigDict(
@@ -43,6 +47,34 @@ class Wire(BaseModel):
         allow_inf_nan=False,
         frozen=True,
     )
+
+
+class Ours(Wire):
+    """A JSON object of a route of our own: fields that it does not know are refused, by the names that are near.
+
+    Neuronpedia's routes ignore them, as its clients expect.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _know_all(cls, body: Any) -> Any:
+        if isinstance(body, Mapping):
+            unknown = [key for key in body if key not in cls._spellings()]
+            if unknown:
+                raise PydanticCustomError("unknown_field", "{problem}", {"problem": cls._problem(unknown)})
+        return body
+
+    @classmethod
+    def _spellings(cls) -> dict[str, None]:
+        return {spelled: None for name in cls.model_fields for spelled in (name, to_camel(name))}
+
+    @classmethod
+    def _problem(cls, unknown: Sequence[str]) -> str:
+        first = str(unknown[0])[:MOST_NAME]
+        is_camel = first != first.lower()
+        near = did_you_mean(first, (to_camel(name) if is_camel else name for name in cls.model_fields))
+        others = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        return f"there is no field {first!r}{others}.{near or ' There are ' + ', '.join(cls.model_fields) + '.'}"
 
 
 class Reply(Wire):

@@ -15,6 +15,7 @@ from neuronpedia_inference.schemas.common import (
     ModelName,
     Name,
     OnePrompt,
+    Ours,
     Reply,
     Seed,
     SourceName,
@@ -220,7 +221,7 @@ class SteerCompletionChatResponse(Reply):
     input: NPSteerChatResult = Field(description="The chat before the answer.")
 
 
-class SteerByFeature(Wire):
+class SteerByFeature(Ours):
     """Steer with a feature."""
 
     source: SourceName | None = Field(
@@ -230,7 +231,7 @@ class SteerByFeature(Wire):
     strength: Strength
 
 
-class SteerByVector(Wire):
+class SteerByVector(Ours):
     """Steer with a vector of your own."""
 
     hook: Name = Field(description='Where to steer, such as "blocks.15.hook_resid_post".')
@@ -238,7 +239,7 @@ class SteerByVector(Wire):
     strength: Strength
 
 
-class SteerRequest(Wire):
+class SteerRequest(Ours):
     """Continue a text or answer a chat, steered, and by default unsteered next to it.
 
     Give `features` or `vectors`; an empty list steers nothing.

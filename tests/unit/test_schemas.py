@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.alias_generators import to_camel
 
 from neuronpedia_inference.errors import LimitExceeded
-from neuronpedia_inference.operations import OPERATIONS
+from neuronpedia_inference.operations import OPERATIONS, InvalidBody, Operation, by_name, validate
 from neuronpedia_inference.schemas.activation import (
     ActivationAllRequest,
     ActivationSingleBatchRequest,
@@ -199,7 +199,7 @@ def test_examples_mean_the_same_in_both_spellings(operation: Any):
 def test_every_field_reads_both_spellings_and_camel_case_wins():
     for name, field in SteerRequest.model_fields.items():
         assert field.alias == to_camel(name)
-    request = SteerRequest.model_validate({"prompt": "p", "max_new_tokens": 3, "maxNewTokens": 7, "strangeKey": {}})
+    request = SteerRequest.model_validate({"prompt": "p", "max_new_tokens": 3, "maxNewTokens": 7})
     assert request.max_new_tokens == 7
     assert SteerRequest.model_validate({"prompt": "p", "max_new_tokens": 3}).max_new_tokens == 3
 
@@ -251,3 +251,36 @@ def test_answers_take_tuples_and_requests_are_frozen():
     assert Row.model_validate({"values": (1, 2.5)}).values == [1.0, 2.5]
     with pytest.raises(ValidationError, match="frozen"):
         SteerRequest.model_validate({"prompt": "p"}).prompt = "q"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("operation", "body", "said"),
+    [
+        ("steer", {"max_tokens": 1}, "body: there is no field 'max_tokens'. Did you mean 'max_new_tokens'"),
+        ("steer", {"maxTokens": 1}, "body: there is no field 'maxTokens'. Did you mean 'maxNewTokens'"),
+        (
+            "steer",
+            {"features": [{"index": 1, "strenght": 2}]},
+            "there is no field 'strenght'. Did you mean 'strength'?",
+        ),
+        ("top_k", {"ignorBos": True}, "there is no field 'ignorBos'. Did you mean 'ignoreBos'?"),
+        ("activations", {"zzzz": 1, "yyyy": 2}, "there is no field 'zzzz' (and 1 more). There are prompt, "),
+    ],
+)
+def test_our_own_routes_refuse_fields_that_they_do_not_know(operation: str, body: dict[str, Any], said: str) -> None:
+    """Swallowed, such a field would be a request that was not done."""
+    with pytest.raises(InvalidBody) as refused:
+        validate(by_name[operation], {"prompt": "a", **body})
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("operation", [one for one in OPERATIONS if one.name not in ("steer", "top_k", "activations")])
+def test_neuronpedia_s_routes_ignore_them(operation: Operation[Any]) -> None:
+    """Its clients send some: the same is wrong with a body whether or not there is one more."""
+    wrong = {"prompt": 1, "text": 1}
+    told = []
+    for body in (wrong, {**wrong, "max_tokens": 1, "zzzz": [[]]}):
+        with pytest.raises(InvalidBody) as refused:
+            validate(operation, body)
+        told.append(str(refused.value))
+    assert told[0] == told[1]
