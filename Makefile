@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-long lint check serve docs bench soak start stalls deploy fix
+.PHONY: help demo test test-quick test-long lint check serve docs bench soak siege start stalls deploy fix
 
 help:  ## List these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -52,6 +52,9 @@ bench: $(VENV)/ready  ## Compare with plain Hugging Face and a peer, in turns; A
 
 soak: $(VENV)/ready  ## Two minutes of 32 clients, a quarter of whom hang up
 	$(BIN)/python -m benchmarks.soak
+
+siege: $(VENV)/ready  ## Ten minutes of 64 clients, a tenth of whose requests are hostile; without a secret, then with one
+	$(BIN)/python -m benchmarks.siege
 
 start: $(VENV)/ready  ## How long a warm start takes beside plain transformers, and its memory
 	$(BIN)/python -m benchmarks.start
