@@ -193,8 +193,11 @@ def test_camel_case_wins_where_both_spellings_are_sent():
 
 
 def test_unknown_keys_do_not_choose_the_spelling():
-    answer = ask("top_k", {"prompt": "one", "source": "1-res", "fooBar": 1})
-    assert words(keys(answer))[1] == set()
+    one_word_each = {"prompt": "one", "model": "tiny", "source": "1-res", "index": "3"}
+    plain = keys(ask("activation_single", one_word_each))
+    assert words(plain) != (set(), set())
+    for unknown in ("fooBar", "foo_bar"):
+        assert keys(ask("activation_single", {**one_word_each, unknown: 1})) == plain
 
 
 def test_a_request_object_is_answered_like_its_body():
