@@ -36,6 +36,7 @@ COSSIM = {"model": MODEL, "source": SOURCE, "num_results": 3, "vector": VECTOR}
 TOKENIZE = {"model": MODEL, "text": TEXT}
 NP_FEATURE = {"model": MODEL, "source": SOURCE, "index": 1}
 FEATURE = {"model": MODEL, "source": SOURCE, "index": 5, "strength": 10}
+OUR_FEATURE = {"source": SOURCE, "index": 5, "strength": 10}
 BY_VECTOR = {"steering_vector": VECTOR, "strength": 10, "hook": HOOK}
 STEER = {
     "prompt": "I think",
@@ -67,7 +68,7 @@ PATHS: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("/v1/steer/completion-chat", CHAT),
     "activations": ("/v1/activations", {"prompt": TEXT}),
     "top_k": ("/v1/top-k", {"prompt": TEXT, "source": SOURCE}),
-    "friendly-steer": ("/v1/steer", {"prompt": "I", "features": [FEATURE], "max_new_tokens": 2}),
+    "friendly-steer": ("/v1/steer", {"prompt": "I", "features": [OUR_FEATURE], "max_new_tokens": 2}),
 }
 LEFT_OUT = object()
 
@@ -140,7 +141,7 @@ SOURCE_ROWS = [
     unknown("steer", "", features=[FEATURE | {"source": "99-res-4k"}]),
     unknown("steer", "", features=[FEATURE | {"source": "fake-source"}]),
     unknown("chat", "", features=[FEATURE | {"source": "99-res-4k"}]),
-    unknown("friendly-steer", "", features=[FEATURE | {"source": "99-res-4k"}]),
+    unknown("friendly-steer", "", features=[OUR_FEATURE | {"source": "99-res-4k"}]),
     unknown("all", "", selected_sources=["99-res-4k"]),
     unknown("all-batch", "", selected_sources=["99-res-4k"]),
     Row("all", 400, "unknown_source", {"source_set": "res-jb"}, ("source set", "res-4k")),
@@ -168,7 +169,13 @@ INDEX_ROWS = [
         for index in (4096, -1)
     ),
     *(
-        Row(route, 400, "invalid_request", {"features": [FEATURE | {"index": index}]}, id=f"feature {index}")
+        Row(
+            route,
+            400,
+            "invalid_request",
+            {"features": [(OUR_FEATURE if route == "friendly-steer" else FEATURE) | {"index": index}]},
+            id=f"feature {index}",
+        )
         for route in ("steer", "chat", "friendly-steer")
         for index in (4096, -1, 10**30)
     ),

@@ -14,12 +14,12 @@ from typing import Any
 import httpx
 import pytest
 from commands import Process, command, ended, line_with
-from served import MODEL, SOON_S, until
+from served import SOON_S, until
 
 from neuronpedia_inference.embedded import weights
 from tests import models
 
-ASKED = {"model": "tiny", "prompt": "a", "features": [], "stream": True, "deltas": True}
+ASKED = {"prompt": "a", "features": [], "stream": True, "deltas": True}
 LONG = {**ASKED, "max_new_tokens": 1900}
 N_STREAMS = 4
 BY_SIGINT = 130
@@ -176,7 +176,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, monke
 
 def test_ctrl_c_ends_a_call_that_streams() -> None:
     """Long before the text is complete, for which it does not wait either."""
-    body = json.dumps({**LONG, "model": MODEL, "max_new_tokens": 6000})
+    body = json.dumps({**LONG, "max_new_tokens": 6000})
     words = ["call", "steer", body, "--sae-sets", "[]", "--set", "MAX_TOKENS=8000"]
     with command(words) as process:
         line_with(process, "default")
