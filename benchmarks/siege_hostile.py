@@ -160,9 +160,7 @@ async def heads(door: Door, http: httpx.AsyncClient, rng: random.Random) -> Coun
         if statuses != (431,):
             raise
         return OUTSIDE, "refused"  # the connection was closed while its head was sent
-    if response.status_code not in (*statuses, 503):
-        raise Unexpected(f"{method} {path[:40]}: {response.status_code} {response.text[:200]}")
-    return OUTSIDE, "refused"
+    return OUTSIDE, _outcome(response, statuses)
 
 
 # Sockets

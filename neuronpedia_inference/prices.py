@@ -15,7 +15,7 @@ TABLE = Path(__file__).with_name("prices.json")
 
 VOLUME_BYTES_PER_S = 10**9
 """The lower of the rates that Modal publishes for reading a volume."""
-RESTORED_START_S = 0.6
+RESTORED_START_S = 0.5
 """From the snapshot to being ready where the device comes with the restore, on one CPU core with the embedded model
 (docs/experiments.md)."""
 STEERED_TEXT_S = 2.048 / 8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -99,15 +98,6 @@ class Runtime:
         runtime = cls(settings, load(settings, progress, host))
         log.info("ready", extra={"model": runtime.model.name, "seconds": round(time.monotonic() - started, 2)})
         return runtime
-
-    @staticmethod
-    def settle() -> None:
-        """For a process that serves from now on: what is loaded stays, and is no garbage collector's business.
-
-        Going over all of it again and again would hold the interpreter for tenths of a second each time.
-        """
-        gc.collect()
-        gc.freeze()
 
     def close(self) -> None:
         """Finish what was accepted, then stop."""

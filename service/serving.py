@@ -14,7 +14,7 @@ import modal
 import modal.exception
 import modal.experimental
 
-from neuronpedia_inference.garbage import uncollected
+from neuronpedia_inference.garbage import settle, uncollected
 from neuronpedia_inference.settings import Settings, variable
 from service import jobs, snapshot
 from service.errors import builtin_errors
@@ -68,7 +68,7 @@ class Serving:
             self._host = snapshot.own_weights(loading.load_on_host(self._prepared, say))
             if not is_gpu_to_come:
                 self._loaded = snapshot.own_saes(loading.load(self._prepared, say, self._host))
-            snapshot.settle()
+            settle()
         snapshot.close_connections()
 
     @modal.enter()
@@ -85,7 +85,7 @@ class Serving:
         with _saying_why():
             self._runtime = self._load()
             await self_test(self._runtime)
-        self._runtime.settle()
+        settle()
         self._runtime.metrics.reset()
         self._started = time.monotonic()
         self._watching = asyncio.create_task(self._leave_when_unhealthy())

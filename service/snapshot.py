@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -47,7 +47,10 @@ def found_out() -> frozenset[tuple[str, int]]:
     """What earlier starts have measured and kept: names of files in the cache folder, and when they were written."""
     from neuronpedia_inference.embedded.weights import default_cache_dir
 
-    return frozenset((file.name, file.stat().st_mtime_ns) for file in default_cache_dir().glob("*.json"))
+    found: set[tuple[str, int]] = set()
+    with suppress(OSError):  # another container may put a file in another's place meanwhile
+        found.update((file.name, file.stat().st_mtime_ns) for file in default_cache_dir().glob("*.json"))
+    return frozenset(found)
 
 
 def own_weights(host: HostWeights) -> HostWeights:
@@ -65,13 +68,6 @@ def own_saes(loaded: Loaded) -> Loaded:
             if module is not None:
                 _own(module)
     return loaded
-
-
-def settle() -> None:
-    """What is loaded stays: the collector would look through all of it after every restore."""
-    from neuronpedia_inference.runtime import Runtime
-
-    Runtime.settle()
 
 
 def close_connections() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from neuronpedia_inference.checks import features, plain
 from neuronpedia_inference.checks.plain import METHODS, PlainSteer
 from neuronpedia_inference.checks.report import Check, Report, about
-from neuronpedia_inference.domain import Sampling, Source, Tokens, Written
+from neuronpedia_inference.domain import Numbers, Sampling, Source, Tokens, Written
 from neuronpedia_inference.errors import InferenceError, StartupError
 from neuronpedia_inference.questions import Projection, TopPerToken
 from neuronpedia_inference.saes.catalogue import resolve
@@ -66,7 +66,7 @@ async def self_test(runtime: Runtime) -> None:
         await asked.known()
         rows = await asked.three_rows()
         for check in (
-            await asked.capture(TEXTS[:1], at_the_end=True),
+            await asked.capture(TEXTS[:1], in_the_middle=True),
             _effect(rows, asked.bound),
             await asked.added(rows[2]),
         ):
@@ -85,6 +85,7 @@ class _Asked:
         self._prompts = prompts
         self._n_tokens = n_tokens
         self._residuals_of: dict[tuple[int, ...], list[Tensor]] = {}
+        self._projections_of: dict[tuple[str, int], list[Numbers]] = {}
         self._n_layers = runtime.model.n_layers
         self._layer = runtime.model.n_layers // 2
         self._hook = f"blocks.{self._layer}.hook_resid_post"
@@ -104,24 +105,24 @@ class _Asked:
         on_record = KNOWN.get(self._runtime.model.name)
         if on_record is None:
             return
-        found = (await self._runtime.ask(Projection(self._prompts[:1], self._hook, self._vector)))[0][1:].tolist()
+        found = (await self._projections(1, self._hook))[0][1:].tolist()
         if not all(abs(a - b) <= KNOWN_TOLERANCE for a, b in zip(found, on_record, strict=True)):
             raise StartupError(f"Self-test failed: {self._hook} gave {_few(found)}, on record are {_few(on_record)}")
 
-    async def capture(self, texts: Sequence[str], *, at_the_end: bool = False) -> Check:
+    async def capture(self, texts: Sequence[str], *, in_the_middle: bool = False) -> Check:
         """h·v before the first block and after the first, the middle and the last one, of texts that share a pass.
 
-        at_the_end: after the last one only.
+        in_the_middle: there only.
         """
         worst = _Worst()
         prompts = self._prompts[: len(texts)]
         layers = sorted({0, self._layer, self._n_layers - 1})
         hooks = [("blocks.0.hook_resid_pre", 0), *((f"blocks.{n}.hook_resid_post", n + 1) for n in layers)]
-        hooks = hooks[-1:] if at_the_end else hooks
+        hooks = [(self._hook, self._layer + 1)] if in_the_middle else hooks
         expected = [await self._residuals(prompt) for prompt in prompts]
         v = torch.tensor(self._vector)
         for hook, place in hooks:
-            found = await self._runtime.ask(Projection(prompts, hook, self._vector))
+            found = await self._projections(len(prompts), hook)
             for prompt, row, of_text in zip(prompts, found, expected, strict=True):
                 h = of_text[place].float().cpu()
                 apart = (torch.as_tensor(row) - h @ v).abs() / (h.norm(dim=1) * v.norm())
@@ -195,6 +196,13 @@ class _Asked:
         return worst.check("streamed", self.bound)
 
     # Inside
+
+    async def _projections(self, n_prompts: int, hook: str) -> list[Numbers]:
+        """h·v of the first so many prompts in one pass, asked once."""
+        if (hook, n_prompts) not in self._projections_of:
+            found = await self._runtime.ask(Projection(self._prompts[:n_prompts], hook, self._vector))
+            self._projections_of[hook, n_prompts] = found
+        return self._projections_of[hook, n_prompts]
 
     async def _residuals(self, prompt: Tokens) -> list[Tensor]:
         """[pos, width] before every block and after the last, made once for each text."""

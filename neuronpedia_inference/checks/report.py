@@ -56,6 +56,14 @@ class Report:
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
 
+    @property
+    def summary(self) -> str:
+        """One sentence. What was not compared is not called right."""
+        n_skipped = sum(bool(check.skipped) for check in self.checks)
+        if not self.passed:
+            return "Some numbers are wrong."
+        return f"All numbers that were compared are right.{f' Not compared: {n_skipped} checks.' if n_skipped else ''}"
+
     def to_json(self) -> dict[str, Any]:
         """`{"passed", "about", "checks": [{"name", "difference", "bound", "where", "skipped", "verdict"}]}`"""
         checks = [{**asdict(check), "verdict": check.verdict} for check in self.checks]

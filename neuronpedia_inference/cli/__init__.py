@@ -196,7 +196,7 @@ def verify(
             (c.name, c.verdict, f"{c.difference:.2g}", f"{c.bound:.2g}", c.skipped or c.where) for c in report.checks
         ]
         table(("check", "verdict", "difference", "bound", "where"), rows)
-        line("All numbers are right." if report.passed else "Some numbers are wrong.")
+        line(report.summary)
     if not report.passed:
         raise SystemExit(FAILED)
 

@@ -14,8 +14,11 @@ _ROUNDINGS = 8
 def agree(found: Tensor, expected: Tensor, *beside: Tensor) -> bool:
     """Whether every vector (last axis) of one is the other's.
 
-    Vectors that were made as differences of larger ones, `beside`, have the rounding of those.
+    Vectors that were made as differences of larger ones, `beside`, have the rounding of those. What is not finite
+    agrees with nothing: beside infinity every error would be small.
     """
+    if not all(bool(one.isfinite().all()) for one in (found, expected, *beside)):
+        return False
     dtype = expected.dtype if not beside else beside[0].dtype
     allowed = _TOLERANCE.get(dtype, 5e-2) * _norm(expected)
     for other in beside:

@@ -142,8 +142,8 @@ class TextCodec:
     def _decode_one(self, token_id: int) -> str:
         text = self._raw_decode([token_id])
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
-        starts_word = isinstance(piece, str) and piece.startswith(_WORD_START)
-        return " " + text if starts_word and not text.startswith(" ") else text
+        n_spaces = len(piece) - len(piece.lstrip(_WORD_START)) if isinstance(piece, str) else 0
+        return " " * (n_spaces - (len(text) - len(text.lstrip(" ")))) + text
 
 
 def _chosen(templates: object) -> tuple[str | None, str]:

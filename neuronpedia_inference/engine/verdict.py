@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -15,9 +14,10 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from neuronpedia_inference import kept
 from neuronpedia_inference.engine.points import Point
 
-FORMAT = 1
+FORMAT = 2
 """Changes with the meaning of what is kept."""
 _NUMBERS = 8
 """Of every tensor, to know the weights again."""
@@ -74,17 +74,13 @@ class VerdictFile:
 
     def read(self) -> Verdict | None:
         """None where there is none that can be read."""
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            return Verdict.from_json(json.loads(self._path.read_text(encoding="utf-8")))
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            return Verdict.from_json(kept.read(self._path))
         return None
 
     def write(self, verdict: Verdict) -> None:
         """A folder that cannot be written to makes the next start as slow as this one."""
-        with suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            beside = self._path.with_suffix(".new")
-            beside.write_text(json.dumps(verdict.to_json()), encoding="utf-8")
-            beside.replace(self._path)
+        kept.write(self._path, verdict.to_json())
 
 
 def _key(model: PreTrainedModel, *limits: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import islice
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from annotated_types import GroupedMetadata, MaxLen
@@ -59,22 +60,24 @@ class Ours(Wire):
     @classmethod
     def _know_all(cls, body: Any) -> Any:
         if isinstance(body, Mapping):
-            unknown = [key for key in body if key not in cls._spellings()]
+            known = _spellings(cls)
+            unknown = list(islice((key for key in body if key not in known), 2))
             if unknown:
                 raise PydanticCustomError("unknown_field", "{problem}", {"problem": cls._problem(unknown)})
         return body
-
-    @classmethod
-    def _spellings(cls) -> dict[str, None]:
-        return {spelled: None for name in cls.model_fields for spelled in (name, to_camel(name))}
 
     @classmethod
     def _problem(cls, unknown: Sequence[str]) -> str:
         first = str(unknown[0])[:MOST_NAME]
         is_camel = first != first.lower()
         near = did_you_mean(first, (to_camel(name) if is_camel else name for name in cls.model_fields))
-        others = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        others = " (nor others of the body's)" if len(unknown) > 1 else ""
         return f"there is no field {first!r}{others}.{near or ' There are ' + ', '.join(cls.model_fields) + '.'}"
+
+
+@cache
+def _spellings(model: type[Ours]) -> frozenset[str]:
+    return frozenset(spelled for name in model.model_fields for spelled in (name, to_camel(name)))
 
 
 class Reply(Wire):

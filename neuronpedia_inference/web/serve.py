@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from neuronpedia_inference.errors import EngineDied, NotReady, StartupError
 from neuronpedia_inference.exits import STOPPED, leave
-from neuronpedia_inference.garbage import uncollected
+from neuronpedia_inference.garbage import settle, uncollected
 from neuronpedia_inference.observability import start_logging, start_sentry
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.web.app import create_app
@@ -83,7 +83,7 @@ class LoadingRuntime:
             from neuronpedia_inference.runtime import Runtime
 
             runtime = Runtime.load(self._settings, self._note)
-        runtime.settle()
+        settle()
         return runtime
 
     def _note(self, step: str) -> None:

@@ -80,11 +80,14 @@ def test_slots_hold_what_the_formula_says() -> None:
 
 
 def test_free_memory_is_measured() -> None:
-    free = free_bytes(torch.device("cpu"))
-    held = torch.ones(2**26)  # 256 MiB
-    less = free_bytes(torch.device("cpu"))
-    assert 0 < less < free
-    assert held.sum() == 2**26
+    """Others give memory back now and then, but not every time."""
+
+    def is_less() -> bool:
+        free = free_bytes(torch.device("cpu"))
+        held = torch.ones(2**26)  # 256 MiB
+        return 0 < free_bytes(torch.device("cpu")) < free and bool(held.sum() == 2**26)
+
+    assert any(is_less() for _ in range(20))
 
 
 def test_vectors_that_came_with_a_request_are_counted_as_they_are_read_and_checked() -> None:

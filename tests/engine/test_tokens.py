@@ -101,7 +101,8 @@ def test_a_stream_gives_the_whole_text_and_never_takes_a_character_back(text: st
 
 def fallback() -> TextCodec:
     """As Llama 2's tokenizer: words with their space in front, bytes for what is in no word."""
-    pieces = {"<s>": 0, "▁a": 1, "b": 2, "▁": 3} | {f"<0x{byte:02X}>": 4 + byte for byte in range(256)} | {"a": 260}
+    pieces = {"<s>": 0, "▁a": 1, "b": 2, "▁": 3} | {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
+    pieces |= {"a": 260, "▁▁": 261, "▁▁▁a": 262}
     tokenizer = Tokenizer(BPE(pieces, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -144,6 +145,12 @@ def _ids_of(source: TextCodec, word: str) -> list[int]:
 
 
 FALLBACK = fallback()
+
+
+@pytest.mark.parametrize(("piece", "said"), [("▁", " "), ("▁▁", "  "), ("▁▁▁a", "   a"), ("▁a", " a"), ("b", "b")])
+def test_a_token_keeps_all_of_its_spaces(piece: str, said: str) -> None:
+    """The decoder strips one from what a text begins with."""
+    assert FALLBACK.token_string(FALLBACK._tokenizer.convert_tokens_to_ids(piece)) == said
 
 
 def test_fragments_are_replacement_characters_on_their_own() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from neuronpedia_inference.checks import Report, self_test, verify
+from neuronpedia_inference.checks.report import Check
 from neuronpedia_inference.cli import app
 from neuronpedia_inference.engine import completions, engine, generation, prompts
 from neuronpedia_inference.errors import StartupError
@@ -82,6 +83,9 @@ def test_a_right_engine_is_green_everywhere(llama: Runtime) -> None:
     assert wrong(report) == set(), report
     assert [check.name for check in report.checks if check.skipped] == []
     assert report.passed
+    assert report.summary == "All numbers that were compared are right."
+    with_a_skip = Report(report.about, [*report.checks, Check("features of x", 0.0, 0.1, "", "it is in no folder")])
+    assert with_a_skip.summary == "All numbers that were compared are right. Not compared: 1 checks."
     told = report.to_json()
     assert json.loads(json.dumps(told)) == told
     assert told["about"]["device"] == "cpu"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from contextlib import suppress
 
-from neuronpedia_inference.garbage import uncollected
+from neuronpedia_inference.garbage import settle, uncollected
 
 
 def test_it_comes_back() -> None:
@@ -17,3 +17,13 @@ def test_it_comes_back() -> None:
         assert not gc.isenabled()
         raise KeyError
     assert gc.isenabled()
+
+
+def test_what_has_settled_is_looked_at_no_more() -> None:
+    before = gc.get_freeze_count()
+    try:
+        settle()
+        assert gc.get_freeze_count() > before
+        assert len(gc.get_objects()) < gc.get_freeze_count()
+    finally:
+        gc.unfreeze()

@@ -264,7 +264,11 @@ def test_answers_take_tuples_and_requests_are_frozen():
             "there is no field 'strenght'. Did you mean 'strength'?",
         ),
         ("top_k", {"ignorBos": True}, "there is no field 'ignorBos'. Did you mean 'ignoreBos'?"),
-        ("activations", {"zzzz": 1, "yyyy": 2}, "there is no field 'zzzz' (and 1 more). There are prompt, "),
+        (
+            "activations",
+            {"zzzz": 1, "yyyy": 2},
+            "there is no field 'zzzz' (nor others of the body's). There are prompt, ",
+        ),
     ],
 )
 def test_our_own_routes_refuse_fields_that_they_do_not_know(operation: str, body: dict[str, Any], said: str) -> None:
