@@ -59,7 +59,7 @@ async def top_k(request: TopKRequest, rt: Runtime) -> TopKResponse:
     source = _choose_source(request.source, rt.shelf.sources)
     wire = ActivationTopkByTokenBatchRequest(
         prompts=_prompts(request.prompt),
-        model=rt.model.id,
+        model=request.model or rt.model.id,
         source=source,
         top_k=request.top_k,
         ignore_bos=request.ignore_bos,
@@ -120,7 +120,7 @@ async def _strongest(request: ActivationsRequest, rt: Runtime) -> ActivationsRes
         raise LimitExceeded(f"num_results is {wanted}, the most is {most}. Ask for fewer or raise MAX_RESULTS.")
     wire = ActivationAllBatchRequest(
         prompts=_prompts(request.prompt),
-        model=rt.model.id,
+        model=request.model or rt.model.id,
         source_set=source_set,
         selected_sources=selected,
         sort_by_token_indexes=[],
@@ -144,7 +144,7 @@ async def _one_feature(request: ActivationsRequest, index: int, rt: Runtime) -> 
     candidates = rt.shelf.sources if request.source_set is None else rt.shelf.source_set(request.source_set)
     source = _choose_source(request.source, candidates)
     wire = ActivationSingleBatchRequest(
-        prompts=_prompts(request.prompt), model=rt.model.id, source=source, index=str(index)
+        prompts=_prompts(request.prompt), model=request.model or rt.model.id, source=source, index=str(index)
     )
     answer = await activation_single_batch(wire, rt)
     label = rt.shelf.label(source, index)
@@ -185,7 +185,7 @@ def _steer_wire(request: SteerRequest, rt: Runtime) -> SteerCompletionRequest | 
     """The wire request that means the same: STEERED, and DEFAULT to compare."""
     fields = partial(
         dict,
-        model=rt.model.id,
+        model=request.model or rt.model.id,
         steer_method=request.method,
         normalize_steering=False,
         types=["STEERED", "DEFAULT"] if request.compare else ["STEERED"],

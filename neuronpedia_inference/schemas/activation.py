@@ -296,6 +296,7 @@ class ActivationsRequest(Ours):
     ignore_bos: bool = Field(
         default=True, description="Count activations on a leading BOS token as zero; must be true with `index`."
     )
+    model: ModelName | None = None
 
     model_config = ConfigDict(
         json_schema_extra=examples(
@@ -333,6 +334,7 @@ class TopKRequest(Ours):
     )
     top_k: TopK = 5
     ignore_bos: bool = Field(default=True, description="Leave a leading BOS token out of the answer.")
+    model: ModelName | None = None
 
     model_config = ConfigDict(json_schema_extra=examples({"prompt": _TEXT, "source": "15-res-4k", "top_k": 3}))
 

@@ -269,6 +269,7 @@ class SteerRequest(Ours):
         description="With `stream`: each event holds only what is new since the one before; a chat's `messages` come "
         "with the last.",
     )
+    model: ModelName | None = None
 
     model_config = ConfigDict(
         json_schema_extra=examples(

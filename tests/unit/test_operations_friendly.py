@@ -170,8 +170,15 @@ def test_steer_needs_something_to_steer_with():
         ask("steer", {"prompt": "one"})
 
 
-def test_friendly_operations_pass_in_strict_mode():
-    runtime = FakeRuntime(sources=ONE_SOURCE, strict_model=True)
-    assert ask("activations", {"prompt": "one"}, runtime)
-    assert ask("top_k", {"prompt": "one"}, runtime)
-    assert ask("steer", {"prompt": "one", "features": []}, runtime)
+@pytest.mark.parametrize(
+    "body", [("activations", {}), ("activations", {"index": 1}), ("top_k", {}), ("steer", {"features": []})]
+)
+def test_a_model_may_be_named_and_in_strict_mode_has_to_be_the_one(body: tuple[str, dict[str, Any]]):
+    name, fields = body
+    strict = FakeRuntime(sources=ONE_SOURCE, strict_model=True)
+    for model in ({}, {"model": None}, {"model": "tiny"}, {"model": "org/tiny"}):
+        assert ask(name, {"prompt": "one", **fields, **model}, strict)
+    other = {"prompt": "one", **fields, "model": "other"}
+    with pytest.raises(InvalidRequest, match="serves 'tiny', not 'other'"):
+        ask(name, other, strict)
+    assert ask(name, other, FakeRuntime(sources=ONE_SOURCE))
