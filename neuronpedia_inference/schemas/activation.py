@@ -12,6 +12,7 @@ from neuronpedia_inference.schemas.common import (
     AtMost,
     AtMostABatch,
     Many,
+    MaybeModelName,
     ModelName,
     Name,
     NumResults,
@@ -296,7 +297,7 @@ class ActivationsRequest(Ours):
     ignore_bos: bool = Field(
         default=True, description="Count activations on a leading BOS token as zero; must be true with `index`."
     )
-    model: ModelName | None = None
+    model: MaybeModelName = None
 
     model_config = ConfigDict(
         json_schema_extra=examples(
@@ -334,7 +335,7 @@ class TopKRequest(Ours):
     )
     top_k: TopK = 5
     ignore_bos: bool = Field(default=True, description="Leave a leading BOS token out of the answer.")
-    model: ModelName | None = None
+    model: MaybeModelName = None
 
     model_config = ConfigDict(json_schema_extra=examples({"prompt": _TEXT, "source": "15-res-4k", "top_k": 3}))
 

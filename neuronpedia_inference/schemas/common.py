@@ -175,12 +175,10 @@ MAX_NAMES = 4096
 AtMostABatch = AtMost(MAX_BATCH, "Batch size {n} exceeds maximum of {most}")
 Vector = Annotated[Many[float], AtMost(MAX_NUMBERS)]
 
-ModelName = Annotated[
-    Name,
-    Field(
-        description="Name of the model. One server holds one model, so this is checked only in strict mode.",
-    ),
-]
+_OF_MODEL = "Name of the model. One server holds one model, so this is checked only in strict mode."
+ModelName = Annotated[Name, Field(description=_OF_MODEL)]
+MaybeModelName = Annotated[Name | None, Field(description=_OF_MODEL)]
+"""On our own routes, where it may be left out."""
 SourceName = Annotated[
     Name,
     Field(

@@ -12,6 +12,7 @@ from neuronpedia_inference.schemas.common import (
     AtMost,
     EchoedText,
     Many,
+    MaybeModelName,
     ModelName,
     Name,
     OnePrompt,
@@ -269,7 +270,7 @@ class SteerRequest(Ours):
         description="With `stream`: each event holds only what is new since the one before; a chat's `messages` come "
         "with the last.",
     )
-    model: ModelName | None = None
+    model: MaybeModelName = None
 
     model_config = ConfigDict(
         json_schema_extra=examples(
