@@ -243,3 +243,7 @@ class Written:
     logprobs: tuple[TokenLogprob, ...] = field(default=())
     finish_reason: str | None = None
     """None while it goes on, then "stop" (end-of-sequence token) or "length"."""
+    tokens: tuple[str, ...] = ()
+    """`token_ids` as strings."""
+    numbers: Numbers | None = field(default=None, compare=False)
+    """[pos, n]: what was read at the positions of the text that have become known, from the prompt's first on."""

@@ -6,8 +6,10 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from neuronpedia_inference.domain import TokenLogprob, Written
-from neuronpedia_inference.engine.protocol import RowStep
+import numpy as np
+
+from neuronpedia_inference.domain import Numbers, TokenLogprob, Written
+from neuronpedia_inference.engine.protocol import NO_TOKEN, RowStep
 from neuronpedia_inference.engine.tokens import TextCodec, TextStream
 from neuronpedia_inference.pacing import Pace
 
@@ -18,11 +20,20 @@ class _News:
 
     texts: list[str] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    numbers: list[Numbers] = field(default_factory=list)
 
     def written(self) -> Written:
-        return Written("".join(self.texts), tuple(self.ids), tuple(self.logprobs), self.finish_reason)
+        return Written(
+            "".join(self.texts),
+            tuple(self.ids),
+            tuple(self.logprobs),
+            self.finish_reason,
+            tuple(self.tokens),
+            np.concatenate(self.numbers) if self.numbers else None,
+        )
 
 
 class Completions:
@@ -42,11 +53,16 @@ class Completions:
         return tuple(one.written() for one in news)
 
     def _take(self, step: RowStep, stream: TextStream, news: _News) -> None:
-        news.ids.append(step.token_id)
-        news.texts.append(stream.push(step.token_id))
-        news.finish_reason = step.finish_reason
-        if step.finish_reason is not None:
-            news.texts.append(stream.rest())
+        if step.token_id != NO_TOKEN:
+            news.ids.append(step.token_id)
+            news.tokens.append(self._codec.token_string(step.token_id))
+            news.texts.append(stream.push(step.token_id))
+            if step.finish_reason is not None:
+                news.texts.append(stream.rest())
+        if step.numbers is not None:
+            news.numbers.append(step.numbers)
+        if step.ends:
+            news.finish_reason = step.finish_reason
         if step.logprob is not None:
             news.logprobs.append(self._logprob(step, step.logprob))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from neuronpedia_inference.engine.places import adopt, rms_normalized
 from neuronpedia_inference.engine.points import MLP_POST, NORMALIZED, PATTERN, READABLE, WRITABLE, Point
 from neuronpedia_inference.engine.probe import probe
 from neuronpedia_inference.engine.prompts import CapturePass
-from neuronpedia_inference.engine.protocol import Captured, ModelInfo
+from neuronpedia_inference.engine.protocol import Captured, ModelInfo, Reading, Watch
 from neuronpedia_inference.engine.static import as_cuda_graph
 from neuronpedia_inference.engine.tree import Tree
 from neuronpedia_inference.engine.verdict import Finding, Verdict, VerdictFile
@@ -145,6 +146,21 @@ class ModelEngine:
         """Length of one position's vector at a point with heads concatenated."""
         return self._finding(point).width
 
+    def watch(self, point: Point, reading: Reading, *, before: bool = False) -> Watch:
+        """To read at a point that has been checked; computed points are read where they are computed from."""
+        if point.place not in NORMALIZED:
+            return Watch(point, reading, before)
+        return Watch(Point(point.layer, NORMALIZED[point.place]), _Normalized(reading, self._tree.rms_eps), before)
+
+    def unwatched_because(self, n_positions: int) -> str:
+        """Why texts that may reach so many positions cannot be watched; empty if they can."""
+        if not self._tree.rotation.passes(n_positions):
+            return ""
+        return (
+            f"beyond {self._tree.rotation.horizon} tokens this model's angles depend on the length of the text, "
+            "and what was read at earlier tokens would not be what the longer text has there"
+        )
+
     def makes_pattern(self, points: Collection[Point]) -> bool:
         """Whether work at these points runs through attention that holds its whole pattern in memory."""
         config: Any = self._model.config
@@ -182,6 +198,25 @@ class ModelEngine:
 
     def _layers(self, place: str) -> list[Finding]:
         return [self._finding(Point(layer, place)) for layer in range(self._tree.n_layers)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Normalized:
+    """A reading of the residual stream as an RMS norm sees it, before the norm's gain."""
+
+    reading: Reading
+    eps: float
+
+    @property
+    def key(self) -> Hashable:
+        return "normalized", self.reading.key
+
+    @property
+    def n_numbers(self) -> int:
+        return self.reading.n_numbers
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.reading(rms_normalized(hidden, self.eps))
 
 
 class Capturing:

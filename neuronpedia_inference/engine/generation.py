@@ -10,14 +10,17 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from neuronpedia_inference.domain import Numbers
 from neuronpedia_inference.engine.cache import MaskForm, RowCache, RowMemory, SoloCache
 from neuronpedia_inference.engine.decoder import Changes, Decoder, ends
 from neuronpedia_inference.engine.faults import failure_of, let_go
 from neuronpedia_inference.engine.prompts import PromptPass
-from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
+from neuronpedia_inference.engine.protocol import NO_TOKEN, RowId, RowSpec, RowStep
+from neuronpedia_inference.engine.reads import Reads
 from neuronpedia_inference.engine.sampling import Drawn, Sampler, draw
 from neuronpedia_inference.engine.static import Record, StaticStep
 from neuronpedia_inference.engine.steered import steering_edits
@@ -34,6 +37,8 @@ class _Row:
     spec: RowSpec
     sampler: Sampler
     generated: list[int] = field(default_factory=list)
+    finish: str | None = None
+    """Why it draws no more; a watched row stays until its last token has been the input."""
     is_leaving: bool = False
 
 
@@ -49,6 +54,9 @@ class Lane:
     _is_settled: bool = field(default=True, init=False)
     """Whether cache and steering are those of the rows as they are now."""
     _changes: Changes = field(default=(), init=False)
+    _reads: Reads = field(default_factory=lambda: Reads(()), init=False)
+    _numbers: list[Numbers | None] = field(default_factory=list, init=False)
+    """Of every row, what the last pass has read."""
     _static: StaticStep | None = field(default=None, init=False)
 
     @classmethod
@@ -76,20 +84,27 @@ class Lane:
         return joining.join()
 
     def decode(self) -> list[RowStep]:
-        """One more token for every row. After an exception the rows are as they were: it may be tried again."""
+        """One more token for every row, and what has been read at the one before. Rows that draw no more leave.
+
+        After an exception the rows are as they were: it may be tried again.
+        """
         self._settle()
-        logits = self.logits(torch.tensor([row.generated[-1:] for row in self._rows]))
-        return self._draw(self._rows, logits)
+        rows = self._rows
+        logits = self.logits(torch.tensor([row.generated[-1:] for row in rows]))
+        return self._told(rows, logits, self._numbers)
 
     def logits(self, ids: Tensor) -> Tensor:
         """One position more for every row: [row, 1] ids -> [row, vocab], float32."""
         self._settle()
-        if self.record is not None and StaticStep.fits([row.spec for row in self._rows]):
+        if self.record is not None and not self._reads and StaticStep.fits([row.spec for row in self._rows]):
             return self._decode_whole(ids, self.record)
         if self.memory.is_outdated():
             return self._run_again()
         with self.memory.decode() as inputs:
-            return self.decoder.forward(ids, inputs, self._changes, ends([1] * len(self._rows)))
+            self._reads.begin([1] * len(self._rows))
+            logits = self.decoder.forward(ids, inputs, self._changes, ends([1] * len(self._rows)))
+            self._numbers = self._reads.take()
+        return logits
 
     def drop(self, rows: Collection[RowId]) -> None:
         """Rows leave; ids of rows that are not here are ignored. Cannot fail."""
@@ -103,7 +118,7 @@ class Lane:
     def take_in(self, rows: Sequence[_Row], prompts: PromptPass) -> list[RowStep]:
         """First tokens are drawn, and rows that go on join. After an exception none has joined."""
         self._settle()
-        steps = self._draw(rows, torch.stack(prompts.logits()))
+        steps = self._told(rows, torch.stack(prompts.logits()), prompts.numbers())
         staying = [place for place, row in enumerate(rows) if not row.is_leaving]
         if staying:
             specs = [rows[place].spec for place in staying]
@@ -121,6 +136,7 @@ class Lane:
         prompts = PromptPass(self.decoder, [text], self.memory.prompts(len(text.prompt_ids)))
         prompts.advance(prompts.width)
         self.memory.join(prompts.cache, [0], [prompts.width], prompts.width)
+        self._numbers = [None if numbers is None else numbers[-1:] for numbers in prompts.numbers()]
         return torch.stack(prompts.logits())
 
     def _decode_whole(self, ids: Tensor, record: Record) -> Tensor:
@@ -143,40 +159,51 @@ class Lane:
                 self._rows[place] = self._rows[-1]
                 self._rows.pop()
         specs = [row.spec for row in self._rows]
-        self._changes = steering_edits(specs)
+        self._reads = Reads(specs)
+        self._numbers = [None] * len(specs)
+        self._changes = steering_edits(specs, reads=self._reads)
         if self._static is not None and self._static.is_current:
             self._static.steer(specs)
         else:
             self._static = None
         self._is_settled = True
 
-    def _draw(self, rows: Sequence[_Row], logits: Tensor) -> list[RowStep]:
-        """One pass for all rows; should it raise, each row draws for itself. logits: [row, vocab]."""
-        drawn: list[Drawn] = []
-        failure = failure_of(lambda: drawn.extend(draw(logits, [row.sampler for row in rows])))
-        if failure is None:
-            steps = [self._step(row, one) for row, one in zip(rows, drawn, strict=True)]
-        else:
-            let_go(failure)
-            log.warning("a draw failed, and its rows draw one by one: %s", failure)
-            steps = [self._step_alone(row, logits[n : n + 1]) for n, row in enumerate(rows)]
+    def _told(self, rows: Sequence[_Row], logits: Tensor, numbers: Sequence[Numbers | None]) -> list[RowStep]:
+        """Every row draws that goes on, and gets what was read of it. logits: [row, vocab]."""
+        drawing = [place for place, row in enumerate(rows) if row.finish is None]
+        drawn = dict(zip(drawing, self._draw(rows, drawing, logits) if drawing else (), strict=True))
+        steps = [
+            _with_numbers(drawn.get(place) or RowStep(row.id, NO_TOKEN, finish_reason=row.finish), row.spec, read)
+            for place, (row, read) in enumerate(zip(rows, numbers, strict=True))
+        ]
         for row, step in zip(rows, steps, strict=True):
             row.is_leaving = step.ends
         if any(step.ends for step in steps):
             self.drop(())
         return steps
 
+    def _draw(self, rows: Sequence[_Row], places: Sequence[int], logits: Tensor) -> list[RowStep]:
+        """One pass for the rows at these places; should it raise, each draws for itself. logits: [row, vocab]."""
+        drawn: list[Drawn] = []
+        samplers = [rows[place].sampler for place in places]
+        failure = failure_of(lambda: drawn.extend(draw(_of(logits, places), samplers)))
+        if failure is None:
+            return [self._step(rows[place], one) for place, one in zip(places, drawn, strict=True)]
+        let_go(failure)
+        log.warning("a draw failed, and its rows draw one by one: %s", failure)
+        return [self._step_alone(rows[place], logits[place : place + 1]) for place in places]
+
     def _step_alone(self, row: _Row, logits: Tensor) -> RowStep:
         """A draw that fails ends its own row. logits: [1, vocab]."""
         steps: list[RowStep] = []
         failure = failure_of(lambda: steps.append(self._step(row, draw(logits, [row.sampler])[0])))
-        return steps[0] if failure is None else RowStep(row.id, -1, error=failure)
+        return steps[0] if failure is None else RowStep(row.id, NO_TOKEN, error=failure)
 
     def _step(self, row: _Row, drawn: Drawn) -> RowStep:
         if not drawn.is_finite:
-            return RowStep(row.id, -1, error=_not_finite(row.spec))
+            return RowStep(row.id, NO_TOKEN, error=_not_finite(row.spec))
         if not drawn.is_possible:
-            return RowStep(row.id, -1, error=_no_distribution(row.spec))
+            return RowStep(row.id, NO_TOKEN, error=_no_distribution(row.spec))
         row.sampler.commit(drawn.token_id)
         row.generated.append(drawn.token_id)
         finish = None
@@ -184,7 +211,9 @@ class Lane:
             finish = "stop"
         elif len(row.generated) >= row.spec.sampling.max_new_tokens:
             finish = "length"
-        return RowStep(row.id, drawn.token_id, drawn.logprob, drawn.top, finish)
+        row.finish = finish
+        is_awaited = finish is not None and bool(row.spec.watches)
+        return RowStep(row.id, drawn.token_id, drawn.logprob, drawn.top, finish, is_awaited=is_awaited)
 
 
 class Joining:
@@ -273,7 +302,20 @@ class SoloJoining:
 def _step_of(row: RowId, lane: Lane) -> list[RowStep]:
     steps: list[RowStep] = []
     failure = failure_of(lambda: steps.extend(lane.decode()))
-    return steps if failure is None else [RowStep(row, -1, error=failure)]
+    return steps if failure is None else [RowStep(row, NO_TOKEN, error=failure)]
+
+
+def _of(logits: Tensor, places: Sequence[int]) -> Tensor:
+    """These rows; no copy if they are all."""
+    return logits if len(places) == len(logits) else logits[list(places)]
+
+
+def _with_numbers(step: RowStep, spec: RowSpec, numbers: Numbers | None) -> RowStep:
+    if numbers is None or step.error is not None:
+        return step
+    if not np.isfinite(numbers).all():
+        return RowStep(step.row, NO_TOKEN, error=_not_finite(spec))
+    return replace(step, numbers=numbers)
 
 
 def _not_finite(spec: RowSpec) -> Exception:

@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from neuronpedia_inference.domain import Numbers
 from neuronpedia_inference.engine.cache import PromptCache
 from neuronpedia_inference.engine.decoder import Decoder, ends
 from neuronpedia_inference.engine.hooks import Capture
 from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.engine.protocol import RowSpec
+from neuronpedia_inference.engine.reads import Reads
 from neuronpedia_inference.engine.steered import steering_edits
 
 
@@ -33,7 +36,9 @@ class PromptPass:
         self._untouched = _untouched(specs, self.width, decoder.model.device)
         self._n_done = 0
         self._piece = slice(0, 0)
-        self._changes = steering_edits(specs, self._untouched_now)
+        self._reads = Reads(specs)
+        self._numbers: list[list[Numbers]] = [[] for _ in specs]
+        self._changes = steering_edits(specs, self._untouched_now, self._reads)
         self._logits: list[Tensor | None] = [None] * len(specs)
 
     @property
@@ -51,15 +56,22 @@ class PromptPass:
         first, behind = self._piece.start, self._piece.stop
         wanted = [(row, at - first) for row, at in ends(self._lengths) if first <= at < behind]
         inputs = {"past_key_values": self.cache}
+        self._reads.begin([max(0, min(length, behind) - first) for length in self._lengths])
         logits = self._decoder.forward(self._ids[:, self._piece], inputs, self._changes, wanted)
         for (row, _), of_row in zip(wanted, logits, strict=True):
             self._logits[row] = of_row
+        for row, numbers in enumerate(self._reads.take()):
+            self._numbers[row] += [] if numbers is None else [numbers]
         self._n_done = behind
         return behind - first
 
     def logits(self) -> list[Tensor]:
         """[vocab] of every prompt, float32."""
         return [logits for logits in self._logits if logits is not None]
+
+    def numbers(self) -> list[Numbers | None]:
+        """Of every prompt, [pos, n] as in `RowStep.numbers`; None of those that nobody watches."""
+        return [np.concatenate(kept) if kept else None for kept in self._numbers]
 
     def _untouched_now(self) -> Tensor | None:
         return None if self._untouched is None else self._untouched[:, self._piece]

@@ -6,16 +6,19 @@ comes from the one worker thread.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.domain import Numbers, Sampling
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.steering.plan import SteerMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+NO_TOKEN = -1
+"""In a step that drew none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,38 @@ class Steering:
     method: SteerMethod
 
 
+class Reading(Protocol):
+    """A few numbers of every position, made on the device of what passes there. Nothing in it waits for the device."""
+
+    @property
+    def key(self) -> Hashable:
+        """Readings with equal keys give equal numbers, and are made together."""
+        ...
+
+    @property
+    def n_numbers(self) -> int:
+        """Of every position."""
+        ...
+
+    def __call__(self, hidden: Tensor, /) -> Tensor:
+        """[pos, width] -> [pos, n_numbers], float32"""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Watch:
+    """What is read of one row at a point: at every prompt position, and where each generated token is the input."""
+
+    point: Point
+    reading: Reading
+    before: bool = False
+    """Read twice: before the edits of this point, and behind them."""
+
+    @property
+    def n_numbers(self) -> int:
+        return self.reading.n_numbers * (2 if self.before else 1)
+
+
 @dataclass(frozen=True, slots=True)
 class RowSpec:
     """One sequence to generate."""
@@ -62,6 +97,7 @@ class RowSpec:
     steering: tuple[Steering, ...] = ()
     untouched: tuple[int, ...] = ()
     """Prompt positions that steering leaves alone."""
+    watches: tuple[Watch, ...] = ()
 
 
 class RowId(NamedTuple):
@@ -73,20 +109,28 @@ class RowId(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RowStep:
-    """What one step gave one row: a token, or the error that ends it."""
+    """What one step gave one row: a token, or the error that ends it.
+
+    The numbers at a token are known once it has been the input: a watched row takes one step more, without a token.
+    """
 
     row: RowId
     token_id: int
+    """NO_TOKEN with an error, and in the last step of a watched row."""
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     """(token id, log-probability) of the likeliest candidates."""
     finish_reason: str | None = None
     error: Exception | None = None
+    numbers: Numbers | None = field(default=None, compare=False)
+    """[pos, n]: what was read at the positions that this step ran, watch by watch, `before` first."""
+    is_awaited: bool = False
+    """With a row's last token: what is read there is still to come, in a step of its own."""
 
     @property
     def ends(self) -> bool:
         """Whether the row has left its lane."""
-        return self.finish_reason is not None or self.error is not None
+        return self.error is not None or (self.finish_reason is not None and not self.is_awaited)
 
 
 Captured = Mapping[Point, "Tensor"]

@@ -1,0 +1,127 @@
+"""Numbers read while rows run: on the hidden states that pass anyway, before and behind what edits them.
+
+Equal readings are made once for all rows that want them, and the host reads once for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neuronpedia_inference.domain import Numbers
+from neuronpedia_inference.engine.hooks import Edit
+from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.engine.protocol import Reading, RowSpec
+
+
+@dataclass(eq=False)
+class _Group:
+    """Rows that want the same reading at the same point, on the same side of its edits."""
+
+    point: Point
+    is_before: bool
+    reading: Reading
+    rows: list[int]
+    found: Tensor | None = None
+    """[pos of all its rows, n_numbers], of the pass under way."""
+
+
+class Reads:
+    """What the rows of a batch read. Rows that do not watch take no part."""
+
+    def __init__(self, rows: Sequence[RowSpec]) -> None:
+        self._n_rows = len(rows)
+        self._groups: dict[Hashable, _Group] = {}
+        self._of_row: list[list[_Group]] = [
+            [self._join(row, *wanted) for wanted in _wanted(spec)] for row, spec in enumerate(rows)
+        ]
+        self._counts: Sequence[int] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    @property
+    def points(self) -> set[Point]:
+        return {group.point for group in self._groups.values()}
+
+    def around(self, point: Point, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """What edits a point, with what reads before and behind it."""
+        before = self._at(point, is_before=True)
+        behind = self._at(point, is_before=False)
+
+        def edit(hidden: Tensor) -> Tensor:
+            self._read(before, hidden)
+            changed = change(hidden)
+            self._read(behind, changed)
+            return changed
+
+        return edit
+
+    def reader(self, point: Point) -> Edit:
+        """Of a point that nothing edits."""
+        return lambda hidden: self._read(self._at(point), hidden)
+
+    def begin(self, counts: Sequence[int]) -> None:
+        """A pass begins, whose first so many positions are each row's own."""
+        self._counts = counts
+        for group in self._groups.values():
+            group.found = None
+
+    def take(self) -> list[Numbers | None]:
+        """Of every row, [pos, n] as in `RowStep.numbers`; None of rows that do not watch, or had no position."""
+        groups = [group for group in self._groups.values() if group.found is not None]
+        if not groups:
+            return [None] * self._n_rows
+        flat = _on_host(torch.cat([group.found.flatten() for group in groups if group.found is not None]))
+        parts: dict[tuple[int, int], Numbers] = {}
+        first = 0
+        for group in groups:
+            for row in group.rows:
+                n = self._counts[row] * group.reading.n_numbers
+                parts[id(group), row] = flat[first : first + n].reshape(self._counts[row], group.reading.n_numbers)
+                first += n
+        return [
+            np.concatenate([parts[id(group), row] for group in of_row], axis=1)
+            if of_row and self._counts[row]
+            else None
+            for row, of_row in enumerate(self._of_row)
+        ]
+
+    def _at(self, point: Point, *, is_before: bool | None = None) -> list[_Group]:
+        """Both sides unless one is named."""
+        groups = (group for group in self._groups.values() if group.point == point)
+        return [group for group in groups if is_before is None or group.is_before is is_before]
+
+    def _join(self, row: int, point: Point, is_before: bool, reading: Reading) -> _Group:
+        group = self._groups.setdefault((point, is_before, reading.key), _Group(point, is_before, reading, []))
+        if row not in group.rows:
+            group.rows.append(row)
+        return group
+
+    def _read(self, groups: Sequence[_Group], hidden: Tensor) -> None:
+        for group in groups:
+            mine = [row for row in group.rows if self._counts[row]]
+            if mine:
+                group.found = group.reading(self._positions(hidden.flatten(2), mine))
+
+    def _positions(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
+        """[row, pos, width] -> [pos of these rows, width]"""
+        if hidden.shape[1] == 1:
+            return hidden[:, 0] if len(rows) == len(hidden) else torch.cat([hidden[row] for row in rows])
+        return torch.cat([hidden[row, : self._counts[row]] for row in rows])
+
+
+def _wanted(spec: RowSpec) -> Iterator[tuple[Point, bool, Reading]]:
+    for watch in spec.watches:
+        if watch.before:
+            yield watch.point, True, watch.reading
+        yield watch.point, False, watch.reading
+
+
+def _on_host(numbers: Tensor) -> Numbers:
+    """The copy, for which the host waits until the pass is done."""
+    return numbers.cpu().numpy()
