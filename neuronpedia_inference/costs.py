@@ -1,9 +1,11 @@
 """What a request takes, in numbers that admission can add up. Arithmetic over sizes; no tensors.
 
-generation   slots × columns × cache bytes of a position, the pass over its prompt, and 512 + 400 × log-probabilities
-             for every new token on its way to the caller, and 96 for every number of the vectors that came with it
-             slots     the next power of two of its rows, doubled while the cache grows
-             columns   prompt and completion, in whole steps of 64
+generation   the pass over its prompt, and 512 + 400 × log-probabilities for every new token on its way to the caller,
+             and 96 for every number of the vectors that came with it
+all of them  1.2 × slots × columns × cache bytes of a position: rows of different requests lie in one grid, as wide as
+             the longest of them may become. So a long request makes room for every row that is inside with it
+             slots     all rows and one more, in steps of a quarter of a power of two
+             columns   prompt and completion, likewise in units of 64
              cache     2 × layers × key-value heads × d_head × bytes of the model's precision
 capture      tokens × width of every point × bytes, the pass over its prompts, the reduction, its results, and 256 KiB
              for the pieces of the answer that are on their way to the caller
@@ -19,7 +21,7 @@ The pass is an estimate from above for the families whose tests measure it; the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 from neuronpedia_inference.domain import Source, Tokens
@@ -27,6 +29,10 @@ from neuronpedia_inference.engine.protocol import ModelInfo
 
 COLUMNS_AT_ONCE = 64
 """Positions by which the cache grows."""
+SPARE = 1.2
+"""What is admitted for slots, by what their rows need."""
+KEPT_SHARE = 1.4
+"""Slots are given back where they are more than this by what their rows need."""
 TOKEN_BYTES, LOGPROB_BYTES = 512, 400
 """Of a new token, and of each candidate reported with it, as steps, as text and as JSON."""
 NUMBER_BYTES = 96
@@ -44,6 +50,42 @@ SENDING_BYTES = 2**18
 
 
 @dataclass(frozen=True, slots=True)
+class Grid:
+    """Slots for rows, and positions that each of them has room for."""
+
+    slots: int = 0
+    columns: int = 0
+
+    @classmethod
+    def of(cls, n_rows: int, n_positions: int) -> Grid:
+        """For so many rows, none of them longer; both in steps of a quarter, so that growing is rare."""
+        return cls(_in_quarters(n_rows), COLUMNS_AT_ONCE * _in_quarters(-(-n_positions // COLUMNS_AT_ONCE)))
+
+    @property
+    def positions(self) -> int:
+        return self.slots * self.columns
+
+    def joined(self, other: Grid) -> Grid:
+        """The least that holds both."""
+        return Grid(max(self.slots, other.slots), max(self.columns, other.columns))
+
+    def is_far_beyond(self, other: Grid) -> bool:
+        """Whether it takes so much more that it is worth making anew."""
+        return self.positions > KEPT_SHARE * other.positions
+
+
+def _in_quarters(n: int) -> int:
+    """The least number not below n that a quarter of a power of two divides: 1, 2, ... 8, 10, 12, 14, 16, 20, ..."""
+    step = 1 << max(0, (n - 1).bit_length() - 3)
+    return -(-n // step) * step
+
+
+NO_GRID = Grid()
+RECORDED_GRID = Grid(slots=16, columns=512)
+"""What is kept when rows leave, where steps are recorded: recordings belong to these tensors."""
+
+
+@dataclass(frozen=True, slots=True)
 class Demand:
     """What a request takes while it is inside, or what a server has for all of them."""
 
@@ -53,20 +95,29 @@ class Demand:
     tokens: int = 0
     """Prompt tokens to run through the model."""
     bytes: int = 0
-    """Memory at the most."""
-
-    def __add__(self, other: Demand) -> Demand:
-        return self._with(other, 1)
-
-    def __sub__(self, other: Demand) -> Demand:
-        return self._with(other, -1)
+    """Memory at the most; of a request, without its rows' keys and values."""
+    positions: int = 0
+    """That one of its rows may reach."""
 
     def beyond(self, bounds: Demand) -> str | None:
         """The first bound that is broken, by name."""
-        return next((f.name for f in fields(self) if getattr(self, f.name) > getattr(bounds, f.name)), None)
+        return next((name for name in BOUNDS if getattr(self, name) > getattr(bounds, name)), None)
 
-    def _with(self, other: Demand, sign: int) -> Demand:
-        return Demand(*(getattr(self, f.name) + sign * getattr(other, f.name) for f in fields(self)))
+
+BOUNDS = ("requests", "rows", "tokens", "bytes")
+
+
+def together(demands: Iterable[Demand], position_bytes: int, least: Grid = NO_GRID) -> Demand:
+    """What all of them take, keys and values included.
+
+    position_bytes: of one position of one row; `least`: what is kept when nobody is inside.
+    """
+    every = list(demands)
+    total = {f.name: sum(getattr(one, f.name) for one in every) for f in fields(Demand)}
+    longest = max((one.positions for one in every), default=0)
+    needed = Grid.of(total["rows"] + 1, longest) if longest else NO_GRID
+    held = max(least.positions, int(SPARE * needed.joined(least).positions) if longest else 0)
+    return Demand(**{**total, "bytes": total["bytes"] + held * position_bytes, "positions": longest})
 
 
 def cache_numbers(n_layers: int, n_key_value_heads: int, d_head: int) -> int:
@@ -101,11 +152,6 @@ class Costs:
         model = self.model
         return cache_numbers(model.n_layers, model.n_key_value_heads, model.d_head) * ITEM_BYTES[model.dtype]
 
-    @property
-    def slot_position_bytes(self) -> int:
-        """The same, with the slots that are held beside those in use."""
-        return 2 * self.position_bytes
-
     def generation(
         self,
         n_rows: int,
@@ -117,13 +163,11 @@ class Costs:
         pattern: bool,
     ) -> Demand:
         """Rows that share a prompt. n_numbers: of the vectors that came with the request."""
-        slots = 2 * (1 << (n_rows - 1).bit_length())
-        columns = -(-(n_prompt_tokens + n_new_tokens) // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE
-        tokens = n_rows * n_prompt_tokens
-        held = slots * columns * self.position_bytes
         told = n_rows * n_new_tokens * (TOKEN_BYTES + n_logprobs * LOGPROB_BYTES)
-        taken = held + told + n_numbers * NUMBER_BYTES + self._pass([n_prompt_tokens] * n_rows, pattern=pattern)
-        return Demand(rows=n_rows, tokens=tokens, bytes=taken)
+        taken = told + n_numbers * NUMBER_BYTES + self._pass([n_prompt_tokens] * n_rows, pattern=pattern)
+        return Demand(
+            rows=n_rows, tokens=n_rows * n_prompt_tokens, bytes=taken, positions=n_prompt_tokens + n_new_tokens
+        )
 
     def capture(
         self, lengths: Sequence[int], widths: Sequence[int], reduce_bytes: int, *, pattern: bool, n_patterns: int = 0

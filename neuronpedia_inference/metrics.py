@@ -49,6 +49,7 @@ def _watched(kind: Kind, name: str, meaning: str) -> Described:
 LOAD = {
     "waiting": _watched("gauge", "waiting_jobs", "Jobs that wait for their turn."),
     "running": _watched("gauge", "running_generations", "Generations under way."),
+    "parked": _watched("gauge", "parked_generations", "Generations that have made way for others, and go on later."),
     "rows": _watched("gauge", "decoding_rows", "Rows that decode together now."),
     "inside": _watched("gauge", "admitted_requests", "Requests that were admitted and have not ended."),
     "inside_bytes": _watched(
@@ -69,6 +70,13 @@ SAES = {
     "loads": _watched("counter", "sae_loads_total", "SAEs read from disk."),
     "uploads": _watched("counter", "sae_uploads_total", "SAEs copied from the host's memory to the device."),
     "evictions": _watched("counter", "sae_evictions_total", "SAEs that left the device to make room."),
+}
+
+
+REUSE = {
+    "budget_bytes": _watched("gauge", "reuse_budget_bytes", "Bytes that may be kept of recent prompts."),
+    "bytes": _watched("gauge", "reuse_bytes", "Bytes that are kept of recent prompts now."),
+    "hits": _watched("counter", "reuse_hits_total", "Times that what was kept of a prompt was used again."),
 }
 
 
@@ -157,13 +165,15 @@ class Metrics:
         assert bound in BOUNDS, bound
         self._refusals.labels(bound).inc()
 
-    def watch(self, *, sae: Stats, **load: Number) -> None:
-        """Read these whenever somebody asks: `load` has the keys of LOAD, `sae` gives a number for each key of SAES.
+    def watch(self, *, sae: Stats, reuse: Stats, **load: Number) -> None:
+        """Read these whenever somebody asks: `load` has the keys of LOAD, the others give a number for each key of
+        SAES and of REUSE.
 
         May be called once.
         """
         assert load.keys() == LOAD.keys(), load.keys()
-        self._watches = [_Watch(LOAD, lambda: {key: read() for key, read in load.items()}), _Watch(SAES, sae)]
+        of_load = _Watch(LOAD, lambda: {key: read() for key, read in load.items()})
+        self._watches = [of_load, _Watch(SAES, sae), _Watch(REUSE, reuse)]
         for watch in self._watches:
             self._registry.register(watch)
 
@@ -181,7 +191,7 @@ class Metrics:
 
     def describe(self) -> list[Described]:
         """Every metric, those that `watch` brings included."""
-        return [*self._described, *LOAD.values(), *SAES.values()]
+        return [*self._described, *LOAD.values(), *SAES.values(), *REUSE.values()]
 
     # Inside
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
 from neuronpedia_inference.capabilities import describe, max_tokens, token_limit
-from neuronpedia_inference.costs import Costs, Demand
+from neuronpedia_inference.costs import NO_GRID, RECORDED_GRID, Costs, Demand
 from neuronpedia_inference.domain import ChatMessage, Sampling, Tokens, Written
 from neuronpedia_inference.engine.completions import Completions, Writing
 from neuronpedia_inference.engine.points import PATTERN
@@ -40,6 +40,8 @@ BATCH_SHARE = 4
 """Each prompt of a batch may have this fraction of TOKEN_LIMIT."""
 PASS_TOKENS = {"cpu": 512, "gpu": 4096}
 """Tokens of several requests in one forward pass. On a CPU more gain nothing (docs/experiments.md)."""
+REUSE_SHARE = 8
+"""This fraction of the memory of requests is for what is kept to be used again."""
 QUEUE_SHARE = 4
 """Completions may wait or run up to this many times MAX_ROWS."""
 
@@ -56,16 +58,18 @@ class Runtime:
         self._steering = SteerResolver(loaded.engine, self.shelf)
         self._costs = Costs(loaded.info)
         self.metrics = Metrics()
+        loaded.engine.recent.budget_bytes = _reuse_bytes(settings, loaded.request_bytes)
         bounds = Demand(
             requests=settings.max_concurrent_requests,
             rows=QUEUE_SHARE * settings.max_rows,
             tokens=settings.max_queued_tokens,
             bytes=loaded.request_bytes,
         )
-        self._admission = Admission(bounds, self.metrics.refused)
+        kept = NO_GRID if loaded.engine.graphs_off_because else RECORDED_GRID
+        self._admission = Admission(bounds, self._costs.position_bytes, kept, self.metrics.refused)
         self._worker = Worker(
             loaded.engine,
-            self._limits(loaded.request_bytes),
+            self._limits(),
             n_threads=n_threads(settings),
             max_wait_s=settings.request_timeout_s or None,
             metrics=self.metrics,
@@ -73,18 +77,19 @@ class Runtime:
         self.metrics.watch(
             waiting=lambda: self._worker.n_waiting,
             running=lambda: self._worker.n_running,
+            parked=lambda: self._worker.n_parked,
             rows=lambda: self._worker.n_rows,
             inside=lambda: self._admission.inside.requests,
             inside_bytes=lambda: self._admission.inside.bytes,
             peak_bytes=lambda: self._admission.peak_bytes,
             sae=self.shelf.stats,
+            reuse=loaded.engine.recent.stats,
         )
 
-    def _limits(self, request_bytes: int) -> Limits:
+    def _limits(self) -> Limits:
         tokens = PASS_TOKENS["cpu" if self.model.device == "cpu" else "gpu"]
         return Limits(
             max_rows=self.settings.max_rows,
-            max_cache_positions=request_bytes // self._costs.slot_position_bytes,
             max_prefill_tokens=tokens,
             max_capture_tokens=tokens,
         )
@@ -167,6 +172,7 @@ class Runtime:
             n_rows=len(plans),
             n_prompt_tokens=len(prompt),
             n_positions=len(prompt) + sampling.max_new_tokens,
+            streams=stream,
         )
         points = {point for plan in steered for point in self._steering.points(plan)}
         pattern = self._engine.makes_pattern(points)
@@ -231,3 +237,9 @@ class Runtime:
             pattern=self._engine.makes_pattern(question.points),
             n_patterns=len(question.points) - len(widths),
         )
+
+
+def _reuse_bytes(settings: Settings, request_bytes: int) -> int:
+    if settings.reuse_memory_gib is None:
+        return min(request_bytes // REUSE_SHARE, 2**30)
+    return int(settings.reuse_memory_gib * 2**30)

@@ -95,7 +95,9 @@ class Settings(BaseSettings):
         2**22, ge=1, description="Activations in one answer: results or `top_k` times tokens, or all that are not zero."
     )
     max_concurrent_requests: int = Field(32, ge=1, description="Requests admitted at once; more get a 503.")
-    max_rows: int = Field(16, ge=1, le=256, description="Completions that decode together; more wait their turn.")
+    max_rows: int = Field(
+        16, ge=1, le=256, description="Completions that decode together; more take turns, a new one first."
+    )
     max_queued_tokens: int = Field(
         32768, ge=1, description="Prompt tokens of all requests inside, waiting or running; more get a 503."
     )
@@ -104,6 +106,12 @@ class Settings(BaseSettings):
         gt=0,
         description="GiB that all requests inside may take; more get a 503. Unset: half of what is free once the model "
         "and its SAEs are loaded.",
+    )
+    reuse_memory_gib: float | None = Field(
+        None,
+        ge=0,
+        description="GiB of what was computed of recent prompts, kept for whoever asks of them again; 0 keeps nothing. "
+        "Unset: an eighth of the memory of requests, at most 1 GiB.",
     )
     request_timeout_s: float = Field(
         300.0,

@@ -3,12 +3,14 @@
 Rows are left-aligned: position p of a row is column p of its slot. So a row joins, decodes and leaves without moving
 the others' past, and a step's mask says only how long each row is. Two invariants make a row's result its own: a live
 row's columns behind its length are zero until they are written, and no query ever sees them.
+
+Whose a slot is and how long its row is, the lane knows; here is only what was asked for. The first slots decode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -17,7 +19,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from neuronpedia_inference.costs import COLUMNS_AT_ONCE
+from neuronpedia_inference.costs import NO_GRID, Grid
+from neuronpedia_inference.engine.prefixes import Layers
 from neuronpedia_inference.engine.rotation import Rotation
 
 ALL_LAYERS = "all"
@@ -48,27 +51,39 @@ class RowMemory(Protocol):
         """Where the keys and values of prompts of at most this many positions go until their rows join."""
         ...
 
-    def is_outdated(self) -> bool:
-        """Whether what is kept is of no use to the next position, so that the whole text must be run again."""
+    def is_outdated(self, length: int) -> bool:
+        """Whether what is kept of so many positions is of no use to the next, so that the text must be run again."""
         ...
 
-    def join(self, prompts: Cache, rows: Sequence[int], lengths: Sequence[int], n_columns: int) -> None:
-        """These rows of `prompts`, of these lengths, become rows here; `prompts` is spent.
+    def grow(self, grid: Grid) -> None:
+        """Room for this in every layer, beside what is there. After an exception nothing is lost."""
+        ...
 
-        `n_columns`: positions that the longest of them may reach. After an exception none has joined.
+    def trim(self, grid: Grid) -> None:
+        """Give back what is far more than this; slots behind it are free. After an exception nothing is lost."""
+        ...
+
+    def put(self, prompts: Cache, rows: Sequence[int], lengths: Sequence[int], first: int) -> None:
+        """These rows of `prompts`, of these lengths, into the slots from `first` on, which are free and there."""
+        ...
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a slot to a free one. May be repeated."""
+        ...
+
+    def layers_of(self, slot: int, length: int) -> Layers | None:
+        """Views of a slot's first columns; None where a row cannot begin with another's."""
+        ...
+
+    def decode(self, lengths: Sequence[int]) -> AbstractContextManager[Inputs]:
+        """The forward pass inside adds one position to the first slots, which have these lengths.
+
+        After an exception it may be run again.
         """
         ...
 
-    def decode(self) -> Any:
-        """Context: the forward pass inside adds one position to every row. Gives the forward's `Inputs`."""
-        ...
-
-    def drop(self, row: int) -> None:
-        """Free a row; the last row takes its place. After an exception it may be asked for again."""
-        ...
-
     def clear(self) -> None:
-        """Free all rows."""
+        """All slots are free."""
         ...
 
 
@@ -78,6 +93,13 @@ class PromptCache(Cache):
     def __init__(self, config: PreTrainedConfig, n_columns: int) -> None:
         text: Any = config.get_text_config()
         super().__init__(layers=[_Columns(n_columns) for _ in range(text.num_hidden_layers)])
+
+    def begin_with(self, layers: Layers, length: int) -> None:
+        """The first positions of one prompt, which are not run."""
+        for columns, layer in zip(self.layers, layers, strict=True):
+            assert isinstance(columns, _Columns)
+            if layer is not None:
+                columns.update(*(kept[None, :, :length] for kept in layer))
 
 
 class _Columns(CacheLayerMixin):
@@ -128,97 +150,104 @@ class _Columns(CacheLayerMixin):
 
 
 class RowCache(Cache):
-    """Slots for any number of rows. A forward pass that raises leaves the rows as they were, and may be run again."""
+    """Slots for any number of rows."""
 
     in_pieces = True
 
-    def __init__(self, model: PreTrainedModel, form: MaskForm, *, stays: bool = False) -> None:
-        """`stays`: the slots are kept when the last row leaves, at the addresses that they have."""
+    def __init__(self, model: PreTrainedModel, form: MaskForm, least: Grid = NO_GRID) -> None:
+        """`least`: what stays when rows leave, at the addresses that it has."""
         text: Any = model.config.get_text_config()
         super().__init__(layers=[_Slots(self) for _ in range(text.num_hidden_layers)])
         self._config = model.config
         self._dtype, self._device = model.dtype, model.device
         self._form = form
         self._windows = windows(text)
-        self._stays = stays
-        self.lengths: list[int] = []
-        """Positions of every row."""
-        self.n_columns = 0
-        """Positions that every slot has room for."""
+        self._least = least
+        self._wanted = least
+        """What layers get that hold nothing yet."""
+        self.lengths: Sequence[int] = ()
+        """Positions of the rows of the decode step under way."""
         self.positions = torch.empty(0, dtype=torch.long, device=self._device)
-        """[row]: the column that the decode step under way writes."""
+        """[row]: the column that it writes."""
         self.n_seen = 0
         """Columns that its queries may see."""
         self._is_whole = False
         self._whole_positions = self.positions
-        """What `positions` is in whole steps: it stays where it is, whatever other steps are between them."""
+        """[slot]: what `positions` is in whole steps. It stays where it is, whatever other steps are between them."""
 
     def prompts(self, n_columns: int) -> PromptCache:
         return PromptCache(self._config, n_columns)
 
-    def is_outdated(self) -> bool:
+    def is_outdated(self, length: int) -> bool:
         return False
 
-    def join(self, prompts: Cache, rows: Sequence[int], lengths: Sequence[int], n_columns: int) -> None:
-        n_columns = max(self.n_columns, -(-n_columns // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE)
-        n_slots = _power_of_two(len(self.lengths) + len(rows))
-        for slots, columns in zip(self.layers, prompts.layers, strict=True):
-            assert isinstance(slots, _Slots)
+    @property
+    def grid(self) -> Grid:
+        """Slots, and columns of each, that every layer has."""
+        held = [layer.grid for layer in self._slots if layer.grid is not None] or [NO_GRID]
+        return Grid(min(one.slots for one in held), min(one.columns for one in held))
+
+    def grow(self, grid: Grid) -> None:
+        self._wanted = grid.joined(self.grid).joined(self._least)
+        self._resize()
+
+    def trim(self, grid: Grid) -> None:
+        wanted = grid.joined(self._least)
+        if self.grid.is_far_beyond(wanted):
+            self._wanted = wanted
+            self._resize()
+
+    def put(self, prompts: Cache, rows: Sequence[int], lengths: Sequence[int], first: int) -> None:
+        for slots, columns in zip(self._slots, prompts.layers, strict=True):
             assert isinstance(columns, _Columns)
             taken = columns.take()
             if taken is not None:
-                slots.join(*taken, rows, lengths, (n_slots, n_columns))
-        self.n_columns = n_columns
-        self.lengths += lengths
+                slots.put(*taken, rows, lengths, first, self._wanted)
+
+    def move(self, source: int, target: int) -> None:
+        for layer in self._slots:
+            layer.move(source, target)
+
+    def layers_of(self, slot: int, length: int) -> Layers | None:
+        return [layer.view(slot, length) for layer in self._slots]
 
     @contextmanager
-    def decode(self) -> Iterator[Inputs]:
-        self.positions = torch.tensor(self.lengths, device=self._device)
-        self.n_seen, self._is_whole = max(self.lengths) + 1, False
+    def decode(self, lengths: Sequence[int]) -> Iterator[Inputs]:
+        self.lengths = lengths
+        self.positions = torch.tensor(lengths, device=self._device)
+        self.n_seen, self._is_whole = max(lengths) + 1, False
         yield self.inputs()
-        self.lengths = [length + 1 for length in self.lengths]
 
-    @contextmanager
-    def decode_whole(self) -> Iterator[None]:
-        """As `decode`, but every slot takes part at the full width, and the positions stay in one tensor."""
-        n_slots, self.n_seen = self.shape
-        if len(self._whole_positions) != n_slots:
-            self._whole_positions = torch.zeros(n_slots, dtype=torch.long, device=self._device)
-        self.positions, self._is_whole = self._whole_positions, True
-        self.positions.copy_(torch.tensor([*self.lengths, *[0] * (n_slots - len(self.lengths))]))
-        yield
-        self.lengths = [length + 1 for length in self.lengths]
-
-    def drop(self, row: int) -> None:
-        last = len(self.lengths) - 1
-        for layer in self.layers:
-            assert isinstance(layer, _Slots)
-            layer.move(last, row)
-        self.lengths[row] = self.lengths[last]
-        self.lengths.pop()
+    def begin_whole(self, lengths: Sequence[int], n_slots: int) -> None:
+        """As `decode`, but the first `n_slots` take part at the full width, and the positions stay in one tensor."""
+        grid = self.grid
+        if len(self._whole_positions) != grid.slots:
+            self._whole_positions = torch.zeros(grid.slots, dtype=torch.long, device=self._device)
+        self.lengths, self.n_seen = lengths, grid.columns
+        self.positions, self._is_whole = self._whole_positions[:n_slots], True
+        self.positions.copy_(torch.tensor([*lengths, *[0] * (n_slots - len(lengths))]))
 
     def clear(self) -> None:
-        self.lengths = []
-        if not self._stays:
+        if self.grid != self._least:
             self.reset()
-            self.n_columns = 0
 
     def inputs(self) -> Inputs:
         """Of the forward pass of a decode step."""
         positions = {} if self._form is MaskForm.LENGTHS else {"position_ids": self.positions[:, None]}
         return {"past_key_values": self, "attention_mask": self.masks(), **positions}
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Slots, and columns of each, that every layer has."""
-        held: list[Tensor | None] = [layer.keys for layer in self.layers if isinstance(layer, _Slots)]
-        shapes = [(len(keys), keys.shape[2]) for keys in held if keys is not None] or [(0, 0)]
-        return min(slots for slots, _ in shapes), min(columns for _, columns in shapes)
-
     def held(self) -> list[Tensor]:
         """All that a whole step reads and writes here. A layer that has grown has got others."""
-        slots = [(layer.keys, layer.values) for layer in self.layers if isinstance(layer, _Slots)]
+        slots = [(layer.keys, layer.values) for layer in self._slots]
         return [self._whole_positions, *(one for pair in slots for one in pair if one is not None)]
+
+    @property
+    def _slots(self) -> list[_Slots]:
+        return [layer for layer in self.layers if isinstance(layer, _Slots)]
+
+    def _resize(self) -> None:
+        for layer in self._slots:
+            layer.resize(self._wanted)
 
     def masks(self) -> Any:
         """What the queries of a step may see; None where every row sees every column.
@@ -274,32 +303,42 @@ class _Slots(CacheLayerMixin):
         self.keys = self.values = None
         self.is_initialized = False
 
+    @property
+    def grid(self) -> Grid | None:
+        """None until the first rows have come, and in a layer that attends to the keys of another."""
+        return None if self.keys is None else Grid(len(self.keys), self.keys.shape[2])
+
+    def resize(self, grid: Grid) -> None:
+        """Other tensors where the size is another, with what both have room for. Keys and values, or neither."""
+        if self.keys is not None and self.values is not None and self.grid != grid:
+            self.keys, self.values = _resized(self.keys, grid), _resized(self.values, grid)
+
+    def view(self, slot: int, length: int) -> tuple[Tensor, Tensor] | None:
+        if self.keys is None or self.values is None:
+            return None
+        return self.keys[slot, :, :length], self.values[slot, :, :length]
+
     def move(self, source: int, target: int) -> None:
-        """Copy one slot over another."""
-        if source != target:
-            for held in (self.keys, self.values):
-                if held is not None:
-                    held[target] = held[source]
+        for held in (self.keys, self.values):
+            if held is not None:
+                held[target] = held[source]
 
-    def join(
-        self, keys: Tensor, values: Tensor, rows: Sequence[int], lengths: Sequence[int], shape: tuple[int, int]
+    def put(
+        self, keys: Tensor, values: Tensor, rows: Sequence[int], lengths: Sequence[int], first: int, grid: Grid
     ) -> None:
-        """Rows of keys and values go into the slots behind those in use, zeros behind each one's length.
+        """Rows of keys and values go into the slots from `first` on, zeros behind each one's length.
 
-        `shape`: slots and columns to have room for. Nothing in use is touched, so this may fail and be repeated.
+        `grid`: what is made where nothing is there.
         """
-        held_keys = self._with_prompts(_grown(self.keys, keys, shape), keys, rows, lengths)
-        held_values = self._with_prompts(_grown(self.values, values, shape), values, rows, lengths)
-        self.keys, self.values = held_keys, held_values  # both or neither: they have one shape
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
-
-    def _with_prompts(self, held: Tensor, new: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        first = len(self._rows.lengths)
-        for slot, row, length in zip(held[first : first + len(rows)], rows, lengths, strict=True):
-            slot[:, :length] = new[row, :, :length]
-            slot[:, length:] = 0
-        return held
+        if self.keys is None or self.values is None:
+            made = [new.new_zeros(grid.slots, new.shape[1], grid.columns, new.shape[3]) for new in (keys, values)]
+            self.keys, self.values = made
+            self.dtype, self.device = keys.dtype, keys.device
+            self.is_initialized = True
+        for held, new in ((self.keys, keys), (self.values, values)):
+            for slot, row, length in zip(held[first : first + len(rows)], rows, lengths, strict=True):
+                slot[:, :length] = new[row, :, :length]
+                slot[:, length:] = 0
 
     def _with_step(self, held: Tensor | None, new: Tensor) -> Tensor:
         assert held is not None
@@ -309,22 +348,11 @@ class _Slots(CacheLayerMixin):
         return slots[:, :, : rows.n_seen]
 
 
-def _grown(held: Tensor | None, like: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Slots with room for so many rows and columns: the same ones where they have it."""
-    n_slots, n_columns = shape
-    if held is not None and len(held) >= n_slots and held.shape[2] >= n_columns:
-        return held
-    if held is not None:
-        n_slots, n_columns = max(n_slots, len(held)), max(n_columns, held.shape[2])
-    grown = like.new_zeros(n_slots, like.shape[1], n_columns, like.shape[3])
-    if held is not None:
-        grown[: len(held), :, : held.shape[2]] = held
-    return grown
-
-
-def _power_of_two(n: int) -> int:
-    """The least that is not below n, so that growing is rare."""
-    return 1 << (n - 1).bit_length()
+def _resized(held: Tensor, grid: Grid) -> Tensor:
+    made = held.new_zeros(grid.slots, held.shape[1], grid.columns, held.shape[3])
+    n_slots, n_columns = min(len(held), grid.slots), min(held.shape[2], grid.columns)
+    made[:n_slots, :, :n_columns] = held[:n_slots, :, :n_columns]
+    return made
 
 
 class SoloCache:
@@ -336,26 +364,32 @@ class SoloCache:
         self._config = config
         self._rotation = rotation
         self._cache: Cache | None = None
-        self._length = 0
 
     def prompts(self, n_columns: int) -> Cache:
         return DynamicCache(config=self._config)
 
-    def is_outdated(self) -> bool:
-        return self._rotation.outdates(self._length + 1)
+    def is_outdated(self, length: int) -> bool:
+        return self._rotation.outdates(length + 1)
 
-    def join(self, prompts: Cache, rows: Sequence[int], lengths: Sequence[int], n_columns: int) -> None:
-        assert list(rows) == [0], rows
+    def grow(self, grid: Grid) -> None:
+        pass  # Hugging Face's cache grows by itself
+
+    def trim(self, grid: Grid) -> None:
+        pass
+
+    def put(self, prompts: Cache, rows: Sequence[int], lengths: Sequence[int], first: int) -> None:
+        assert (list(rows), first) == ([0], 0), (rows, first)
         self._cache = prompts
-        self._length = lengths[0]
+
+    def move(self, source: int, target: int) -> None:
+        raise AssertionError("there is one row")
+
+    def layers_of(self, slot: int, length: int) -> Layers | None:
+        return None
 
     @contextmanager
-    def decode(self) -> Iterator[Inputs]:
+    def decode(self, lengths: Sequence[int]) -> Iterator[Inputs]:
         yield {"past_key_values": self._cache}
-        self._length += 1
-
-    def drop(self, row: int) -> None:
-        self.clear()
 
     def clear(self) -> None:
         self._cache = None

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from neuronpedia_inference.engine.cache import MaskForm, windows
 from neuronpedia_inference.engine.decoder import Decoder
-from neuronpedia_inference.engine.generation import Lane, SoloLane
+from neuronpedia_inference.engine.generation import FIXED_POSITIONS, Lane, SoloLane
+from neuronpedia_inference.engine.linear import torch_products
 from neuronpedia_inference.engine.places import adopt, rms_normalized
 from neuronpedia_inference.engine.points import MLP_POST, NORMALIZED, PATTERN, READABLE, WRITABLE, Point
 from neuronpedia_inference.engine.probe import probe
@@ -23,6 +24,7 @@ from neuronpedia_inference.engine.static import as_cuda_graph
 from neuronpedia_inference.engine.tree import Tree
 from neuronpedia_inference.engine.verdict import Finding, Verdict, VerdictFile
 from neuronpedia_inference.errors import UnknownPoint
+from neuronpedia_inference.recent import Recent
 
 
 class ModelEngine:
@@ -49,11 +51,14 @@ class ModelEngine:
         self._names = {"id": model_id, "name": name, "family": self._tree.architecture}
         self.decoder = Decoder(self._tree, frozenset(stop_ids))
         self.verdict = self._judged(max_positions, graphs, cache_dir)
+        self.recent: Recent = Recent(0, n_bytes)
+        """What is kept of prompts: points [pos, width], and keys and values of rows."""
         record = None if self.verdict.unrecorded_because else as_cuda_graph
+        self.reproducible_lane = SoloLane(self._lane_of_one, torch_products)
         self.lane: Lane | SoloLane = (
-            SoloLane(self.decoder)
+            SoloLane(self._lane_of_one)
             if self.unmerged_because
-            else Lane.merging(self.decoder, MaskForm(self.verdict.mask_form), record)
+            else Lane.merging(self.decoder, MaskForm(self.verdict.mask_form), record, self.recent)
         )
 
     def _judged(self, max_positions: int | None, graphs: bool, cache_dir: Path | None) -> Verdict:
@@ -168,6 +173,11 @@ class ModelEngine:
         reads_attention = any(point.is_inside_attention for point in points)
         return reads_attention or text._attn_implementation == "eager" or any(windows(text).values())
 
+    def _lane_of_one(self) -> Lane:
+        if self.unmerged_because:
+            return Lane.alone(self.decoder)
+        return Lane.merging(self.decoder, MaskForm(self.verdict.mask_form))
+
     def capture(self, prompts: Sequence[Sequence[int]], points: Collection[Point]) -> list[Captured]:
         """As `begin_capture`, to its end in one pass."""
         capturing = self.begin_capture(prompts, points)
@@ -175,14 +185,19 @@ class ModelEngine:
             capturing.advance(capturing.n_tokens)
         return capturing.result()
 
-    def begin_capture(self, prompts: Sequence[Sequence[int]], points: Collection[Point]) -> Capturing:
+    def begin_capture(
+        self, prompts: Sequence[Sequence[int]], points: Collection[Point], *, reproducible: bool = False
+    ) -> Capturing:
         """A forward pass over right-padded prompts, ended at the last point wanted.
 
         Causal attention keeps the padding out of every real position. Where that is not enough, prompts run alone.
+        `reproducible`: they do too, in pieces of a fixed size, whatever size is asked for.
         """
         sources = frozenset(Point(p.layer, NORMALIZED.get(p.place, p.place)) for p in points)
-        groups = [prompts] if not self.verdict.uncaptured_because else [[prompt] for prompt in prompts]
-        return Capturing(self, [CapturePass(self.decoder, group, sources) for group in groups], prompts, points)
+        is_alone = reproducible or bool(self.verdict.uncaptured_because)
+        groups = [[prompt] for prompt in prompts] if is_alone else [prompts]
+        passes = [CapturePass(self.decoder, group, sources) for group in groups]
+        return Capturing(self, passes, prompts, points, reproducible=reproducible)
 
     def of_prompt(self, seen: Mapping[Point, Tensor], point: Point, row: int, length: int) -> Tensor:
         """One prompt's part of what a pass has seen: [pos, width], heads concatenated; patterns [heads, pos, pos]."""
@@ -219,6 +234,13 @@ class _Normalized:
         return self.reading(rms_normalized(hidden, self.eps))
 
 
+def n_bytes(kept: Any) -> int:
+    """Of a tensor, or of lists of them."""
+    if isinstance(kept, Tensor):
+        return kept.nbytes
+    return sum(map(n_bytes, kept or ()))
+
+
 class Capturing:
     """A capture under way, all at once or in pieces."""
 
@@ -228,8 +250,11 @@ class Capturing:
         passes: Sequence[CapturePass],
         prompts: Sequence[Sequence[int]],
         points: Collection[Point],
+        *,
+        reproducible: bool,
     ) -> None:
         """`passes`: one over all prompts, or one for each."""
+        self._reproducible = reproducible
         self._engine = engine
         self._passes = passes
         self._lengths = [len(prompt) for prompt in prompts]
@@ -246,6 +271,9 @@ class Capturing:
     def advance(self, n_tokens: int) -> int:
         """Run about so many tokens more, at least one of each prompt; how many it were. After an exception: no more."""
         running = next(one for one in self._passes if not one.is_done)
+        if self._reproducible:
+            with torch_products():
+                return running.advance(running.width if self._engine.unmerged_because else FIXED_POSITIONS)
         n_rows = running.n_tokens // running.width
         n_positions = running.width if self._engine.unmerged_because else max(1, n_tokens // n_rows)
         return n_rows * running.advance(n_positions)

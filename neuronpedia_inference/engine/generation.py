@@ -1,30 +1,37 @@
 """Rows that decode together: they join once their prompts have been run, draw a token a step, and leave at their end.
 
 Every row's draws, failures and end are its own. What a lane knows of its rows changes last: a pass that raises leaves
-it as it was. Leaving is only noted, and done when the next step or joining begins, so that it cannot fail.
+it as it was. Leaving and parking are only noted, and done when the next step or joining begins, so that they cannot
+fail. A parked row keeps its slot and draws nothing.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from neuronpedia_inference.costs import NO_GRID, RECORDED_GRID, Grid
 from neuronpedia_inference.domain import Numbers
-from neuronpedia_inference.engine.cache import MaskForm, RowCache, RowMemory, SoloCache
+from neuronpedia_inference.engine.cache import MaskForm, PromptCache, RowCache, RowMemory, SoloCache
 from neuronpedia_inference.engine.decoder import Changes, Decoder, ends
 from neuronpedia_inference.engine.faults import failure_of, let_go
+from neuronpedia_inference.engine.prefixes import Prefixes
 from neuronpedia_inference.engine.prompts import PromptPass
 from neuronpedia_inference.engine.protocol import NO_TOKEN, RowId, RowSpec, RowStep
 from neuronpedia_inference.engine.reads import Reads
 from neuronpedia_inference.engine.sampling import Drawn, Sampler, draw
-from neuronpedia_inference.engine.static import Record, StaticStep
+from neuronpedia_inference.engine.slots import Slots
+from neuronpedia_inference.engine.static import Record, Recordings, StaticStep
 from neuronpedia_inference.engine.steered import steering_edits
 from neuronpedia_inference.errors import EngineFailed, InvalidRequest
+from neuronpedia_inference.recent import Recent
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +46,11 @@ class _Row:
     generated: list[int] = field(default_factory=list)
     finish: str | None = None
     """Why it draws no more; a watched row stays until its last token has been the input."""
+    length: int = 0
+    """Positions whose keys and values are kept."""
+    is_parked: bool = False
     is_leaving: bool = False
+    has_failed: bool = False
 
 
 @dataclass
@@ -48,21 +59,30 @@ class Lane:
 
     decoder: Decoder
     memory: RowMemory
-    record: Record | None = None
-    """Makes steps of fixed shape fast, where the rows allow them."""
-    _rows: list[_Row] = field(default_factory=list, init=False)
+    recorded: Recordings | None = None
+    """Steps of fixed shape, taken where the rows allow them."""
+    prefixes: Prefixes = field(default_factory=lambda: Prefixes(Recent.nothing()))
+    _slots: Slots[_Row] = field(default_factory=Slots, init=False)
     _is_settled: bool = field(default=True, init=False)
-    """Whether cache and steering are those of the rows as they are now."""
+    """Whether slots and steering are those of the rows as they are now."""
+    _decoding: Sequence[_Row] = field(default=(), init=False)
+    _specs: Sequence[RowSpec] = field(default=(), init=False)
+    """Of those who decode, in the order of their slots; another list when they are others."""
     _changes: Changes = field(default=(), init=False)
     _reads: Reads = field(default_factory=lambda: Reads(()), init=False)
     _numbers: list[Numbers | None] = field(default_factory=list, init=False)
     """Of every row, what the last pass has read."""
-    _static: StaticStep | None = field(default=None, init=False)
+    _n_columns: int = field(default=0, init=False)
+    """Positions that there is room for."""
 
     @classmethod
-    def merging(cls, decoder: Decoder, form: MaskForm, record: Record | None = None) -> Lane:
-        """For many rows."""
-        return cls(decoder, RowCache(decoder.model, form, stays=record is not None), record)
+    def merging(
+        cls, decoder: Decoder, form: MaskForm, record: Record | None = None, recent: Recent | None = None
+    ) -> Lane:
+        """For many rows. `recent` gets what rows leave behind, for those that begin alike."""
+        cache = RowCache(decoder.model, form, NO_GRID if record is None else RECORDED_GRID)
+        recorded = None if record is None else Recordings(decoder, cache, record)
+        return cls(decoder, cache, recorded, Prefixes(recent or Recent.nothing()))
 
     @classmethod
     def alone(cls, decoder: Decoder) -> Lane:
@@ -71,102 +91,153 @@ class Lane:
 
     @property
     def rows(self) -> list[RowId]:
-        return [row.id for row in self._rows if not row.is_leaving]
+        """Those who decode, in their order, then those who are parked."""
+        return [row.id for row in (*self._slots.decoding, *self._slots.parked) if not row.is_leaving]
+
+    @property
+    def n_decoding(self) -> int:
+        return sum(not row.is_leaving for row in self._slots.decoding)
 
     def begin(self, rows: NewRows) -> Joining:
         """Rows that will join once their prompts have been run. After an exception nothing has begun."""
+        self._settle()
+        self._make_room([spec for _, spec in rows])
         return Joining(self, rows)
 
     def prefill(self, rows: NewRows) -> list[RowStep]:
         """Rows join in one forward pass; the first token of each. After an exception none has joined."""
         joining = self.begin(rows)
-        joining.advance(joining.n_tokens)
+        while not joining.is_done:
+            joining.advance(joining.n_tokens)
         return joining.join()
 
     def decode(self) -> list[RowStep]:
-        """One more token for every row, and what has been read at the one before. Rows that draw no more leave.
+        """One more token for every row that decodes, and what has been read at the one before.
 
-        After an exception the rows are as they were: it may be tried again.
+        Rows that draw no more leave. After an exception all are as they were: try it again.
         """
         self._settle()
-        rows = self._rows
-        logits = self.logits(torch.tensor([row.generated[-1:] for row in rows]))
-        return self._told(rows, logits, self._numbers)
+        if not self._decoding:
+            return []
+        logits = self.logits(torch.tensor([row.generated[-1:] for row in self._decoding]))
+        return self._told(self._decoding, logits, self._numbers)
 
     def logits(self, ids: Tensor) -> Tensor:
-        """One position more for every row: [row, 1] ids -> [row, vocab], float32."""
+        """One position more for every row that decodes: [row, 1] ids -> [row, vocab], float32."""
         self._settle()
-        if self.record is not None and not self._reads and StaticStep.fits([row.spec for row in self._rows]):
-            return self._decode_whole(ids, self.record)
-        if self.memory.is_outdated():
-            return self._run_again()
-        with self.memory.decode() as inputs:
-            self._reads.begin([1] * len(self._rows))
-            logits = self.decoder.forward(ids, inputs, self._changes, ends([1] * len(self._rows)))
-            self._numbers = self._reads.take()
-        return logits
+        lengths = [row.length for row in self._decoding]
+        if max(lengths) >= self._n_columns:
+            self._make_room([])
+        found = self._logits(ids, lengths)
+        for row in self._decoding:
+            row.length += 1
+        return found
+
+    def park(self, rows: Collection[RowId]) -> None:
+        """They draw nothing until they are resumed. Cannot fail."""
+        self._set_parked(rows, True)
+
+    def resume(self, rows: Collection[RowId]) -> None:
+        """They decode again. Cannot fail."""
+        self._set_parked(rows, False)
 
     def drop(self, rows: Collection[RowId]) -> None:
         """Rows leave; ids of rows that are not here are ignored. Cannot fail."""
-        for row in self._rows:
+        for row in self._slots:
             row.is_leaving = row.is_leaving or row.id in rows
         self._is_settled = False
         if not self.rows:
-            self._rows = []
+            self._keep_what_leaves()
+            self._slots.clear()
             self.memory.clear()
 
-    def take_in(self, rows: Sequence[_Row], prompts: PromptPass) -> list[RowStep]:
+    def take_in(self, passes: Sequence[tuple[Sequence[_Row], PromptPass]]) -> list[RowStep]:
         """First tokens are drawn, and rows that go on join. After an exception none has joined."""
         self._settle()
-        steps = self._told(rows, torch.stack(prompts.logits()), prompts.numbers())
-        staying = [place for place, row in enumerate(rows) if not row.is_leaving]
+        rows = [row for of_pass, _ in passes for row in of_pass]
+        logits = torch.stack([logits for _, prompts in passes for logits in prompts.logits()])
+        steps = self._told(rows, logits, [numbers for _, prompts in passes for numbers in prompts.numbers()])
+        staying = [row for row in rows if not row.is_leaving]
         if staying:
-            specs = [rows[place].spec for place in staying]
-            lengths = [len(spec.prompt_ids) for spec in specs]
-            longest = max(len(spec.prompt_ids) + spec.sampling.max_new_tokens for spec in specs)
-            self.memory.join(prompts.cache, staying, lengths, longest)
-            self._rows = [*self._rows, *(rows[place] for place in staying)]
+            self._settle()
+            self._make_room([row.spec for row in staying])
+            slot = len(self._decoding)
+            for of_pass, prompts in passes:
+                places = [place for place, row in enumerate(of_pass) if not row.is_leaving]
+                self.memory.put(prompts.cache, places, [len(of_pass[n].spec.prompt_ids) for n in places], slot)
+                slot += len(places)
+            for slot, row in enumerate(staying, len(self._decoding)):
+                row.length = len(row.spec.prompt_ids)
+                self._slots.put(row, slot)
             self._is_settled = False
         return steps
 
+    def _logits(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        if self.recorded is not None and not self._reads and StaticStep.fits(self._specs):
+            return self.recorded.logits(ids, lengths, self._specs)
+        if self.memory.is_outdated(lengths[0]):
+            return self._run_again()
+        with self.memory.decode(lengths) as inputs:
+            self._reads.begin([1] * len(lengths))
+            logits = self.decoder.forward(ids, inputs, self._changes, ends([1] * len(lengths)))
+            self._numbers = self._reads.take()
+        return logits
+
     def _run_again(self) -> Tensor:
         """As `logits` for one row's newest token, from the whole text, which takes the place of what was kept."""
-        (row,) = self._rows
+        (row,) = self._decoding
         text = replace(row.spec, prompt_ids=(*row.spec.prompt_ids, *row.generated))
         prompts = PromptPass(self.decoder, [text], self.memory.prompts(len(text.prompt_ids)))
         prompts.advance(prompts.width)
-        self.memory.join(prompts.cache, [0], [prompts.width], prompts.width)
+        self.memory.put(prompts.cache, [0], [prompts.width], 0)
         self._numbers = [None if numbers is None else numbers[-1:] for numbers in prompts.numbers()]
         return torch.stack(prompts.logits())
 
-    def _decode_whole(self, ids: Tensor, record: Record) -> Tensor:
-        """[row, 1] ids -> [row, vocab]; the step is recorded when the cache has got other tensors."""
-        assert isinstance(self.memory, RowCache)
-        with self.memory.decode_whole():
-            if self._static is None or not self._static.is_current:
-                self._static = None  # first, so that its memory is there for the next one
-                self._static = StaticStep(self.decoder, self.memory, record)
-                self._static.steer([row.spec for row in self._rows])
-            return self._static(ids)
+    def _set_parked(self, rows: Collection[RowId], is_parked: bool) -> None:
+        for row in self._slots:
+            row.is_parked = is_parked if row.id in rows else row.is_parked
+        self._is_settled = False
 
     def _settle(self) -> None:
-        """Rows that left make room, and steering becomes that of those who stay. After an exception: again."""
+        """Rows that left or were parked make room, and steering becomes that of those who decode.
+
+        After an exception: again.
+        """
         if self._is_settled:
             return
-        for place in reversed(range(len(self._rows))):
-            if self._rows[place].is_leaving:
-                self.memory.drop(place)
-                self._rows[place] = self._rows[-1]
-                self._rows.pop()
-        specs = [row.spec for row in self._rows]
-        self._reads = Reads(specs)
-        self._numbers = [None] * len(specs)
-        self._changes = steering_edits(specs, reads=self._reads)
-        if self._static is not None and self._static.is_current:
-            self._static.steer(specs)
-        else:
-            self._static = None
+        self._keep_what_leaves()
+        self._slots.free(lambda row: row.is_leaving)
+        self.memory.trim(self._make_room([]))
+        self._decoding = self._slots.decoding
+        self._specs = [row.spec for row in self._decoding]
+        self._reads = Reads(self._specs)
+        self._numbers = [None] * len(self._specs)
+        self._changes = steering_edits(self._specs, reads=self._reads)
         self._is_settled = True
+
+    def _keep_what_leaves(self) -> None:
+        """For rows that begin alike. What cannot be kept is not: nobody waits for it."""
+        for slot, row in self._slots.placed:
+            is_sound = row.is_leaving and not row.has_failed
+            layers = self.memory.layers_of(slot, row.length) if is_sound else None
+            if layers is not None:
+                n_bytes = sum(one.nbytes for layer in layers if layer is not None for one in layer)
+                generated = row.generated[: row.length - len(row.spec.prompt_ids)]
+                failure = failure_of(partial(self.prefixes.keep, row.spec, generated, layers, n_bytes))
+                if failure is not None:
+                    let_go(failure)
+
+    def _make_room(self, new: Sequence[RowSpec]) -> Grid:
+        """For rows beside those that are here, right behind those that decode; the grid that is needed for a step."""
+        n_decoding, parked = len(self._slots.decoding) + len(new), self._slots.parked
+        behind = n_decoding if self.recorded is None else self.recorded.n_slots(n_decoding)
+        n_slots = behind + len(parked) + bool(parked)
+        lengths = [*(row.length for row in self._slots), *(len(spec.prompt_ids) for spec in new)]
+        grid = Grid.of(n_slots, 1 + max(lengths, default=0))
+        self.memory.grow(grid)
+        self._slots.arrange(behind, grid.slots, self.memory.move)
+        self._n_columns = grid.columns
+        return grid
 
     def _told(self, rows: Sequence[_Row], logits: Tensor, numbers: Sequence[Numbers | None]) -> list[RowStep]:
         """Every row draws that goes on, and gets what was read of it. logits: [row, vocab]."""
@@ -177,7 +248,7 @@ class Lane:
             for place, (row, read) in enumerate(zip(rows, numbers, strict=True))
         ]
         for row, step in zip(rows, steps, strict=True):
-            row.is_leaving = step.ends
+            row.is_leaving, row.has_failed = step.ends, step.error is not None
         if any(step.ends for step in steps):
             self.drop(())
         return steps
@@ -220,41 +291,78 @@ class Joining:
     """New rows of a lane while their prompts are run, all at once or in pieces."""
 
     def __init__(self, lane: Lane, rows: NewRows) -> None:
-        specs = [spec for _, spec in rows]
         self.lane = lane
-        self._rows = [_Row(id_, spec, Sampler(spec.sampling, spec.prompt_ids)) for id_, spec in rows]
-        width = max(len(spec.prompt_ids) for spec in specs)
-        self._prompts = PromptPass(lane.decoder, specs, lane.memory.prompts(width))
-        self.n_tokens = width * len(rows)
-        """Of all prompts, padding included."""
+        fresh: list[_Row] = []
+        self._passes: list[tuple[Sequence[_Row], PromptPass]] = []
+        for id_, spec in rows:
+            row = _Row(id_, spec, Sampler(spec.sampling, spec.prompt_ids))
+            is_read = bool(spec.watches)  # its prompt has to pass
+            known = lane.prefixes.find(spec) if lane.memory.in_pieces and not is_read else None
+            if known is None:
+                fresh.append(row)
+            else:
+                cache = lane.memory.prompts(len(spec.prompt_ids))
+                assert isinstance(cache, PromptCache)
+                cache.begin_with(*known)
+                self._passes.append(([row], PromptPass(lane.decoder, [spec], cache, known[1])))
+        if fresh:
+            specs = [row.spec for row in fresh]
+            cache = lane.memory.prompts(max(len(spec.prompt_ids) for spec in specs))
+            self._passes.append((fresh, PromptPass(lane.decoder, specs, cache)))
+        self.n_tokens = sum(prompts.n_tokens for _, prompts in self._passes)
+        """Of all prompts, padding included and without what is known of them."""
+        self.n_padding = sum(prompts.n_padding for _, prompts in self._passes)
 
     @property
     def is_done(self) -> bool:
-        return self._prompts.is_done
+        return all(prompts.is_done for _, prompts in self._passes)
 
     def advance(self, n_tokens: int) -> int:
-        """Run about so many tokens more, at least one of each prompt; how many it were. After an exception: no more."""
-        n_positions = max(1, n_tokens // len(self._rows)) if self.lane.memory.in_pieces else self._prompts.width
-        return len(self._rows) * self._prompts.advance(n_positions)
+        """Run about so many tokens more, at least one of each prompt; how many it were. After an exception: no more.
+
+        A rest of less than another such piece is run with it: a pass costs a step, however little it has to do.
+        """
+        prompts = next(prompts for _, prompts in self._passes if not prompts.is_done)
+        n_positions = max(1, n_tokens // prompts.n_rows) if self.lane.memory.in_pieces else prompts.n_left
+        return prompts.n_rows * prompts.advance(prompts.n_left if prompts.n_left < 2 * n_positions else n_positions)
 
     def join(self) -> list[RowStep]:
         """The rows join the lane with the first token of each. After an exception none has."""
-        return self.lane.take_in(self._rows, self._prompts)
+        return self.lane.take_in(self._passes)
+
+
+FIXED_POSITIONS = 64
+"""A piece of a prompt whose row runs by itself, where prompts may be run in pieces."""
 
 
 class SoloLane:
-    """Rows that run one at a time, each with the cache that Hugging Face gives its model."""
+    """Rows that run one at a time: where they must not be merged, or must not depend on who else is here."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
+    def __init__(
+        self, make: Callable[[], Lane], products: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        """`make` gives the lane of one row; passes run inside `products`."""
+        self._make = make
+        self._products = products
         self._lanes: dict[RowId, Lane] = {}
+        self._parked: frozenset[RowId] = frozenset()
 
     @property
     def rows(self) -> list[RowId]:
         return list(self._lanes)
 
+    @property
+    def n_decoding(self) -> int:
+        return len(self._lanes.keys() - self._parked)
+
+    def park(self, rows: Collection[RowId]) -> None:
+        self._parked |= self._lanes.keys() & set(rows)
+
+    def resume(self, rows: Collection[RowId]) -> None:
+        self._parked -= set(rows)
+
     def begin(self, rows: NewRows) -> SoloJoining:
-        return SoloJoining(self, {row[0]: Lane.alone(self._decoder).begin([row]) for row in rows})
+        return SoloJoining(self, {row[0]: self._make().begin([row]) for row in rows}, self._products)
 
     def prefill(self, rows: NewRows) -> list[RowStep]:
         joining = self.begin(rows)
@@ -264,9 +372,12 @@ class SoloLane:
 
     def decode(self) -> list[RowStep]:
         """A step that fails ends its own row."""
-        return self._without_finished([step for id_, lane in self._lanes.items() for step in _step_of(id_, lane)])
+        running = [(id_, lane) for id_, lane in self._lanes.items() if id_ not in self._parked]
+        with self._products():
+            return self._without_finished([step for id_, lane in running for step in _step_of(id_, lane)])
 
     def drop(self, rows: Collection[RowId]) -> None:
+        self._parked -= set(rows)
         self._lanes = {id_: lane for id_, lane in self._lanes.items() if id_ not in rows}
 
     def take_in(self, joining: dict[RowId, Joining]) -> list[RowStep]:
@@ -281,19 +392,24 @@ class SoloLane:
 
 
 class SoloJoining:
-    """As `Joining`; a piece is the whole prompt of one row."""
+    """As `Joining`; a piece has a fixed size, or is the whole prompt of one row."""
 
-    def __init__(self, lane: SoloLane, rows: dict[RowId, Joining]) -> None:
+    def __init__(
+        self, lane: SoloLane, rows: dict[RowId, Joining], products: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         self._lane = lane
+        self._products = products
         self._rows = rows
         self.n_tokens = sum(one.n_tokens for one in rows.values())
+        self.n_padding = 0
 
     @property
     def is_done(self) -> bool:
         return all(one.is_done for one in self._rows.values())
 
     def advance(self, n_tokens: int) -> int:
-        return next(one.advance(one.n_tokens) for one in self._rows.values() if not one.is_done)
+        with self._products():
+            return next(one.advance(FIXED_POSITIONS) for one in self._rows.values() if not one.is_done)
 
     def join(self) -> list[RowStep]:
         return self._lane.take_in(self._rows)

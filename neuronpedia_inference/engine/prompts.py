@@ -27,14 +27,17 @@ from neuronpedia_inference.engine.steered import steering_edits
 class PromptPass:
     """Prompts that will be continued; at the end, the logits of each one's last position."""
 
-    def __init__(self, decoder: Decoder, specs: Sequence[RowSpec], cache: Cache) -> None:
-        """`cache` gets the keys and values."""
+    def __init__(self, decoder: Decoder, specs: Sequence[RowSpec], cache: Cache, n_done: int = 0) -> None:
+        """`cache` gets the keys and values, and has those of the first `n_done` positions already."""
         self._decoder = decoder
         self.cache = cache
         self._lengths = [len(spec.prompt_ids) for spec in specs]
         self._ids = padded([spec.prompt_ids for spec in specs])
         self._untouched = _untouched(specs, self.width, decoder.model.device)
-        self._n_done = 0
+        self._n_done = n_done
+        self.n_tokens = len(specs) * (self.width - n_done)
+        """To run, padding included."""
+        self.n_padding = self.n_tokens + len(specs) * n_done - sum(self._lengths)
         self._piece = slice(0, 0)
         self._reads = Reads(specs)
         self._numbers: list[list[Numbers]] = [[] for _ in specs]
@@ -42,13 +45,22 @@ class PromptPass:
         self._logits: list[Tensor | None] = [None] * len(specs)
 
     @property
+    def n_rows(self) -> int:
+        return len(self._lengths)
+
+    @property
     def width(self) -> int:
         """Positions of the longest prompt."""
         return max(self._lengths)
 
     @property
+    def n_left(self) -> int:
+        """Positions to run of every prompt."""
+        return self.width - self._n_done
+
+    @property
     def is_done(self) -> bool:
-        return self._n_done == self.width
+        return self.n_left == 0
 
     def advance(self, n_positions: int) -> int:
         """Run the next positions of every prompt; how many. After an exception the pass is of no more use."""

@@ -17,6 +17,8 @@ from neuronpedia_inference.steering.plan import SteerMethod
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from neuronpedia_inference.recent import Recent
+
 NO_TOKEN = -1
 """In a step that drew none."""
 
@@ -155,6 +157,9 @@ class Pass(Protocol):
 class Joining(Pass, Protocol):
     """A pass whose rows go on to decode."""
 
+    @property
+    def n_padding(self) -> int: ...
+
     def join(self) -> list[RowStep]:
         """Once it is done: the rows join their lane, with the first token of each. After an exception none has."""
         ...
@@ -179,12 +184,25 @@ class Lane(Protocol):
     @property
     def rows(self) -> Sequence[RowId]: ...
 
+    @property
+    def n_decoding(self) -> int:
+        """How many of them are not parked."""
+        ...
+
     def begin(self, rows: Sequence[tuple[RowId, RowSpec]]) -> Joining:
         """Rows that will join once their prompts have been run. After an exception nothing has begun."""
         ...
 
     def decode(self) -> list[RowStep]:
-        """One token for every row. After an exception the rows are as they were: it may be tried again."""
+        """One token for every row that is not parked. After an exception all are as they were: try it again."""
+        ...
+
+    def park(self, rows: Collection[RowId]) -> None:
+        """They keep what they have, and draw nothing until they are resumed. Cannot fail."""
+        ...
+
+    def resume(self, rows: Collection[RowId]) -> None:
+        """They decode again. Cannot fail."""
         ...
 
     def drop(self, rows: Collection[RowId]) -> None:
@@ -193,8 +211,18 @@ class Lane(Protocol):
 
 
 class Engine(Protocol):
-    def begin_capture(self, prompts: Sequence[Sequence[int]], points: Collection[Point]) -> Capturing:
+    recent: Recent
+    """What is kept of prompts, to be used again."""
+
+    def begin_capture(
+        self, prompts: Sequence[Sequence[int]], points: Collection[Point], *, reproducible: bool = False
+    ) -> Capturing:
         """One forward pass over all prompts, ended at the last point."""
+        ...
+
+    @property
+    def reproducible_lane(self) -> Lane:
+        """Where rows run whose tokens must not depend on others."""
         ...
 
     @property

@@ -1,9 +1,10 @@
 """A decode step of fixed shape: the same operations on the same tensors, whoever decodes and whatever is steered where.
 
 Its inputs are written into tensors that stay where they are: ids, positions, and a table that holds what is added to
-every row before every block and after the last. All slots run, at the full width of the cache; slots without a row
-compute what nobody reads. So the step can be recorded once as a CUDA graph and replayed, with nothing declared in
-advance. Additive steering of the residual stream fits the tables; other rows decode step by step (`generation.py`).
+every row before every block and after the last. As many slots run as the rows' bucket has, at the full width of the
+cache; slots without a row compute what nobody reads. So the step can be recorded once per bucket as a CUDA graph and
+replayed, with nothing declared in advance. Additive steering of the residual stream fits the tables; other rows decode
+step by step (`generation.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from neuronpedia_inference.costs import RECORDED_GRID, Grid
 from neuronpedia_inference.engine.cache import RowCache
 from neuronpedia_inference.engine.hooks import Edit, edits
 from neuronpedia_inference.engine.points import RESID_POST, RESID_PRE, Point
@@ -33,17 +35,47 @@ Step = Callable[[], Tensor]
 Record = Callable[[Step], Step]
 
 
-class StaticStep:
-    """The step of one lane, for the slots and columns that its cache has now."""
+class Recordings:
+    """The recorded steps of one lane, one for each number of slots, as long as its cache holds the same tensors."""
 
     def __init__(self, decoder: Decoder, cache: RowCache, record: Record) -> None:
-        """`record` makes of the step one that does the same faster; it may run it first."""
+        """`record` makes of a step one that does the same faster; it may run it first."""
+        self._decoder = decoder
+        self._cache = cache
+        self._record = record
+        self._steps: dict[int, StaticStep] = {}
+        self._held: list[Tensor] = []
+
+    @staticmethod
+    def n_slots(n_rows: int) -> int:
+        """Slots that run for so many rows: 1, 2, 4, 8, 16, and beyond that in the steps in which slots are made."""
+        return min(1 << max(0, n_rows - 1).bit_length(), max(RECORDED_GRID.slots, Grid.of(n_rows, 0).slots))
+
+    def logits(self, ids: Tensor, lengths: Sequence[int], rows: Sequence[RowSpec]) -> Tensor:
+        """[row, 1] ids -> [row, vocab] logits, float32. `rows`: the same object as long as they are the same rows."""
+        n_slots = self.n_slots(len(rows))
+        self._cache.begin_whole(lengths, n_slots)
+        held = self._cache.held()
+        if len(held) != len(self._held) or any(a is not b for a, b in zip(held, self._held, strict=True)):
+            self._steps.clear()  # first, so that their memory is there for others
+            self._held = held
+        if n_slots not in self._steps:
+            self._steps[n_slots] = StaticStep(self._decoder, self._cache, self._record, n_slots)
+        return self._steps[n_slots].logits(ids, rows)
+
+
+class StaticStep:
+    """The step of one lane, for so many slots of the tensors that its cache holds now."""
+
+    def __init__(self, decoder: Decoder, cache: RowCache, record: Record, n_slots: int) -> None:
+        """`cache` is about to run such a step."""
         text = decoder.model.config.get_text_config()
         n_layers, width = text.num_hidden_layers, text.hidden_size
         self._decoder = decoder
         self.cache = cache
-        self._held = cache.held()
-        n_slots, device, dtype = cache.shape[0], decoder.model.device, decoder.model.dtype
+        self._rows: Sequence[RowSpec] | None = None
+        """Whose steering the table holds."""
+        device, dtype = decoder.model.device, decoder.model.dtype
         self._ids = torch.zeros(n_slots, 1, dtype=torch.long, device=device)
         self._added = torch.zeros(n_layers + 1, n_slots, 1, width, dtype=dtype, device=device)
         """[layer, slot, 1, d_model]: what is added before each block, and after the last."""
@@ -52,30 +84,27 @@ class StaticStep:
         self._changes = list(zip([*points, Point(n_layers - 1, RESID_POST)], adders, strict=True))
         self._step = record(self._forward)
 
-    @property
-    def is_current(self) -> bool:
-        """Whether the cache still holds what it held. A layer may grow alone, where the next one's growth failed."""
-        now = self.cache.held()
-        return len(now) == len(self._held) and all(a is b for a, b in zip(now, self._held, strict=True))
-
     @staticmethod
     def fits(rows: Sequence[RowSpec]) -> bool:
         """Whether tables can hold all that these rows are steered with."""
         steers = (steering for row in rows for steering in row.steering)
         return all(s.point.place in RECORDED and s.method is SteerMethod.SIMPLE_ADDITIVE for s in steers)
 
-    def steer(self, rows: Sequence[RowSpec]) -> None:
-        """The rows as they are now, in the order of their slots."""
-        self._added.zero_()
-        for slot, row in enumerate(rows):
-            for s in row.steering if self.fits([row]) else ():
-                place = s.point.layer + (s.point.place == RESID_POST)
-                self._added[place, slot, 0] += (s.coefficient * s.vector).to(self._added.dtype)
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        """[row, 1] ids -> [row, vocab] logits, float32, which the next step does not overwrite."""
+    def logits(self, ids: Tensor, rows: Sequence[RowSpec]) -> Tensor:
+        """As `Recordings.logits`; the next step does not overwrite them."""
+        if self._rows is not rows:
+            self._rows = None
+            self._steer(rows)
+            self._rows = rows
         self._ids[: len(ids)] = ids.to(self._ids.device)
         return self._step()[: len(ids)].to(torch.float32, copy=True)
+
+    def _steer(self, rows: Sequence[RowSpec]) -> None:
+        self._added.zero_()
+        for slot, row in enumerate(rows):
+            for s in row.steering:
+                place = s.point.layer + (s.point.place == RESID_POST)
+                self._added[place, slot, 0] += (s.coefficient * s.vector).to(self._added.dtype)
 
     def _forward(self) -> Tensor:
         """[slot, vocab]; reads nothing but tensors that stay where they are."""

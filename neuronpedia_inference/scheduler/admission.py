@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from neuronpedia_inference.costs import Demand
+from neuronpedia_inference.costs import NO_GRID, Demand, Grid, together
 from neuronpedia_inference.errors import LimitExceeded, Overloaded
 
 NOTHING = Demand(requests=0)
@@ -15,26 +15,31 @@ class Permit:
     """The right of one request to be inside; released once, by `release`."""
 
     def __init__(self, admission: Admission, demand: Demand) -> None:
+        self.demand = demand
         self._admission = admission
-        self._demand = demand
-        self._held = True
-        self._lock = threading.Lock()
 
     def release(self) -> None:
         """May be called again without effect."""
-        with self._lock:
-            held, self._held = self._held, False
-        if held:
-            self._admission.give_back(self._demand)
+        self._admission.give_back(self)
 
 
 class Admission:
     """Counts what is inside. Safe from any thread."""
 
-    def __init__(self, bounds: Demand, refused: Callable[[str], None] = lambda bound: None) -> None:
-        """`refused` is told the bound at which a request was turned away."""
+    def __init__(
+        self,
+        bounds: Demand,
+        position_bytes: int = 0,
+        least: Grid = NO_GRID,
+        refused: Callable[[str], None] = lambda bound: None,
+    ) -> None:
+        """position_bytes: of a position of a row; `least`: slots that are kept when nobody is inside. `refused` is
+        told the bound at which a request was turned away."""
         self.bounds = bounds
+        self._position_bytes = position_bytes
+        self._least = least
         self._refused = refused
+        self._permits: set[Permit] = set()
         self._inside = NOTHING
         self._peak_bytes = 0
         self._lock = threading.Lock()
@@ -50,31 +55,39 @@ class Admission:
 
     def permit(self, demand: Demand) -> Permit:
         """Raises Overloaded when there is no room now, LimitExceeded when there never would be."""
-        alone = demand.beyond(self.bounds)
+        by_itself = self._together([demand])
+        alone = by_itself.beyond(self.bounds)
         if alone is not None:
             self._refused(alone)
             raise LimitExceeded(
-                f"The request takes {_amount(demand, alone)}, the server has {_amount(self.bounds, alone)} for all. "
+                f"The request takes {_amount(by_itself, alone)}, the server has {_amount(self.bounds, alone)} for all. "
                 "Send less at once."
             )
+        permit = Permit(self, demand)
         with self._lock:
-            full = (self._inside + demand).beyond(self.bounds)
             inside = self._inside
+            wanted = self._together([*(one.demand for one in self._permits), demand])
+            full = wanted.beyond(self.bounds)
             if full is None:
-                self._inside = inside + demand
-                self._peak_bytes = max(self._peak_bytes, self._inside.bytes)
+                self._permits.add(permit)
+                self._inside = wanted
+                self._peak_bytes = max(self._peak_bytes, wanted.bytes)
         if full is not None:
             self._refused(full)
             raise Overloaded(
                 f"The server is busy: {_amount(inside, full)} of at most {_amount(self.bounds, full)} inside, "
-                f"and this request brings {_amount(demand, full)}. Try again soon."
+                f"and with this request it would be {_amount(wanted, full)}. Try again soon."
             )
-        return Permit(self, demand)
+        return permit
 
-    def give_back(self, demand: Demand) -> None:
+    def give_back(self, permit: Permit) -> None:
         with self._lock:
-            self._inside -= demand
-            assert NOTHING.beyond(self._inside) is None, self._inside
+            if permit in self._permits:
+                self._permits.remove(permit)
+                self._inside = self._together(one.demand for one in self._permits)
+
+    def _together(self, demands: Iterable[Demand]) -> Demand:
+        return together(demands, self._position_bytes, self._least)
 
 
 def _amount(demand: Demand, bound: str) -> str:

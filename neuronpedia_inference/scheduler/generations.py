@@ -14,8 +14,9 @@ from neuronpedia_inference.engine.faults import failure_of
 from neuronpedia_inference.engine.protocol import Engine, Joining, Lane, RowId, RowSpec, RowStep
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.scheduler.ends import Ends
-from neuronpedia_inference.scheduler.jobs import Job
-from neuronpedia_inference.scheduler.pace import Pace
+from neuronpedia_inference.scheduler.jobs import GenerateWork, Job
+from neuronpedia_inference.scheduler.pace import BETWEEN_STREAMED, BETWEEN_UNSEEN, Pace
+from neuronpedia_inference.scheduler.policy import Stint
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,9 @@ class _Generation:
     n_left: int
     """Rows that have not ended."""
     has_begun: bool = False
+    is_parked: bool = False
+    since: int = 0
+    """Number of the step at which it came in or was parked."""
 
 
 @dataclass(eq=False)
@@ -42,7 +46,7 @@ class Generations:
     """What is known of rows is in their lane; here is only whose they are."""
 
     def __init__(self, engine: Engine, ends: Ends, metrics: Metrics, pace: Pace) -> None:
-        self._engine = engine
+        self._lanes = (engine.lane, engine.reproducible_lane)
         self._ends = ends
         self._metrics = metrics
         self._pace = pace
@@ -50,14 +54,20 @@ class Generations:
         """Of jobs that have not joined."""
         self._groups: deque[_Group] = deque()
         self._decoding: dict[int, _Generation] = {}
+        """And parked ones; who came in or was parked last is last."""
+        self._n_steps = 0
 
     @property
     def joining(self) -> list[Job]:
         return [job for group in self._groups for job in group.jobs]
 
     @property
-    def decoding(self) -> list[Job]:
-        return [generation.job for generation in self._decoding.values()]
+    def decoding(self) -> list[Stint]:
+        return self._turns(is_parked=False)
+
+    @property
+    def parked(self) -> list[Stint]:
+        return self._turns(is_parked=True)
 
     @property
     def inside(self) -> bool:
@@ -71,40 +81,59 @@ class Generations:
         """The prompts of these jobs, which are prepared, run in one pass."""
         self._groups.append(_Group(jobs))
 
-    def advance(self, most: int, *, beside_steps: bool) -> None:
+    @property
+    def steps_between(self) -> float | None:
+        """Time for everything else between two steps, in steps; None where nothing decodes."""
+        works = [stint.job.work for stint in self.decoding]
+        if not works:
+            return None
+        streams = any(isinstance(work, GenerateWork) and work.streams for work in works)
+        return BETWEEN_STREAMED if streams else BETWEEN_UNSEEN
+
+    def advance(self, most: int) -> None:
         """One piece of the oldest group, of at most so many tokens; fewer where rows wait for it to decode."""
         group = self._groups[0]
-        failure = failure_of(lambda: self._piece(group, most, beside_steps=beside_steps))
+        failure = failure_of(lambda: self._piece(group, most))
         if failure is not None:
             self._remove(group)
             alone = self._ends.alone(group.jobs, failure)
             self._groups.extendleft(_Group([job]) for job in reversed(alone))
 
+    def park(self, jobs: Sequence[Job]) -> None:
+        """Their rows keep their places in the cache and draw nothing."""
+        self._set_parked(jobs, True)
+
+    def resume(self, jobs: Sequence[Job]) -> None:
+        """Those who are parked decode again."""
+        self._set_parked(jobs, False)
+
     def decode(self) -> None:
-        """One token for every row."""
-        lane = self._engine.lane
-        self._drop_strangers(lane)
-        if lane.rows:
-            self._step(lane)
+        """One token for every row that is not parked."""
+        for lane in self._lanes:
+            self._drop_strangers(lane)
+            if lane.n_decoding:
+                self._step(lane)
+        self._n_steps += 1
 
     def forget(self, job: Job) -> None:
         """Its rows leave at once; prompts that nobody waits for any more are not run on."""
         self._rows.pop(job.id, None)
         if self._decoding.pop(job.id, None) is not None:
-            lane = self._engine.lane
+            lane = self._lane_of(job)
             lane.drop({row for row in lane.rows if row.job == job.id})
         self._groups = deque(group for group in self._groups if not all(one.has_ended for one in group.jobs))
 
     # Prompts
 
-    def _piece(self, group: _Group, most: int, *, beside_steps: bool) -> None:
-        running = group.running = group.running or self._engine.lane.begin(self._new_rows(group))
+    def _piece(self, group: _Group, most: int) -> None:
+        running = group.running = group.running or self._lane_of(group.jobs[0]).begin(self._new_rows(group))
         started = time.perf_counter()
-        n_run = running.advance(self._pace.tokens(1.0, most) if beside_steps else most)
+        n_run = running.advance(self._pace.tokens(1.0, most, self.steps_between))
         self._pace.passed(n_run, 1.0, time.perf_counter() - started)
         if running.is_done:
             steps = running.join()
             self._remove(group)
+            self._metrics.prefilled(len(self._new_rows(group)), running.n_tokens - running.n_padding, running.n_padding)
             self._join(group, steps)
 
     def _remove(self, group: _Group) -> None:
@@ -115,12 +144,8 @@ class Generations:
         return [(RowId(job.id, n), spec) for job in jobs for n, spec in enumerate(self._rows[job.id])]
 
     def _join(self, group: _Group, steps: Sequence[RowStep]) -> None:
-        jobs = [job for job in group.jobs if not job.has_ended]
-        lengths = [len(spec.prompt_ids) for job in jobs for spec in self._rows[job.id]]
-        if lengths:
-            self._metrics.prefilled(len(lengths), sum(lengths), len(lengths) * max(lengths) - sum(lengths))
-        for job in jobs:
-            self._decoding[job.id] = _Generation(job, n_left=len(self._rows.pop(job.id)))
+        for job in (job for job in group.jobs if not job.has_ended):
+            self._decoding[job.id] = _Generation(job, n_left=len(self._rows.pop(job.id)), since=self._n_steps)
         self._deliver(steps)
 
     # Steps
@@ -141,6 +166,23 @@ class Generations:
                     self._ends.fail(self._decoding[number].job, failure)
                 return
             log.warning("a decode step failed and is tried once more", exc_info=failure)
+
+    def _lane_of(self, job: Job) -> Lane:
+        assert isinstance(job.work, GenerateWork)
+        return self._lanes[job.work.reproducible]
+
+    def _turns(self, *, is_parked: bool) -> list[Stint]:
+        found = [one for one in self._decoding.values() if one.is_parked == is_parked]
+        return [Stint(one.job, self._n_steps - one.since) for one in found]
+
+    def _set_parked(self, jobs: Sequence[Job], is_parked: bool) -> None:
+        for job in jobs:
+            lane = self._lane_of(job)
+            generation = self._decoding.pop(job.id)
+            generation.is_parked, generation.since = is_parked, self._n_steps
+            self._decoding[job.id] = generation
+            change = lane.park if is_parked else lane.resume
+            change({row for row in lane.rows if row.job == job.id})
 
     def _drop_strangers(self, lane: Lane) -> None:
         """Rows of jobs that are not here any more, if there should ever be any."""

@@ -63,6 +63,8 @@ class CaptureWork:
     """engine.points.Point"""
     reduce: Callable[[list[Any]], Steps]
     """Gets one mapping of point to tensor per prompt."""
+    reproducible: bool = False
+    """Whether its numbers must not depend on what else there is to do."""
 
     @property
     def lengths(self) -> list[int]:
@@ -84,6 +86,10 @@ class GenerateWork:
     n_prompt_tokens: int
     n_positions: int
     """Prompt and completion together, at most."""
+    streams: bool = False
+    """Whether somebody reads its tokens as they come."""
+    reproducible: bool = False
+    """Whether its tokens must not depend on what else there is to do."""
 
 
 @dataclass(frozen=True)

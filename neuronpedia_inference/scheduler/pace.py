@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-BETWEEN_STEPS = 1.0
-"""Time for everything else between two steps, in steps."""
+BETWEEN_STREAMED, BETWEEN_UNSEEN = 1.0, 4.0
+"""Time for everything else between two steps, in steps: where somebody reads tokens as they come, and where all wait
+for the whole answer, which comes sooner if others decode with them."""
 LEAST_TOKENS = 8
 """A piece of this size takes hardly longer than a smaller one: either reads every weight once."""
 UNTRIED_TOKENS = 32
@@ -27,16 +28,17 @@ class Pace:
         beyond = max(0.0, seconds / depth - (self.step_s or 0.0))
         self._token_s = _smoothed(self._token_s, beyond / n_tokens)
 
-    @property
-    def between_s(self) -> float:
+    def between_s(self, steps: float) -> float:
         """Seconds between two steps for what is measured and not foretold."""
-        return BETWEEN_STEPS * (self.step_s or 0.0)
+        return steps * (self.step_s or 0.0)
 
-    def tokens(self, depth: float, most: int) -> int:
-        """How many fit between two steps; at most `most`."""
+    def tokens(self, depth: float, most: int, steps: float | None) -> int:
+        """How many fit between two steps, in the time of `steps`, None for any time; at most `most`."""
+        if steps is None:
+            return most
         if self.step_s is None or not self._token_s:
             return min(UNTRIED_TOKENS, most)
-        room_s = self.between_s / depth - self.step_s
+        room_s = self.between_s(steps) / depth - self.step_s
         return max(min(LEAST_TOKENS, most), min(int(room_s / self._token_s), most))
 
 

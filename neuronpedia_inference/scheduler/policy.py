@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from neuronpedia_inference.scheduler.jobs import CaptureWork, GenerateWork, Job
+
+FIRST_STEPS = 4
+"""A generation that has come in decodes so many steps before it makes way for another."""
+PARKED_STEPS = 128
+"""So many steps after it was parked others make way for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,14 +19,14 @@ class Limits:
 
     max_rows: int = 16
     """Rows that may generate at the same time."""
-    max_cache_positions: int = 2**20
-    """Rows that generate × positions of the longest of them."""
     max_prefill_tokens: int = 512
     """Tokens, padding included, of prompts that are prefilled together, and of one piece of longer ones."""
     max_capture_tokens: int = 512
     """Tokens, padding included, of captures that share a forward pass, and of one piece of longer ones."""
     max_padding: float = 0.25
     """Share of padding in either."""
+    small_pass: int = 64
+    """Tokens up to which padding does not matter: such a pass is hardly longer than a shorter one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,19 @@ class Tick:
     """A call that begins, or captures that share one forward pass."""
     prefill: tuple[Job, ...] = ()
     """Generations whose prompts begin to run; then they decode with those that run."""
+    park: tuple[Job, ...] = ()
+    """Generations that make way. They go on later where they are now."""
+    resume: tuple[Job, ...] = ()
+    """Parked ones that go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stint:
+    """A generation that decodes, or is parked."""
+
+    job: Job
+    n_steps: int = 0
+    """Since it came in, or was parked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +64,9 @@ class UnderWay:
     """Calls and captures that can go on. One group at a time."""
     joining: Sequence[Job] = ()
     """Generations whose prompts run. One group at a time."""
-    decoding: Sequence[Job] = ()
+    decoding: Sequence[Stint] = ()
+    parked: Sequence[Stint] = ()
+    """Who has waited longest comes first."""
     paused: Sequence[Job] = ()
     """Those who wait for weights, and hold up nobody."""
 
@@ -54,63 +74,125 @@ class UnderWay:
 def plan_tick(waiting: Sequence[Job], under_way: UnderWay, limits: Limits, now_s: float) -> Tick:
     """Oldest first: what may begin beside what is under way.
 
-    `waiting` is in order of arrival. A generation whose rows do not fit beside the running ones waits, and those
-    behind it wait too: a small request does not overtake a large one for ever. With nothing running, any fits.
+    `waiting` is in order of arrival. A generation whose rows do not fit beside the running ones has others make way,
+    those first that have decoded longest since they came in. Where not even that is enough it waits, and those behind
+    it wait too: a small request does not overtake a large one for ever. With nothing running, any fits.
     """
-    begun = (*under_way.reading, *under_way.joining, *under_way.decoding, *under_way.paused)
+    turns = [turn.job for turn in (*under_way.decoding, *under_way.parked)]
+    begun = (*under_way.reading, *under_way.joining, *turns, *under_way.paused)
     cancelled = tuple(job for job in (*waiting, *begun) if job.ticket.cancelled)
     expired = tuple(job for job in waiting if not job.ticket.cancelled and _is_late(job, now_s))
     gone = {job.id for job in (*cancelled, *expired)}
     ready = [job for job in waiting if job.id not in gone]
-    staying = [job.work for job in under_way.decoding if job.id not in gone and isinstance(job.work, GenerateWork)]
     reading = () if under_way.reading else _read_together(ready, limits)
-    joining = () if under_way.joining else _joining(ready, staying, limits)
-    return Tick(cancelled, expired, reading, joining)
+    rows = _Rows(under_way, gone, limits)
+    rows.resume_due()
+    prefill = () if under_way.joining else rows.joining(ready)
+    rows.resume_where_there_is_room()
+    return Tick(cancelled, expired, reading, prefill, tuple(rows.made_way), tuple(rows.resumed))
+
+
+class _Rows:
+    """Who may decode: a plan in the making."""
+
+    def __init__(self, under_way: UnderWay, gone: Collection[int], limits: Limits) -> None:
+        self._limits = limits
+        self._decoding = [turn for turn in under_way.decoding if turn.job.id not in gone]
+        self._parked = [turn for turn in under_way.parked if turn.job.id not in gone]
+        self._n_coming = sum(_generation(job).n_rows for job in under_way.joining)
+        """Rows that decode before the next tick, or soon."""
+        self._is_blocked = False
+        """Somebody waits for room, and nobody overtakes it."""
+        self.made_way: list[Job] = []
+        self.resumed: list[Job] = []
+
+    def resume_due(self) -> None:
+        """The one who has been parked longest, if it is time: others make way for it. One in a tick."""
+        turn = next(iter(self._parked), None)
+        if turn is not None and turn.n_steps >= PARKED_STEPS:
+            self._is_blocked = not self._make_room(_generation(turn.job).n_rows)
+            if not self._is_blocked:
+                self._resume(turn)
+
+    def resume_where_there_is_room(self) -> None:
+        while not self._is_blocked and self._parked and self._fits(_generation(self._parked[0].job).n_rows):
+            self._resume(self._parked[0])
+
+    def joining(self, ready: Sequence[Job]) -> tuple[Job, ...]:
+        """The oldest generation, if there is or can be made room for it, and the later ones that fit with it."""
+        group: list[Job] = []
+        lengths: list[int] = []
+        for job in ready if not self._is_blocked else ():
+            if not isinstance(job.work, GenerateWork):
+                continue
+            work = job.work
+            longer = lengths + [work.n_prompt_tokens] * work.n_rows
+            shares = not any(_generation(one).reproducible for one in (*group, job))
+            if group and not (shares and _fits_one_pass(longer, self._limits.max_prefill_tokens, self._limits)):
+                continue
+            if self._make_room(work.n_rows):
+                group, lengths = [*group, job], longer
+                self._n_coming += work.n_rows
+            elif not group:
+                self._is_blocked = True
+                return ()
+        return tuple(group)
+
+    def _resume(self, turn: Stint) -> None:
+        self._parked.remove(turn)
+        self.resumed.append(turn.job)
+        self._n_coming += _generation(turn.job).n_rows
+
+    def _n_running(self) -> int:
+        return self._n_coming + sum(_generation(turn.job).n_rows for turn in self._decoding)
+
+    def _fits(self, n_rows: int) -> bool:
+        running = self._n_running()
+        return running == 0 or running + n_rows <= self._limits.max_rows
+
+    def _make_room(self, n_rows: int) -> bool:
+        """Whether so many rows fit, once those who have decoded longest are parked. Who need not is not."""
+        before = list(self._decoding)
+        makes_way = sorted((t for t in self._decoding if t.n_steps >= FIRST_STEPS), key=lambda t: -t.n_steps)
+        parked = []
+        while not self._fits(n_rows) and makes_way:
+            parked.append(makes_way.pop(0))
+            self._decoding.remove(parked[-1])
+        if not self._fits(n_rows):
+            self._decoding = before
+            return False
+        self.made_way += [turn.job for turn in parked]
+        return True
+
+
+def _share_a_pass(one: CaptureWork, other: CaptureWork) -> bool:
+    return one.reads_attention == other.reads_attention and not (one.reproducible or other.reproducible)
+
+
+def _generation(job: Job) -> GenerateWork:
+    assert isinstance(job.work, GenerateWork)
+    return job.work
 
 
 def _read_together(ready: Sequence[Job], limits: Limits) -> tuple[Job, ...]:
     """The oldest call or capture and, for a capture, the later ones that fit into its forward pass."""
     oldest = next((job for job in ready if not isinstance(job.work, GenerateWork)), None)
-    if oldest is None or not isinstance(oldest.work, CaptureWork):
+    if oldest is None or not isinstance(oldest.work, CaptureWork) or oldest.work.reproducible:
         return () if oldest is None else (oldest,)
     group, lengths = [oldest], oldest.work.lengths
     for job in ready:
         work = job.work
-        if job is not oldest and isinstance(work, CaptureWork) and work.reads_attention == oldest.work.reads_attention:
+        if job is not oldest and isinstance(work, CaptureWork) and _share_a_pass(work, oldest.work):
             longer = lengths + work.lengths
             if _fits_one_pass(longer, limits.max_capture_tokens, limits):
                 group, lengths = [*group, job], longer
     return tuple(group)
 
 
-def _joining(ready: Sequence[Job], running: Sequence[GenerateWork], limits: Limits) -> tuple[Job, ...]:
-    """The oldest generation, if it fits beside those that run, and the later ones that fit with it."""
-    group: list[Job] = []
-    rows = list(running)
-    lengths: list[int] = []
-    for job in ready:
-        work = job.work
-        if not isinstance(work, GenerateWork):
-            continue
-        longer = lengths + [work.n_prompt_tokens] * work.n_rows
-        fits = not rows or _fits_the_batch([*rows, work], limits)
-        if not group and not fits:
-            return ()
-        if not group or (fits and _fits_one_pass(longer, limits.max_prefill_tokens, limits)):
-            group, rows, lengths = [*group, job], [*rows, work], longer
-    return tuple(group)
-
-
-def _fits_the_batch(works: Iterable[GenerateWork], limits: Limits) -> bool:
-    works = list(works)
-    n_rows = sum(work.n_rows for work in works)
-    longest = max(work.n_positions for work in works)
-    return n_rows <= limits.max_rows and n_rows * longest <= limits.max_cache_positions
-
-
 def _fits_one_pass(lengths: Sequence[int], max_tokens: int, limits: Limits) -> bool:
     padded = len(lengths) * max(lengths)
-    return padded <= max_tokens and sum(lengths) >= (1 - limits.max_padding) * padded
+    is_dense = padded <= limits.small_pass or sum(lengths) >= (1 - limits.max_padding) * padded
+    return padded <= max_tokens and is_dense
 
 
 def _is_late(job: Job, now_s: float) -> bool:

@@ -35,7 +35,13 @@ class Worker:
     """Runs jobs until `close`. A job that raises fails its own ticket; a thread that dies fails all of them."""
 
     def __init__(
-        self, engine: Engine, limits: Limits, *, n_threads: int, max_wait_s: float | None, metrics: Metrics
+        self,
+        engine: Engine,
+        limits: Limits,
+        *,
+        n_threads: int,
+        max_wait_s: float | None,
+        metrics: Metrics,
     ) -> None:
         """max_wait_s: seconds a job may wait to begin; None for ever."""
         self._engine = engine
@@ -71,13 +77,18 @@ class Worker:
 
     @property
     def n_running(self) -> int:
-        """Generations under way."""
-        return len(self._generations.decoding)
+        """Generations under way, parked ones too."""
+        return len(self._generations.decoding) + self.n_parked
+
+    @property
+    def n_parked(self) -> int:
+        """Generations that have made way for others."""
+        return len(self._generations.parked)
 
     @property
     def n_rows(self) -> int:
         """Rows that decode."""
-        return len(self._engine.lane.rows)
+        return self._engine.lane.n_decoding + self._engine.reproducible_lane.n_decoding
 
     def submit(self, work: Work, *, on_event: Callable[[Any], None] | None = None) -> Ticket:
         """Raises NotReady once the worker is closing or its device has failed."""
@@ -139,7 +150,7 @@ class Worker:
             return
         if isinstance(job.work, GenerateWork):
             self._ends.attempt(job, lambda: self._prepare(job, job.work))
-        else:
+        elif not self._readings.begin_known(job):
             self._waiting.append(job)
 
     def _prepare(self, job: Job, work: Work) -> None:
@@ -161,7 +172,7 @@ class Worker:
     @property
     def _under_way(self) -> UnderWay:
         inside = self._generations
-        return UnderWay(self._reading, inside.joining, inside.decoding, self._turns.waiting)
+        return UnderWay(self._reading, inside.joining, inside.decoding, inside.parked, self._turns.waiting)
 
     def _carry_out(self, tick: Tick) -> None:
         for job in tick.cancelled:
@@ -173,6 +184,8 @@ class Worker:
         gone = {job.id for job in (*tick.cancelled, *tick.expired, *self._starting)}
         self._waiting = [job for job in self._waiting if job.id not in gone]
         self._readings.begin(tick.run)
+        self._generations.park(tick.park)
+        self._generations.resume(tick.resume)
         if tick.prefill:
             self._generations.begin(tick.prefill)
         self._starting = []
@@ -198,23 +211,22 @@ class Worker:
         """Whether there was one."""
         if not self._generations.joining:
             return False
-        beside_steps = bool(self._generations.decoding)
-        self._generations.advance(self._limits.max_prefill_tokens, beside_steps=beside_steps)
+        self._generations.advance(self._limits.max_prefill_tokens)
         return True
 
     def _read_piece(self) -> bool:
         """Whether there was one."""
         if not self._readings.jobs:
             return False
-        beside_steps = bool(self._generations.decoding)
-        self._readings.advance(self._limits.max_capture_tokens, beside_steps=beside_steps)
+        self._readings.advance(self._limits.max_capture_tokens, self._generations.steps_between)
         return True
 
     def _turn(self) -> bool:
         """Whether there was one."""
         if not self._turns.ready:
             return False
-        self._turns.run(self._pace.between_s if self._generations.decoding else TURN_S)
+        steps = self._generations.steps_between
+        self._turns.run(TURN_S if steps is None else self._pace.between_s(steps))
         return True
 
     def _fail_everything(self) -> None:
@@ -226,7 +238,8 @@ class Worker:
             if job is not None:
                 self._waiting.append(job)
         inside = self._under_way
-        begun = (*inside.reading, *inside.joining, *inside.decoding, *inside.paused)
+        turns = [turn.job for turn in (*inside.decoding, *inside.parked)]
+        begun = (*inside.reading, *inside.joining, *turns, *inside.paused)
         self._ends.forget = ()  # nothing runs here any more, and on a broken device even forgetting may raise
         for job in (*self._starting, *self._waiting, *begun):
             stopped = NotReady("The server stopped before it could answer. Try again soon.")

@@ -34,6 +34,7 @@ LAYERS = {
     "load_options": 1,
     "costs": 1,
     "pacing": 0,
+    "recent": 0,
     "engine.points": 0,
     "engine.protocol": 0,
     "questions": 2,

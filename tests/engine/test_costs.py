@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from neuronpedia_inference.costs import COLUMNS_AT_ONCE, Costs
+from neuronpedia_inference.costs import COLUMNS_AT_ONCE, Costs, Demand, together
 from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.engine.cache import RowCache
 from neuronpedia_inference.engine.generation import Lane
 from neuronpedia_inference.engine.memory import free_bytes
 from neuronpedia_inference.engine.points import PATTERN, Point
-from neuronpedia_inference.engine.protocol import RowId, RowSpec
+from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
 from neuronpedia_inference.operations import by_name, validate
 from neuronpedia_inference.questions.checks import check_vector
 from neuronpedia_inference.web.parsing import parsed
@@ -59,7 +59,8 @@ def test_a_generation_stays_within_its_demand(family: str, n_rows: int, n_prompt
             lane.decode()
 
     pattern = engine(family).makes_pattern([])
-    demand = costs(family).generation(n_rows, n_prompt, n_new, pattern=pattern)
+    known = costs(family)
+    demand = together([known.generation(n_rows, n_prompt, n_new, pattern=pattern)], known.position_bytes)
     assert (demand.rows, demand.tokens) == (n_rows, n_rows * n_prompt)
     assert allocated_at_the_peak(run) <= demand.bytes
 
@@ -75,8 +76,48 @@ def test_slots_hold_what_the_formula_says() -> None:
     layers: Any = lane.memory.layers
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     lane.drop({row for row, _ in rows})
-    columns = 2 * COLUMNS_AT_ONCE  # 110 positions
-    assert held == 4 * columns * costs("llama").position_bytes
+    assert held == 3 * COLUMNS_AT_ONCE * costs("llama").position_bytes
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_slots_stay_within_what_was_admitted_whoever_comes_goes_and_is_parked(family: str) -> None:
+    """Many short rows, then a few long ones, then few: never most rows ever × most columns ever."""
+    lane, known = engine(family).lane, costs(family)
+    assert isinstance(lane, Lane)
+    memory: Any = lane.memory
+    inside: dict[RowId, Demand] = {}
+    peaks: list[float] = []
+    admitted = [0]
+
+    def step(act: Callable[[], Sequence[RowStep]]) -> None:
+        held = sum(t.nbytes for layer in memory.layers for t in (layer.keys, layer.values) if t is not None)
+        peak = allocated_at_the_peak(lambda: ended.extend(step.row for step in act() if step.ends))
+        admitted.append(together(inside.values(), known.position_bytes).bytes)
+        peaks.append((held + peak) / max(admitted[-2:]))  # those who left in a step make room in the next
+        for row in ended:
+            inside.pop(row, None)
+
+    def join(first: int, n_rows: int, n_prompt: int, n_new: int) -> None:
+        rows = [(RowId(first + n, 0), RowSpec(prompt(n_prompt), Sampling(n_new))) for n in range(n_rows)]
+        for id_, _ in rows:
+            inside[id_] = known.generation(1, n_prompt, n_new, pattern=engine(family).makes_pattern([]))
+        step(lambda: lane.prefill(rows))
+
+    ended: list[RowId] = []
+    with torch.inference_mode():
+        join(0, 12, 5, 12)
+        lane.park({RowId(n, 0) for n in range(4)})
+        join(20, 1, 600, 300)
+        for _ in range(14):
+            step(lane.decode)
+        lane.resume({RowId(n, 0) for n in range(4)})
+        join(30, 2, 300, 9)
+        for _ in range(20):
+            step(lane.decode)
+        assert set(inside) == {RowId(20, 0)}
+        assert memory.grid.slots <= 2
+        lane.drop(set(inside))
+    assert max(peaks) <= 1.2, peaks
 
 
 def test_free_memory_is_measured() -> None:

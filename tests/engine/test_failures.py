@@ -236,6 +236,7 @@ def test_a_failure_anywhere_in_the_worker_ends_its_own_request_at_most(
                 if error is None:
                     assert ids(one.steps) == row_expected, n
             assert isinstance(read.future.exception(60), OutOfMemory | None)
+            failed += read.future.exception() is not None
             again = Told(worker, rows()[1])
             assert again.ticket.future.exception(60) is not None or ids(again.steps) == expected[1]
             assert worker.healthy

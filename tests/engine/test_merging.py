@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from neuronpedia_inference.costs import NO_GRID
 from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.engine.cache import RowCache
 from neuronpedia_inference.engine.engine import ModelEngine
@@ -249,5 +250,5 @@ def test_slots_are_reused_and_given_back() -> None:
     assert isinstance(lane, Lane)
     assert isinstance(lane.memory, RowCache)
     staggered(lane, rows, 2)
-    assert lane.memory.lengths == []
+    assert lane.memory.grid == NO_GRID
     assert all(layer.keys is None for layer in lane.memory.layers)  # pyright: ignore[reportAttributeAccessIssue]

@@ -122,7 +122,7 @@ def test_prompts_in_pieces_are_read_whole(family: str, n_tokens: int) -> None:
 
 def test_rows_that_run_alone_are_read() -> None:
     rows = watched_rows("gpt2")
-    check_rows("gpt2", rows, staggered(SoloLane(engine("gpt2").decoder), rows, 2))
+    check_rows("gpt2", rows, staggered(SoloLane(lambda: Lane.alone(engine("gpt2").decoder)), rows, 2))
 
 
 @pytest.mark.parametrize(("family", "place"), [("llama", place) for place in WRITABLE] + [("gpt2", RESID_MID)])

@@ -241,12 +241,18 @@ def test_tokens_and_steps_of_a_generation(http: httpx.Client) -> None:
 
 
 def test_tokens_of_a_capture(http: httpx.Client) -> None:
+    text = f"{TEXT} Nobody has asked about this text."
     before = values(http)
-    assert http.post("/v1/activation/single", json=SINGLE).status_code == 200
+    first = http.post("/v1/activation/single", json={**SINGLE, "prompt": text}).json()
     after = values(http)
-    assert rise(before, after, "prompt_tokens_total", "capture") == n_tokens_of(http, TEXT)
+    assert rise(before, after, "prompt_tokens_total", "capture") == n_tokens_of(http, text)
     assert rise(before, after, "capture_batch_requests_sum") == 1
     assert rise(before, after, "jobs_total", "answered") == 1
+    assert http.post("/v1/activation/single", json={**SINGLE, "prompt": text}).json() == first
+    again = values(http)
+    assert rise(after, again, "prompt_tokens_total", "capture") == 0, "what was seen is not run again"
+    assert rise(after, again, "reuse_hits_total") == 1
+    assert 0 < again[("neuronpedia_reuse_bytes",)] <= again[("neuronpedia_reuse_budget_bytes",)]
 
 
 def test_nothing_is_left_behind(http: httpx.Client) -> None:

@@ -22,7 +22,7 @@ from neuronpedia_inference.errors import (
     Overloaded,
     UnknownSource,
 )
-from neuronpedia_inference.metrics import LOAD, SAES, Metrics
+from neuronpedia_inference.metrics import LOAD, REUSE, SAES, Metrics
 from neuronpedia_inference.operations import (
     OPERATIONS,
     InvalidBody,
@@ -62,7 +62,7 @@ def requests(metrics: Metrics) -> dict[tuple[str, str], float]:
 
 def quiet(metrics: Metrics, sae: Mapping[str, int] | None = None) -> None:
     stats = sae or dict.fromkeys(SAES, 0)
-    metrics.watch(sae=lambda: stats, **dict.fromkeys(LOAD, lambda: 0))
+    metrics.watch(sae=lambda: stats, reuse=lambda: dict.fromkeys(REUSE, 0), **dict.fromkeys(LOAD, lambda: 0))
 
 
 # Requests
@@ -278,9 +278,12 @@ def test_threads_lose_nothing() -> None:
 
 
 def test_watched_numbers_are_read_when_somebody_asks() -> None:
-    metrics, now = Metrics(), {"waiting": 3, "running": 2, "rows": 5, "inside": 6, "inside_bytes": 7, "peak_bytes": 8}
+    metrics, now = Metrics(), {"waiting": 3, "running": 2, "parked": 1, "rows": 5}
+    now |= {"inside": 6, "inside_bytes": 7, "peak_bytes": 8}
     sae = {key: place for place, key in enumerate(SAES)}
-    metrics.watch(**{key: lambda key=key: now[key] for key in now}, sae=lambda: sae)
+    metrics.watch(
+        **{key: lambda key=key: now[key] for key in now}, sae=lambda: sae, reuse=lambda: dict.fromkeys(REUSE, 0)
+    )
     names = {"waiting": "waiting_jobs", "running": "running_generations", "rows": "decoding_rows"}
     assert {key: value(metrics, name) for key, name in names.items()} == {"waiting": 3, "running": 2, "rows": 5}
     assert value(metrics, "admitted_requests") == 6

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from neuronpedia_inference.costs import Demand
 from neuronpedia_inference.scheduler.admission import Admission
-from neuronpedia_inference.scheduler.pace import BETWEEN_STEPS, LEAST_TOKENS, UNTRIED_TOKENS, Pace
+from neuronpedia_inference.scheduler.pace import BETWEEN_STREAMED, BETWEEN_UNSEEN, LEAST_TOKENS, UNTRIED_TOKENS, Pace
 from neuronpedia_inference.scheduler.stay import Stay, at_the_end
 
 
@@ -20,26 +20,27 @@ from neuronpedia_inference.scheduler.stay import Stay, at_the_end
     st.floats(1e-6, 0.1),
     st.floats(0.05, 1.0),
     st.lists(st.integers(1, 512), min_size=1, max_size=20),
+    st.sampled_from([BETWEEN_STREAMED, BETWEEN_UNSEEN]),
 )
 def test_a_piece_is_foretold_to_fit_between_two_steps(
-    step_s: float, token_s: float, depth: float, sizes: list[int]
+    step_s: float, token_s: float, depth: float, sizes: list[int], steps: float
 ) -> None:
     """On a machine that takes depth × (a step + a time for each token), whatever was measured on it."""
     pace = Pace()
     pace.stepped(step_s)
     for n_tokens in sizes:
         pace.passed(n_tokens, depth, depth * (step_s + n_tokens * token_s))
-    n_tokens = pace.tokens(depth, 512)
+    n_tokens = pace.tokens(depth, 512, steps)
     assert LEAST_TOKENS <= n_tokens <= 512
     if n_tokens > LEAST_TOKENS:
-        assert depth * (step_s + n_tokens * token_s) <= BETWEEN_STEPS * step_s * (1 + 1e-6)
+        assert depth * (step_s + n_tokens * token_s) <= steps * step_s * (1 + 1e-6)
     if n_tokens < 512:
-        assert depth * (step_s + (max(n_tokens, LEAST_TOKENS) + 1) * token_s) > BETWEEN_STEPS * step_s * (1 - 1e-6)
+        assert depth * (step_s + (max(n_tokens, LEAST_TOKENS) + 1) * token_s) > steps * step_s * (1 - 1e-6)
 
 
 def test_what_has_not_been_measured_is_tried_with_little() -> None:
-    assert Pace().tokens(1.0, 512) == UNTRIED_TOKENS
-    assert Pace().tokens(1.0, 4) == 4
+    assert Pace().tokens(1.0, 512, 1.0) == UNTRIED_TOKENS
+    assert Pace().tokens(1.0, 4, 1.0) == 4
 
 
 BOUNDS = Demand(requests=1, rows=9, tokens=9, bytes=9)

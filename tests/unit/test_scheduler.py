@@ -15,6 +15,7 @@ from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
 from neuronpedia_inference.errors import EngineFailed, InvalidRequest, NotReady, Overloaded
 from neuronpedia_inference.metrics import Metrics
+from neuronpedia_inference.recent import Recent
 from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, GenerateWork, Steps, Ticket
 from neuronpedia_inference.scheduler.policy import Limits
 from neuronpedia_inference.scheduler.worker import Worker
@@ -31,8 +32,12 @@ class CountingEngine:
         self.gate = threading.Event()
         self.gate.set()
         self.lane = CountingLane(self)
+        self.reproducible_lane = CountingLane(self)
+        self.recent: Recent[Any, Any] = Recent.nothing()
 
-    def begin_capture(self, prompts: Sequence[Sequence[int]], points: object) -> SummingPass:
+    def begin_capture(
+        self, prompts: Sequence[Sequence[int]], points: object, *, reproducible: bool = False
+    ) -> SummingPass:
         self.passes.append(len(prompts))
         return SummingPass(self, prompts)
 
@@ -41,6 +46,7 @@ class CountingPass:
     """Runs prompts of one length."""
 
     depth = 1.0
+    n_padding = 0
 
     def __init__(self, engine: CountingEngine, prompts: Sequence[Sequence[int]]) -> None:
         self.engine = engine
@@ -84,6 +90,17 @@ class CountingLane:
         self.prefills: list[int] = []
         self.batches: list[int] = []
         self.is_broken = False
+        self.parked: set[RowId] = set()
+
+    @property
+    def n_decoding(self) -> int:
+        return len(self.left.keys() - self.parked)
+
+    def park(self, rows: Collection[RowId]) -> None:
+        self.parked |= set(rows)
+
+    def resume(self, rows: Collection[RowId]) -> None:
+        self.parked -= set(rows)
 
     @property
     def rows(self) -> list[RowId]:
@@ -94,13 +111,14 @@ class CountingLane:
         return CountingJoining(self, rows)
 
     def decode(self) -> list[RowStep]:
-        self.batches.append(len(self.left))
+        self.batches.append(self.n_decoding)
         if self.is_broken:
             raise ZeroDivisionError("bug")
-        return self.steps(self.rows)
+        return self.steps([row for row in self.rows if row not in self.parked])
 
     def drop(self, rows: Collection[RowId]) -> None:
         self.left = {id_: n for id_, n in self.left.items() if id_ not in rows}
+        self.parked -= set(rows)
 
     def steps(self, rows: Sequence[RowId]) -> list[RowStep]:
         self.engine.gate.wait(60)
@@ -373,6 +391,24 @@ def test_a_generation_waits_until_its_rows_fit(worker: Worker, engine: CountingE
     engine.gate.set()
     assert [ticket.future.result(60) for ticket in tickets] == [[0, 0]] * 4
     assert max(engine.lane.batches) <= LIMITS.max_rows
+
+
+def test_a_short_generation_does_not_wait_for_long_ones(worker: Worker, engine: CountingEngine) -> None:
+    """Four of 10,000 tokens fill the batch and two more wait: all six go on, and a short one ends within some steps."""
+    longs = [generate(worker, 10_000) for _ in range(6)]
+    _until(lambda: engine.steps > 200)
+    before = engine.steps
+    assert generate(worker, 4).future.result(60) == [0]
+    assert engine.steps - before < 200, "the thread that asks may be late, not the worker"
+    assert max(engine.lane.batches) <= LIMITS.max_rows
+    _until(lambda: engine.steps > 2000)
+    left = list(engine.lane.left.values())
+    assert len(left) == 6
+    assert max(left) - min(left) < 1500, left
+    _until(lambda: worker.n_parked == 2)
+    for one in longs:
+        one.cancel()
+    _until(lambda: worker.n_running == worker.n_parked == 0)
 
 
 def test_a_row_that_fails_takes_its_own_request_with_it_and_no_other(worker: Worker, engine: CountingEngine) -> None:

@@ -1,0 +1,165 @@
+"""What is kept of prompts changes no number and no token, and is used where it may be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.engine.cache import MaskForm
+from neuronpedia_inference.engine.engine import n_bytes
+from neuronpedia_inference.engine.generation import Lane
+from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
+from neuronpedia_inference.metrics import Metrics
+from neuronpedia_inference.recent import Recent
+from neuronpedia_inference.scheduler.jobs import CaptureWork, Steps
+from neuronpedia_inference.scheduler.policy import Limits
+from neuronpedia_inference.scheduler.worker import Worker
+from neuronpedia_inference.steering.plan import SteerMethod
+from tests import models
+from tests.engine.engines import engine
+from tests.engine.test_merging import alone, ids, steering
+
+PROMPT = tuple(3 + 7 * n % 200 for n in range(30))
+BUDGET = 2**22
+
+
+def lane_of(family: str, recent: Recent) -> Lane:
+    return Lane.merging(engine(family).decoder, MaskForm.ADDITIVE, None, recent)
+
+
+def run(lane: Lane, *specs: RowSpec) -> tuple[list[list[int]], int]:
+    """Tokens of every row, and how many prompt tokens were run."""
+    steps, n_run = run_steps(lane, *specs)
+    return [ids([step for step in steps if step.row.job == n]) for n in range(len(specs))], n_run
+
+
+def run_steps(lane: Lane, *specs: RowSpec) -> tuple[list[RowStep], int]:
+    with torch.inference_mode():
+        joining = lane.begin([(RowId(n, 0), spec) for n, spec in enumerate(specs)])
+        n_run = joining.n_tokens
+        while not joining.is_done:
+            joining.advance(8)
+        steps = joining.join()
+        while lane.rows:
+            steps += lane.decode()
+    return steps, n_run
+
+
+@pytest.mark.parametrize("family", models.CONFIGS)
+def test_the_next_turn_runs_only_what_is_new(family: str) -> None:
+    lane = lane_of(family, Recent(BUDGET, n_bytes))
+    first = RowSpec(PROMPT, Sampling(9))
+    (answer,), n_run = run(lane, first)
+    assert n_run == len(PROMPT)
+    assert answer == alone(family, first)
+    second = RowSpec((*PROMPT, *answer, 5, 6, 7), Sampling(9))
+    other = RowSpec((*PROMPT[:20], 9, 9, 9), Sampling(9))
+    new = RowSpec((9, *PROMPT), Sampling(9))
+    found, n_run = run(lane, second, other, new)
+    assert found == [alone(family, spec) for spec in (second, other, new)]
+    assert n_run == (1 + 3) + 3 + 31, "of the answer, all but the last token; of what begins alike, what is alike"
+    (again,), n_run = run(lane, second)
+    assert again == found[0]
+    assert n_run == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_steered_positions_are_taken_over_by_the_same_steering_alone(family: str) -> None:
+    steered = (steering(family, "hook_resid_post", SteerMethod.SIMPLE_ADDITIVE, 1, 1),)
+    stronger = (replace(steered[0], coefficient=2 * steered[0].coefficient),)
+    lane = lane_of(family, Recent(BUDGET, n_bytes))
+    plain = RowSpec(PROMPT, Sampling(9, n_logprobs=1))
+    rows = [plain, replace(plain, steering=steered), replace(plain, steering=stronger)]
+    rows += [replace(plain, steering=steered, untouched=(4, 20)), replace(plain, steering=steered, untouched=(20,))]
+    expected = [alone(family, row) for row in rows]
+    first_logprobs = set()
+    n_runs = []
+    for row, tokens in [*zip(rows, expected, strict=True)] * 2:
+        fresh, _ = run_steps(lane_of(family, Recent.nothing()), row)
+        steps, n_run = run_steps(lane, row)
+        assert ids(steps) == ids(fresh) == tokens
+        assert [step.logprob for step in steps] == pytest.approx([step.logprob for step in fresh], abs=1e-4)
+        first_logprobs.add(round(steps[0].logprob or 0, 3))
+        n_runs.append(n_run)
+    assert len(first_logprobs) >= 3, "the controls differ"
+    assert n_runs == [30, 30, 30, 30, 10, *[1] * 5], "up to position 20 the last is like the second"
+
+
+def test_a_row_that_failed_leaves_nothing() -> None:
+    lane = lane_of("llama", recent := Recent(BUDGET, n_bytes))
+    with torch.inference_mode():
+        too_strong = replace(steering("llama", "hook_resid_post", SteerMethod.SIMPLE_ADDITIVE, 1, 1), coefficient=1e39)
+        joined = lane.prefill([(RowId(0, 0), RowSpec(PROMPT, Sampling(9), (too_strong,)))])
+    assert joined[0].error is not None
+    assert not list(recent)
+
+
+turns = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(0, 30), st.lists(st.integers(3, 5), max_size=6), st.integers(1, 5)),
+    min_size=2,
+    max_size=6,
+)
+
+
+@settings(max_examples=25)
+@given(turns, st.sampled_from([0, 20_000, 60_000, BUDGET]))
+def test_no_token_changes_whatever_is_kept_and_the_budget_holds(
+    program: Sequence[tuple[int, int, list[int], int]], budget: int
+) -> None:
+    """Texts that begin like earlier ones, cut anywhere, steered by one of three or not."""
+    vectors = [steering("llama", "hook_resid_post", SteerMethod.SIMPLE_ADDITIVE, n, n) for n in range(3)]
+    recent: Recent[Any, Any] = Recent(budget, n_bytes)
+    lane = lane_of("llama", recent)
+    text = PROMPT
+    for which, cut, more, n_new in program:
+        spec = RowSpec((*text[:cut], *more, 8), Sampling(n_new), (vectors[which],) if which < 3 else ())
+        (found,), _ = run(lane, spec)
+        assert found == alone("llama", spec)
+        text = (*spec.prompt_ids, *found, *PROMPT)
+        assert recent.held_bytes <= budget
+        assert recent.held_bytes == sum(n_bytes(recent.get(key)) for key in list(recent))
+
+
+def test_a_second_feature_of_a_text_needs_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = engine("llama")
+    passes: list[int] = []
+    begin = built.begin_capture
+
+    def counted(prompts: Sequence[Sequence[int]], points: Any) -> Any:
+        passes.append(len(prompts))
+        return begin(prompts, points)
+
+    monkeypatch.setattr(built, "begin_capture", counted)
+    monkeypatch.setattr(built, "recent", recent := Recent(BUDGET, n_bytes))
+    worker = Worker(built, Limits(), n_threads=1, max_wait_s=None, metrics=Metrics())
+
+    def read(layer: int, *prompts: Sequence[int]) -> list[torch.Tensor]:
+        point = Point(layer, "hook_resid_post")
+
+        def reduce(captured: list[Any]) -> Steps:
+            yield None
+            return [seen[point].clone() for seen in captured]
+
+        return worker.submit(CaptureWork(prompts, [point], reduce)).future.result(60)
+
+    try:
+        first = read(1, PROMPT)
+        assert torch.equal(read(1, PROMPT)[0], first[0])
+        both = read(1, PROMPT[:9], PROMPT)
+        assert torch.equal(both[1], first[0])
+        read(0, PROMPT)
+        assert passes == [1, 1, 1], "the first; the part that was new; another layer"
+        recent.budget_bytes = 0
+        read(2, PROMPT)
+        read(2, PROMPT)
+        assert len(passes) == 5
+    finally:
+        worker.close()
