@@ -212,6 +212,55 @@ class FeatureValue:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenEffects:
+    """What a direction of the residual stream does to the next token by the direct path, in logits.
+
+    W_U (gain ⊙ d / |d|), with the gain of the final norm: the effect of the layers in between, and the size of the
+    stream, are not in it.
+    """
+
+    promoted: tuple[FeatureValue, ...] = ()
+    """Token ids whose logits rise most, most first."""
+    suppressed: tuple[FeatureValue, ...] = ()
+    """Those whose logits fall most, most first."""
+    off_because: str = ""
+    """Why there are none."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FeatureWeights:
+    """What the weights say of one feature; scaled as its activations are."""
+
+    encoder: Numbers | None
+    """[width]; None for neurons."""
+    decoder: Numbers | None
+    """[decoder width]; None where there is no row of its own."""
+    bias: float | None
+    threshold: float | None
+    """Above which it fires, of JumpReLU; both None where its kind has no such number."""
+    neighbours: tuple[FeatureValue, ...]
+    """Other features of its source by cosine similarity of their decoder rows."""
+    effects: TokenEffects
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ContrastedFeature:
+    """A feature on two sets of texts, a and b; of a text its mean activation counts."""
+
+    source: str
+    index: int
+    effect_size: float
+    """Above zero where a has more."""
+    mean_a: float
+    mean_b: float
+    share_a: float
+    """Of the texts of a on which it fires at all."""
+    share_b: float
+    row: Numbers | None
+    """[decoder width]: its decoder row at unit length; None where it has none."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are drawn. Greedy when `temperature` is 0."""
 

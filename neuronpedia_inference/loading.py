@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neuronpedia_inference import downloads, embedded, kept
+from neuronpedia_inference.annotations import SourceAnnotations, read_folder
 from neuronpedia_inference.embedded.weights import default_cache_dir
 from neuronpedia_inference.engine import weights
 from neuronpedia_inference.engine.engine import ModelEngine
@@ -51,8 +52,8 @@ class Loaded:
     codec: TextCodec
     store: SaeStore
     info: ModelInfo
-    labels: Mapping[str, tuple[str, ...]]
-    """Of sources whose features have been named: one label per feature, empty where there is none."""
+    annotations: Mapping[str, SourceAnnotations]
+    """Of sources of whose features something is known beside their weights."""
     request_bytes: int
     """Memory that all requests together may take."""
 
@@ -177,7 +178,7 @@ def _load(
         has_chat_template=codec.has_chat_template,
         known_names=_known_names(settings, catalogue.model_key),
     )
-    return Loaded(engine, codec, store, info, _labels(catalogue), request_bytes)
+    return Loaded(engine, codec, store, info, _annotations(settings, catalogue, store, info), request_bytes)
 
 
 def _choose_products(model: PreTrainedModel, settings: Settings) -> Mapping[Shape, Chosen]:
@@ -211,10 +212,23 @@ def _load_saes(store: SaeStore, catalogue: SaeCatalogue, progress: Progress) -> 
     store.load_all(progress)  # those that are loaded are passed over
 
 
-def _labels(catalogue: SaeCatalogue) -> dict[str, tuple[str, ...]]:
-    """The embedded SAEs come with labels; a local SAE of the same name is another SAE and has none."""
+def _annotations(
+    settings: Settings, catalogue: SaeCatalogue, store: SaeStore, model: ModelInfo
+) -> dict[str, SourceAnnotations]:
+    """The embedded SAEs come with some (a local SAE of the same name is another SAE and has none); then LABELS_DIR.
+
+    Raises StartupError for files that cannot be read.
+    """
     ours = {embedded.sae_dir(name): name for name in embedded.SOURCES}
-    return {ours[spec.folder]: embedded.labels(ours[spec.folder]) for spec in catalogue.specs if spec.folder in ours}
+    known = {
+        ours[spec.folder]: embedded.source_annotations(ours[spec.folder])
+        for spec in catalogue.specs
+        if spec.folder in ours
+    }
+    if settings.labels_dir is None:
+        return known
+    sizes = {source.name: source.n_features for source in store.sources}
+    return known | read_folder(settings.labels_dir, sizes, model.known_names, known)
 
 
 def _bytes(gib: float | None) -> int:

@@ -85,7 +85,9 @@ def refused_endpoints(verdict: Verdict, sources: Collection[Source], *, chat: bo
 
 
 def _needs_features(operation: str) -> bool:
-    return operation in ("activations", "top_k") or (operation.startswith("activation_") and "single" not in operation)
+    return operation in ("activations", "top_k", "contrast", "feature") or (
+        operation.startswith("activation_") and "single" not in operation
+    )
 
 
 def _none_can(verdict: Verdict, place: str) -> str:

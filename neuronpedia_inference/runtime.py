@@ -54,7 +54,7 @@ class Runtime:
         self.model: ModelInfo = loaded.info
         self._engine = loaded.engine
         self._codec = loaded.codec
-        self.shelf = Shelf(loaded.store, loaded.engine, loaded.labels)
+        self.shelf = Shelf(loaded.store, loaded.engine, loaded.annotations)
         self._steering = SteerResolver(loaded.engine, self.shelf)
         self._costs = Costs(loaded.info)
         self.metrics = Metrics()

@@ -54,6 +54,11 @@ class Settings(BaseSettings):
         description="Folder of SAELens SAE folders named by source (`7-res-jb/`), or one of these, used before the "
         "directory.",
     )
+    labels_dir: Path | None = Field(
+        None,
+        description="Folder of labels, densities, maxima and contexts of features: JSON lines (also gzipped) or "
+        "Parquet, a row a feature, or Neuronpedia's export as it is. What it says wins over what comes with the SAEs.",
+    )
     include_sae: JsonList = Field((), description="Regular expressions; keep only sources that one matches.")
     exclude_sae: JsonList = Field((), description="Regular expressions; drop sources that one matches.")
     model_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(

@@ -31,6 +31,7 @@ from neuronpedia_inference.web.auth import HEADER
 from neuronpedia_inference.web.body import BODIES_AT_ONCE
 from neuronpedia_inference.web.connections import HEAD_S, MAX_FRAMING
 from neuronpedia_inference.web.fields import example_of, fields_of
+from neuronpedia_inference.web.openapi import openapi_path
 from neuronpedia_inference.web.parsing import MAX_CONTAINERS
 from neuronpedia_inference.web.sse import EVENT_BYTES_PER_S, LARGE_BYTES
 
@@ -168,7 +169,7 @@ EXPLAINED: dict[str, Explained] = {
     "method_not_allowed": Explained(
         "The path exists, but not for this method. The `Allow` header says which one it takes.",
         "/v1/steer is asked by POST, not by GET.",
-        "Use the method of the `Allow` header: POST for every operation.",
+        "Use the method of the `Allow` header.",
         status=405,
     ),
 }
@@ -203,7 +204,7 @@ def _cell(text: str) -> str:
 
 
 def operations_table() -> str:
-    rows = [(f"`{op.name}`", f"`POST {op.path}`", op.summary) for op in OPERATIONS]
+    rows = [(f"`{op.name}`", f"`{op.method} {openapi_path(op)}`", op.summary) for op in OPERATIONS]
     return table(("operation", "route", "what it gives"), rows)
 
 
@@ -330,7 +331,7 @@ def _request_section(operation: Operation[Any]) -> str:
     return "\n\n".join(
         [
             f"### {operation.name}",
-            f"`POST {operation.path}`: {operation.summary}." + (f" {more}" if more else ""),
+            f"`{operation.method} {openapi_path(operation)}`: {operation.summary}." + (f" {more}" if more else ""),
             fields_table(operation),
             f"```json\n{example}\n```",
         ]

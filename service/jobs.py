@@ -26,7 +26,15 @@ PARAMETERS = (
     "token_limit",
     "max_loaded_saes",
 )
-OF_ONE_MODEL = ("sae_sets", "override_model_id", "custom_hf_model_id", "local_sae_dir", "include_sae", "exclude_sae")
+OF_ONE_MODEL = (
+    "sae_sets",
+    "override_model_id",
+    "custom_hf_model_id",
+    "local_sae_dir",
+    "labels_dir",
+    "include_sae",
+    "exclude_sae",
+)
 """Settings that make no sense for another model than the one they were made for."""
 
 RAISED = (ValueError, LookupError, RuntimeError, TimeoutError, MemoryError, OSError)

@@ -245,6 +245,24 @@ class Serving:
         """The features whose decoder rows are nearest to a vector or to another feature's."""
         return await self._answer("util_sae_topk_by_decoder_cossim", body, fields)
 
+    # Features themselves
+
+    @modal.method()
+    async def search(self, q: str | Body, **fields: Any) -> Answer:
+        """Features by words of their labels and contexts. Fields: `SearchRequest`."""
+        return await self._answer("search", {"q": q} if isinstance(q, str) else q, fields)
+
+    @modal.method()
+    async def feature(self, source: str | Body, index: int | None = None, **fields: Any) -> Answer:
+        """Everything known of one feature. Fields: `FeatureRequest`."""
+        body = {"source": source, "index": index} if isinstance(source, str) else source
+        return await self._answer("feature", body, fields)
+
+    @modal.method()
+    async def contrast(self, a: list[str] | Body, b: list[str] | None = None, **fields: Any) -> Answer:
+        """The features that separate two sets of texts. Fields: `ContrastRequest`."""
+        return await self._answer("contrast", {"a": a, "b": b} if isinstance(a, list) else a, fields)
+
     # The service itself
 
     @modal.method()

@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 
 SHOW_CURSOR = b"\x1b[?25h"
 # What the environment may say about other models; the demo is about the embedded one.
-OTHER_MODELS = ("override_model_id", "custom_hf_model_id", "sae_sets", "local_sae_dir", "include_sae", "exclude_sae")
+OTHER_MODELS = (
+    "override_model_id",
+    "custom_hf_model_id",
+    "sae_sets",
+    "local_sae_dir",
+    "labels_dir",
+    "include_sae",
+    "exclude_sae",
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -154,7 +162,7 @@ def call(
     if url is not None:
         from neuronpedia_inference.web.client import ask
 
-        for answer in ask(url, wanted.path, request, settings.secret):
+        for answer in ask(url, *wanted.address(request), settings.secret):
             print_json(answer)
         return
     from neuronpedia_inference.operations import validate
@@ -217,7 +225,7 @@ def operations(
         table(("operation", "path", "summary"), [(op.name, op.path, op.summary) for op in OPERATIONS])
         return
     wanted = _operation(name)
-    line(f"{wanted.name}: {wanted.summary} (POST {wanted.path})")
+    line(f"{wanted.name}: {wanted.summary} ({wanted.method} {wanted.path})")
     fields = fields_of(wanted.request)
     table(("field", "type", "default", "meaning"), [(f.name, f.type, f.default, f.meaning) for f in fields])
     line(f"Example: {json.dumps(example_of(wanted.request), ensure_ascii=False)}")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from neuronpedia_inference.annotations import SourceAnnotations
+
 MODEL_ID = "smollm2-135m-instruct"
 SOURCE_SET = "res-4k"
 SOURCES = ("10-res-4k", "15-res-4k", "20-res-4k")
@@ -44,6 +46,12 @@ def labels(source: str) -> tuple[str, ...]:
     """One label per feature of `source`, by index; empty for features that never fired."""
     stored = json.loads((LABELS_DIR / f"{_known(source)}.json").read_text(encoding="utf-8"))
     return tuple(stored)
+
+
+@cache
+def source_annotations(source: str) -> SourceAnnotations:
+    """What is known of the features of `source`: their labels."""
+    return SourceAnnotations.of_labels(labels(source))
 
 
 @cache

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from neuronpedia_inference.domain import TokenEffects
 from neuronpedia_inference.engine.cache import MaskForm, windows
 from neuronpedia_inference.engine.decoder import Decoder
 from neuronpedia_inference.engine.generation import FIXED_POSITIONS, Lane, SoloLane
@@ -20,6 +21,7 @@ from neuronpedia_inference.engine.points import MLP_POST, NORMALIZED, PATTERN, R
 from neuronpedia_inference.engine.probe import probe
 from neuronpedia_inference.engine.prompts import CapturePass
 from neuronpedia_inference.engine.protocol import Captured, ModelInfo, Reading, Watch
+from neuronpedia_inference.engine.readout import token_effects
 from neuronpedia_inference.engine.static import as_cuda_graph
 from neuronpedia_inference.engine.tree import Tree
 from neuronpedia_inference.engine.verdict import Finding, Verdict, VerdictFile
@@ -101,6 +103,11 @@ class ModelEngine:
         return self._tree.n_layers
 
     @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self._tree.cfg.d_model
+
+    @property
     def _embedding(self) -> Any:
         return self._model.get_input_embeddings()
 
@@ -177,6 +184,10 @@ class ModelEngine:
         if self.unmerged_because:
             return Lane.alone(self.decoder)
         return Lane.merging(self.decoder, MaskForm(self.verdict.mask_form))
+
+    def token_effects(self, direction: Tensor, k: int) -> TokenEffects:
+        """The k tokens that a direction of the residual stream [d_model] promotes and suppresses most."""
+        return token_effects(self._tree, direction, k)
 
     def capture(self, prompts: Sequence[Sequence[int]], points: Collection[Point]) -> list[Captured]:
         """As `begin_capture`, to its end in one pass."""

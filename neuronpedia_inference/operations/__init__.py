@@ -9,6 +9,7 @@ from neuronpedia_inference.operations.core import (
     answer_pieces,
     by_name,
     validate,
+    validate_texts,
 )
 from neuronpedia_inference.operations.operation import Events, Operation
 
@@ -23,4 +24,5 @@ __all__ = [
     "answer_pieces",
     "by_name",
     "validate",
+    "validate_texts",
 ]

@@ -18,6 +18,8 @@ from neuronpedia_inference.operations.activation import (
     ACTIVATION_SINGLE_BATCH,
     ACTIVATION_SOURCE,
 )
+from neuronpedia_inference.operations.contrast import CONTRAST
+from neuronpedia_inference.operations.features import FEATURE, SEARCH
 from neuronpedia_inference.operations.friendly import ACTIVATIONS, STEER, TOP_K
 from neuronpedia_inference.operations.operation import Events, Operation
 from neuronpedia_inference.operations.rendering import Spelling, json_pieces, plain_pieces
@@ -43,6 +45,7 @@ __all__ = [
     "answer_pieces",
     "by_name",
     "validate",
+    "validate_texts",
 ]
 
 OPERATIONS: tuple[Operation[Any], ...] = (
@@ -61,6 +64,9 @@ OPERATIONS: tuple[Operation[Any], ...] = (
     ACTIVATIONS,
     TOP_K,
     STEER,
+    SEARCH,
+    FEATURE,
+    CONTRAST,
 )
 by_name: dict[str, Operation[Any]] = {operation.name: operation for operation in OPERATIONS}
 
@@ -103,6 +109,14 @@ def validate(operation: Operation[Any], body: object) -> Wire:
         raise InvalidBody(f"Invalid request body: {operation.name} needs a JSON object")
     try:
         return operation.request.model_validate(dict(body))
+    except ValidationError as exc:
+        raise InvalidBody.of(exc) from None
+
+
+def validate_texts(operation: Operation[Any], fields: Mapping[str, str]) -> Wire:
+    """The parts of a path and a query as the operation's request: numbers are read from texts. Raises InvalidBody."""
+    try:
+        return operation.request.model_validate_strings(dict(fields), strict=False)
     except ValidationError as exc:
         raise InvalidBody.of(exc) from None
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from urllib.parse import quote, urlencode
 
 from neuronpedia_inference.schemas.common import Wire
 
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 Req = TypeVar("Req", bound=Wire)
 In = TypeVar("In")
 Out = TypeVar("Out")
+
+IN_PATH = re.compile(r"\{(\w+)(?::path)?\}")
+"""Fields in the path of a GET."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +36,23 @@ class Operation(Generic[Req]):
     """Answers once; raises `InferenceError`."""
     stream: Callable[[Req, Runtime], Awaitable[AsyncIterator[Wire]]] | None = None
     """Answers in cumulative events. Raises every 4xx when awaited, before it returns the iterator."""
+    method: Literal["POST", "GET"] = "POST"
+    """GET: fields are parts of the path or of the query, and there is no body."""
     casing: Literal["snake", "both"] = "snake"
     """Spelling of the answer when the request's keys do not show one."""
     omits_null: bool = False
     """Leave unset optional fields out of the answer instead of sending null."""
+
+    def address(self, body: Mapping[str, Any]) -> tuple[str, Mapping[str, Any] | None]:
+        """Where to ask for it and with which body, None for a GET: path with query, each text percent-encoded."""
+        if self.method == "POST":
+            return self.path, body
+        path, rest = self.path, dict(body)
+        for name in IN_PATH.findall(self.path):
+            part = quote(str(rest.pop(name, "")), safe="")
+            path = re.sub(rf"\{{{name}(:path)?\}}", lambda _, part=part: part, path)
+        query = urlencode({name: value for name, value in rest.items() if value is not None})
+        return f"{path}?{query}" if query else path, None
 
 
 class Events(AsyncIterator[Out], Generic[In, Out]):

@@ -5,7 +5,7 @@ A question's answer has one entry per prompt, in full-prompt coordinates, nothin
 
 from neuronpedia_inference.questions.features import Active, OneFeature, Projection, Strongest, TopPerToken
 from neuronpedia_inference.questions.question import Question
-from neuronpedia_inference.questions.weights import EncoderColumn, NearestRows
+from neuronpedia_inference.questions.weights import EncoderColumn, NearestRows, Weighed
 
 __all__ = [
     "Active",
@@ -16,4 +16,5 @@ __all__ = [
     "Question",
     "Strongest",
     "TopPerToken",
+    "Weighed",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Generator, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
-from neuronpedia_inference.domain import Source, Tokens
+from neuronpedia_inference.domain import Source, TokenEffects, Tokens
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import Captured
 
@@ -30,6 +30,10 @@ class Weights(Protocol):
 
     def request(self, source: Source, /) -> Future[Any]:
         """The right to use them, as soon as they are there: a lease, whose block has the FeatureReader."""
+        ...
+
+    def token_effects(self, source: Source, row: Any, k: int, /) -> TokenEffects:
+        """What a decoder row of the source does to the next token by the direct path."""
         ...
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from neuronpedia_inference.domain import FeatureValue, Source, Tokens
+from neuronpedia_inference.domain import FeatureValue, FeatureWeights, Source, TokenEffects, Tokens
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import Captured
 from neuronpedia_inference.questions.checks import check_index, check_vector
@@ -44,6 +44,34 @@ class EncoderColumn(_OfWeights):
     def reduce(self, captured: Sequence[Captured], weights: Weights) -> Steps[tuple[float, ...]]:
         with (yield weights.request(self.source)) as reader:
             return tuple(reader.encoder_column(self.index).tolist())
+
+
+@dataclass(frozen=True)
+class Weighed(_OfWeights):
+    """Everything that the weights say of one feature, with its neighbours and the tokens that it promotes."""
+
+    index: int
+    n_neighbours: int
+    n_tokens: int
+
+    def check(self, places: Places, vocab_size: int) -> None:
+        check_index(self.source, self.index)
+
+    def reduce(self, captured: Sequence[Captured], weights: Weights) -> Steps[FeatureWeights]:
+        if self.source.is_neurons:
+            return FeatureWeights(None, None, None, None, (), TokenEffects(off_because="a neuron has no decoder row"))
+        with (yield weights.request(self.source)) as reader:
+            encoder = reader.encoder_column(self.index).cpu().numpy()
+            bias, threshold = reader.offsets(self.index)
+            if not reader.has_rows:
+                effects = TokenEffects(off_because="its source has no decoder rows")
+                return FeatureWeights(encoder, None, bias, threshold, (), effects)
+            row = reader.decoder_row(self.index)
+            nearest = reader.nearest_decoder_rows(row, self.n_neighbours + 1)
+        yield None
+        effects = weights.token_effects(self.source, row, self.n_tokens)
+        others = tuple(one for one in nearest if one.index != self.index)[: self.n_neighbours]
+        return FeatureWeights(encoder, row.cpu().numpy(), bias, threshold, others, effects)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,11 @@ class FeatureReader(Protocol):
         """Whether decoder rows live at the source's own hook."""
         ...
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether its features have decoder rows of their own."""
+        ...
+
     def encode(self, x: Tensor) -> Tensor:
         """[pos, width] -> [pos, n_features]"""
         ...
@@ -56,6 +61,10 @@ class FeatureReader(Protocol):
 
     def encoder_column(self, index: int) -> Tensor:
         """[width], a float32 copy. Raises InvalidRequest for neurons."""
+        ...
+
+    def offsets(self, index: int) -> tuple[float | None, float | None]:
+        """Bias of its encoder and threshold of JumpReLU, None where the kind of SAE has no such number."""
         ...
 
     def nearest_decoder_rows(self, query: Tensor, k: int) -> tuple[FeatureValue, ...]:
@@ -87,6 +96,7 @@ class LoadedSae:
         self.source = source
         self.module = module
         self.steerable = not source.is_transcoder
+        self.has_rows = source.architecture != ACROSS_LAYERS
         self._by_column = _BY_COLUMN.get(source.architecture) if isinstance(module.activation_fn, nn.ReLU) else None
 
     @torch.no_grad()
@@ -123,6 +133,13 @@ class LoadedSae:
     def encoder_column(self, index: int) -> Tensor:
         return self._copy(self.module.W_enc[:, index])
 
+    def offsets(self, index: int) -> tuple[float | None, float | None]:
+        bias, threshold = (getattr(self.module, name, None) for name in ("b_enc", "threshold"))
+        return (
+            float(bias[index]) if isinstance(bias, Tensor) else None,
+            float(threshold[index]) if isinstance(threshold, Tensor) else None,
+        )
+
     @torch.no_grad()
     def nearest_decoder_rows(self, query: Tensor, k: int) -> tuple[FeatureValue, ...]:
         self._check_rows()
@@ -152,7 +169,7 @@ class LoadedSae:
         return self.module.process_sae_in(x.to(self.module.device))
 
     def _check_rows(self) -> None:
-        if self.source.architecture == ACROSS_LAYERS:
+        if not self.has_rows:
             raise InvalidRequest(
                 f"Source {self.source.name!r} is one layer of a cross-layer transcoder: its features write to every "
                 "later layer, so it has no decoder rows. Its activations are served."
@@ -167,6 +184,7 @@ class NeuronReader:
     """A layer's MLP neurons: the hook's tensor is the activations."""
 
     steerable = False
+    has_rows = False
     n_bytes = 0
 
     def __init__(self, source: Source) -> None:
@@ -190,6 +208,9 @@ class NeuronReader:
 
     def encoder_column(self, index: int) -> Tensor:
         raise self._no_weights("encoder")
+
+    def offsets(self, index: int) -> tuple[float | None, float | None]:
+        return None, None
 
     def nearest_decoder_rows(self, query: Tensor, k: int) -> tuple[FeatureValue, ...]:
         raise self._no_weights("decoder")

@@ -27,7 +27,7 @@ Pauses = Generator[None, None, T]
 def feature_values(reader: FeatureReader, x: Tensor, index: int) -> Numbers:
     """One feature at every position: [pos, width] -> [pos]."""
     values = reader.encode_feature(x, index)
-    _require_finite(values, reader)
+    require_finite(values, reader)
     return on_host(values)
 
 
@@ -49,8 +49,8 @@ def top_features(reader: FeatureReader, x: Tensor, k: int) -> Pauses[TopFeatures
     """The k largest features of every position, zeros included, ties by index; k is cut to what there is."""
     k = min(k, reader.source.n_features)
     best: tuple[Tensor, Tensor] | None = None
-    for first, acts in reader.blocks(x, _block(x)):
-        _require_finite(acts, reader)
+    for first, acts in reader.blocks(x, block_of(x)):
+        require_finite(acts, reader)
         values, indices = stable_topk(acts, min(k, acts.shape[1]))
         found = (values, indices + first)
         best = found if best is None else merge_topk(best, found, k)
@@ -66,8 +66,8 @@ def active_features(
     """How many activations are not zero from position `first` on; and all of them, unless they are more than `most`."""
     n_found = 0
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
-    for start, acts in reader.blocks(x, _block(x)):
-        _require_finite(acts, reader)
+    for start, acts in reader.blocks(x, block_of(x)):
+        require_finite(acts, reader)
         by_feature = acts[first:].T
         indices, positions = by_feature.nonzero(as_tuple=True)
         n_found += len(indices)
@@ -117,9 +117,9 @@ class FeatureRanker:
         """Take in one source: x [pos, width], the same number of positions each time."""
         self._names.append(reader.source.name)
         self._offsets.append(self._n_features)
-        for first, acts in reader.blocks(x, _block(x)):
+        for first, acts in reader.blocks(x, block_of(x)):
             kept = torch.cat((torch.zeros_like(acts[:1]), acts[1:])) if self.ranking.ignore_first else acts
-            _require_finite(kept, reader)
+            require_finite(kept, reader)
             del acts
             self._add_block(self._n_features + first, kept)
             del kept
@@ -189,12 +189,13 @@ def on_host(values: Tensor) -> Numbers:
     return values.detach().cpu().contiguous().numpy()
 
 
-def _block(x: Tensor) -> int:
+def block_of(x: Tensor) -> int:
     """Features per block for a prompt [pos, width]."""
     return max(256, BLOCK_ELEMENTS // max(1, len(x)))
 
 
-def _require_finite(acts: Tensor, reader: FeatureReader) -> None:
+def require_finite(acts: Tensor, reader: FeatureReader) -> None:
+    """Raises EngineFailed if there is a NaN or an infinity in acts [pos, feature]."""
     # Extremes carry NaN and infinity, at a fraction of the cost of testing every element.
     if acts.numel() and not bool(torch.stack(acts.aminmax()).isfinite().all()):
         raise EngineFailed(f"Source {reader.source.name!r} gave a value that is not finite.")

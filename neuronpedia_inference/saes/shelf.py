@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from neuronpedia_inference.domain import Source
+from torch import Tensor
+
+from neuronpedia_inference.annotations import Found, Searcher, SourceAnnotations
+from neuronpedia_inference.domain import Source, TokenEffects
 from neuronpedia_inference.engine.engine import ModelEngine
-from neuronpedia_inference.engine.points import MLP_POST, Point
+from neuronpedia_inference.engine.points import ATTN_OUT, MLP_OUT, MLP_POST, RESID_MID, RESID_POST, RESID_PRE, Point
 from neuronpedia_inference.errors import UnknownSource
 from neuronpedia_inference.saes.encode import FeatureReader, NeuronReader
 from neuronpedia_inference.saes.store import SaeStore
 
 NEURONS = "neurons"
+ON_THE_STREAM = frozenset((RESID_PRE, RESID_MID, RESID_POST, ATTN_OUT, MLP_OUT))
+"""Places whose vectors are added to the residual stream, or are it."""
 
 
 class Shelf:
     """The sources of one model."""
 
-    def __init__(self, store: SaeStore, engine: ModelEngine, labels: Mapping[str, tuple[str, ...]]) -> None:
-        """labels: of sources whose features have been named, one per feature, empty where there is none."""
+    def __init__(self, store: SaeStore, engine: ModelEngine, annotations: Mapping[str, SourceAnnotations]) -> None:
+        """annotations: of sources of whose features something is known beside their weights."""
         self._store = store
         self._engine = engine
-        self._labels = labels
+        self._annotations = annotations
+        self._searcher = Searcher(annotations)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -55,8 +61,25 @@ class Shelf:
 
     def label(self, source: str, index: int) -> str | None:
         """What a person calls a feature, where someone or something has named it."""
-        labels = self._labels.get(source, ())
-        return (labels[index] or None) if 0 <= index < len(labels) else None
+        known = self._annotations.get(source)
+        return (known.labels[index] or None) if known is not None and 0 <= index < len(known) else None
+
+    def annotations(self, source: str) -> SourceAnnotations | None:
+        """What is known of a source's features beside their weights."""
+        return self._annotations.get(source)
+
+    def search(self, text: str, sources: Sequence[str], limit: int) -> list[Found]:
+        """As `Searcher.search`. It takes time: call it on a thread of its own."""
+        return self._searcher.search(text, sources, limit)
+
+    def token_effects(self, source: Source, row: Tensor, k: int) -> TokenEffects:
+        """What a decoder row of the source does to the next token by the direct path. On the worker only."""
+        place = Point.parse(source.hook).place
+        if not source.is_transcoder and place not in ON_THE_STREAM:
+            return TokenEffects(off_because=f"its source is at {place}, which is not on the residual stream")
+        if row.numel() != self._engine.d_model:
+            return TokenEffects(off_because=f"its decoder row is {row.numel()} wide, the stream {self._engine.d_model}")
+        return self._engine.token_effects(row, k)
 
     def request(self, source: Source) -> Future[Any]:
         """The right to use a source's weights, as soon as they are there: a lease. Fails as `SaeStore.request`."""

@@ -123,7 +123,8 @@ def examples(*bodies: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
     return attach
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
+    """The text. Raises ValueError where it holds what is no character."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -136,10 +137,10 @@ def _truncated(value: Any) -> Any:
     return int(value) if isinstance(value, float) and math.isfinite(value) else value
 
 
-EchoedText = Annotated[str, AfterValidator(_encodable)]
+EchoedText = Annotated[str, AfterValidator(encodable)]
 """Text that the answer repeats without tokenising it."""
 
-Name = Annotated[str, AfterValidator(_encodable), Field(max_length=512)]
+Name = Annotated[str, AfterValidator(encodable), Field(max_length=512)]
 """A model, source, hook or role."""
 
 Item = TypeVar("Item")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,8 +16,16 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from neuronpedia_inference import __version__
-from neuronpedia_inference.errors import Conflict, NotReady, Unavailable
-from neuronpedia_inference.operations import OPERATIONS, Operation, answer_events_json, answer_pieces, validate
+from neuronpedia_inference.errors import Conflict, InvalidRequest, NotReady, Unavailable
+from neuronpedia_inference.operations import (
+    OPERATIONS,
+    Operation,
+    answer_events_json,
+    answer_pieces,
+    validate,
+    validate_texts,
+)
+from neuronpedia_inference.schemas.common import Wire
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.web.answers import error_response, json_response, problem_of
 from neuronpedia_inference.web.auth import SecretGate
@@ -33,6 +42,7 @@ if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
 GetRuntime = Callable[[], "Runtime"]
+Body = dict[str, Any] | Wire
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -50,7 +60,7 @@ def create_app(
     app.add_exception_handler(HTTPException, _answer_unrouted)
     for operation in OPERATIONS:
         handler = _handler(operation, settings, bodies, get_runtime)
-        app.add_api_route(operation.path, handler, methods=["POST"], name=operation.name)
+        app.add_api_route(operation.path, handler, methods=[operation.method], name=operation.name)
     _add_service_routes(app, get_runtime)
     return app
 
@@ -81,22 +91,22 @@ def _handler(operation: Operation[Any], settings: Settings, bodies: Bodies, get_
     async def handle(request: Request) -> Response:
         body = await read(request)
         runtime = loaded(body)
-        if operation.stream is not None and body.get("stream"):
+        if operation.stream is not None and isinstance(body, dict) and body.get("stream"):
             events = await while_connected(request.receive, answer_events_json(operation, body, runtime))
             return EventStream(events, settings.send_timeout_s)
         pieces = await while_connected(request.receive, answer_pieces(operation, body, runtime))
         return PiecedAnswer(pieces, settings.send_timeout_s)
 
-    async def read(request: Request) -> dict[str, Any]:
+    async def read(request: Request) -> Body:
         """A request is counted by its operation, and here if its body cannot be read; never while the model loads."""
         with ExitStack() as if_unread:
             with suppress(NotReady):
                 if_unread.enter_context(get_runtime().metrics.request(operation.name, left=ClientDisconnect))
-            body = await bodies.object(request)
+            body = _fields(operation, request) if operation.method == "GET" else await bodies.object(request)
             if_unread.pop_all()
             return body
 
-    def loaded(body: dict[str, Any]) -> Runtime:
+    def loaded(body: Body) -> Runtime:
         try:
             return get_runtime()
         except NotReady:
@@ -104,6 +114,15 @@ def _handler(operation: Operation[Any], settings: Settings, bodies: Bodies, get_
             raise
 
     return handle
+
+
+def _fields(operation: Operation[Any], request: Request) -> Wire:
+    """What the path and the query say. Raises InvalidRequest for a field given twice, InvalidBody."""
+    pairs = [*request.path_params.items(), *request.query_params.multi_items()]
+    twice = next((name for name, times in Counter(name for name, _ in pairs).items() if times > 1), None)
+    if twice is not None:
+        raise InvalidRequest(f"{twice[:80]!r} is given twice: once will do")
+    return validate_texts(operation, dict(pairs))
 
 
 async def _answer_unrouted(request: Request, exc: Exception) -> Response:

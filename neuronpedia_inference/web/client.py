@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.client import HTTPException, HTTPResponse
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -17,8 +17,8 @@ from neuronpedia_inference.web.auth import HEADER
 TIMEOUT_S = 600
 
 
-def ask(url: str, path: str, body: dict[str, Any], secret: SecretStr | None) -> Iterator[dict[str, Any]]:
-    """The answer, or the events of a stream as they come.
+def ask(url: str, path: str, body: Mapping[str, Any] | None, secret: SecretStr | None) -> Iterator[dict[str, Any]]:
+    """The answer, or the events of a stream as they come. Without a body it is a GET.
 
     Raises InvalidRequest with the server's own words, or Unavailable where nobody answers.
     """
@@ -26,7 +26,8 @@ def ask(url: str, path: str, body: dict[str, Any], secret: SecretStr | None) -> 
     if secret is not None:
         headers[HEADER] = secret.get_secret_value()
     try:
-        request = Request(url.rstrip("/") + path, json.dumps(body).encode(), headers, method="POST")
+        sent = None if body is None else json.dumps(body).encode()
+        request = Request(url.rstrip("/") + path, sent, headers, method="GET" if body is None else "POST")
         with urlopen(request, timeout=TIMEOUT_S) as response:
             yield from _answers(response)
     except HTTPError as exc:

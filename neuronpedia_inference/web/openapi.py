@@ -9,6 +9,7 @@ from pydantic.json_schema import models_json_schema
 
 from neuronpedia_inference import __version__
 from neuronpedia_inference.operations import OPERATIONS, Operation
+from neuronpedia_inference.operations.operation import IN_PATH
 from neuronpedia_inference.schemas.service import Capabilities, ErrorBody, Health, Ready
 from neuronpedia_inference.web.auth import HEADER
 
@@ -31,7 +32,7 @@ Refs = dict[Any, dict[str, Any]]
 def document() -> dict[str, Any]:
     """The whole document. Callers share it and must not change it."""
     refs, definitions = _schemas()
-    paths = {op.path: {"post": _operation(op, refs)} for op in OPERATIONS}
+    paths = {openapi_path(op): {op.method.lower(): _operation(op, refs)} for op in OPERATIONS}
     return {
         "openapi": "3.1.0",
         "info": {"title": TITLE, "version": __version__},
@@ -46,7 +47,7 @@ def document() -> dict[str, Any]:
 
 def _schemas() -> tuple[Refs, dict[str, Any]]:
     """References by (model, mode), and what they refer to."""
-    asked: list[Any] = [(op.request, "validation") for op in OPERATIONS]
+    asked: list[Any] = [(op.request, "validation") for op in OPERATIONS if op.method == "POST"]
     given: list[Any] = [(op.response, "serialization") for op in OPERATIONS]
     service: list[Any] = [(model, "serialization") for model in (Capabilities, ErrorBody, Health, Ready)]
     wanted = list(dict.fromkeys(asked + given + service))
@@ -63,9 +64,33 @@ def _operation(operation: Operation[Any], refs: Refs) -> dict[str, Any]:
         "operationId": operation.name,
         "summary": operation.summary,
         "tags": [operation.path.split("/")[2]],
-        "requestBody": {"required": True, "content": _json(refs[operation.request, "validation"])},
+        **_asked(operation, refs),
         "responses": {"200": {"description": "The answer", "content": content}, **_failures(refs, *FAILURES)},
     }
+
+
+def openapi_path(operation: Operation[Any]) -> str:
+    """The path with its fields in braces."""
+    return IN_PATH.sub(r"{\1}", operation.path)
+
+
+def _asked(operation: Operation[Any], refs: Refs) -> dict[str, Any]:
+    """The body, or the parameters of a GET."""
+    if operation.method == "POST":
+        return {"requestBody": {"required": True, "content": _json(refs[operation.request, "validation"])}}
+    schema = operation.request.model_json_schema(by_alias=False)
+    in_path = set(IN_PATH.findall(operation.path))
+    parameters = [
+        {
+            "name": name,
+            "in": "path" if name in in_path else "query",
+            "required": name in schema.get("required", ()),
+            "description": about.get("description", ""),
+            "schema": {key: value for key, value in about.items() if key not in ("title", "description")},
+        }
+        for name, about in schema["properties"].items()
+    ]
+    return {"parameters": parameters}
 
 
 def _service_paths(refs: Refs) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from difflib import get_close_matches
 
 from fastapi.routing import APIRoute
@@ -14,14 +14,17 @@ START = ("/v1/capabilities", "/docs")
 """Where somebody who asks for nothing in particular should look."""
 
 
-def unrouted(method: str, path: str, routes: Iterable[BaseRoute]) -> str:
+def unrouted(method: str, path: str, routes: Sequence[BaseRoute]) -> str:
     """One or two sentences with the nearest paths and their methods."""
     methods = {
         route.path: sorted(set(route.methods or ()) - {"HEAD"}) for route in routes if isinstance(route, APIRoute)
     }
-    if path in methods:
-        return f"{path} is asked by {' or '.join(methods[path])}, not by {method[:20]}."
     shown = path[:SHOWN]
+    pattern = next(
+        (route.path for route in routes if isinstance(route, APIRoute) and route.path_regex.match(path)), None
+    )
+    if pattern is not None:
+        return f"{shown} is asked by {' or '.join(methods[pattern])}, not by {method[:20]}."
     by_form: dict[str, str] = {_form(known): known for known in methods}
     near = [by_form[form] for form in get_close_matches(_form(shown), list(by_form), n=3, cutoff=0.7)]
     if not near:

@@ -20,7 +20,7 @@ from neuronpedia_inference.operations import OPERATIONS, Operation, by_name, val
 from neuronpedia_inference.settings import Settings, variable
 from neuronpedia_inference.web.app import create_app
 from neuronpedia_inference.web.fields import example_of, fields_of
-from neuronpedia_inference.web.openapi import document
+from neuronpedia_inference.web.openapi import document, openapi_path
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -38,6 +38,8 @@ CLIENT_METHODS = {
     "util_sae_vector",
     "util_sae_topk_by_decoder_cossim",
 }
+
+OUR_OWN = {"activations", "top_k", "steer", "search", "feature", "contrast"}
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_every_error_code_is_explained(render_docs: ModuleType) -> None:
 
 
 def test_operations_are_the_client_s_methods_and_the_friendly_ones() -> None:
-    assert {operation.name for operation in OPERATIONS} == CLIENT_METHODS | {"activations", "top_k", "steer"}
+    assert {operation.name for operation in OPERATIONS} == CLIENT_METHODS | OUR_OWN
     assert len({operation.path for operation in OPERATIONS}) == len(OPERATIONS) == len(by_name)
 
 
@@ -68,10 +70,12 @@ def never() -> Any:
 
 def test_routes_and_openapi_are_made_from_the_operations() -> None:
     routes = [route for route in create_app(Settings.read(), never).routes if isinstance(route, APIRoute)]
-    served = {(method.lower(), route.path) for route in routes for method in route.methods or () if method != "HEAD"}
+    served = {
+        (method.lower(), route.path_format) for route in routes for method in route.methods or () if method != "HEAD"
+    }
     documented = {(method, path) for path, item in document()["paths"].items() for method in item}
     assert served == documented
-    assert {("post", operation.path) for operation in OPERATIONS} <= served
+    assert {(operation.method.lower(), openapi_path(operation)) for operation in OPERATIONS} <= served
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)

@@ -22,6 +22,7 @@ LAYERS = {
     "steering.plan": 0,
     "scheduler.jobs": 0,
     "scheduler.stay": 0,
+    "annotations": 1,
     "settings": 1,
     "observability": 1,
     "metrics": 1,
@@ -66,6 +67,7 @@ KEPT_TO = {
         "steering",
         "scheduler.worker",
         "loading",
+        "questions.contrast",
         "questions.weights",
         "room",
         "embedded.weights",
@@ -81,6 +83,9 @@ KEPT_TO = {
     "prometheus_client": ("metrics",),
     "typer": ("cli",),
     "rich": ("cli", "demo"),
+    "bm25s": ("annotations",),
+    "Stemmer": ("annotations",),
+    "pyarrow": ("annotations",),
     "modal": (),
 }
 
@@ -151,7 +156,16 @@ def test_nothing_but_the_settings_reads_the_environment() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["operations", "schemas.steer", "settings", "web.app", "web.openapi", "cli", "embedded", "observability"],
+    [
+        "operations",
+        "schemas.steer",
+        "settings",
+        "web.app",
+        "web.openapi",
+        "cli",
+        "embedded",
+        "observability",
+    ],
 )
 def test_importing_brings_neither_torch_nor_transformers(module: str) -> None:
     code = (

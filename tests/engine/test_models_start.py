@@ -205,3 +205,28 @@ def test_the_text_of_a_multimodal_checkpoint_is_served(family: str, saes: Path, 
         assert logits[token] >= logits.max() - CLOSE * logits.abs().max()
     finally:
         runtime.close()
+
+
+def test_labels_come_from_their_folder(saes: Path, tmp_path: Path) -> None:
+    models.model("llama").save_pretrained(tmp_path / "model")
+    models.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "labels").mkdir()
+    rows = [{"source": "1-res", "index": n, "label": f"number{n}", "density": n / 100} for n in range(N_FEATURES)]
+    (tmp_path / "labels" / "all.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = Settings.read(
+        model_id=str(tmp_path / "model"), local_sae_dir=saes, labels_dir=tmp_path / "labels", num_threads=1
+    )
+    runtime = Runtime.load(settings)
+    try:
+        found = ask(runtime, "activations", prompt="The cat sat.", num_results=3)["results"][0]["features"]
+        assert [one["label"] for one in found] == [f"number{one['index']}" for one in found]
+        card = asyncio.run(answer(by_name["feature"], {"source": "1-res", "index": 7}, runtime))
+        assert (card["label"], card["density"], card["max"]) == ("number7", pytest.approx(0.07), None)
+        assert card["neighbours"][0]["label"] == f"number{card['neighbours'][0]['index']}"
+        words = asyncio.run(answer(by_name["search"], {"q": "number7"}, runtime))["features"]
+        assert [one["index"] for one in words] == [7]
+        texts = {"a": ["The cat sat."], "b": ["A dog ran off."], "max_density": 0.05}
+        sides = asyncio.run(answer(by_name["contrast"], texts, runtime))
+        assert all(one["index"] <= 5 for side in "ab" for one in sides[side])
+    finally:
+        runtime.close()

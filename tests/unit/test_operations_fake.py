@@ -10,6 +10,7 @@ import asyncio
 import inspect
 import re
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,17 +20,21 @@ from neuronpedia_inference_client import models
 from pydantic.alias_generators import to_pascal
 
 import neuronpedia_inference
+from neuronpedia_inference.annotations import Found, SourceAnnotations
 from neuronpedia_inference.domain import (
     ActiveFeatures,
     ChatMessage,
+    ContrastedFeature,
     Dfa,
     FeatureActivations,
     FeatureValue,
+    FeatureWeights,
     Numbers,
     RankedFeatures,
     Ranking,
     Sampling,
     Source,
+    TokenEffects,
     TokenLogprob,
     Tokens,
     TopFeatures,
@@ -46,7 +51,9 @@ from neuronpedia_inference.questions import (
     Projection,
     Strongest,
     TopPerToken,
+    Weighed,
 )
+from neuronpedia_inference.questions.contrast import Contrast, Contrasted
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.steering.plan import SteerPlan
 
@@ -128,6 +135,17 @@ class FakeRuntime:
     def label(self, source: str, index: int) -> str | None:
         return f"{source} means {index}" if index % 2 == 0 else None
 
+    def annotations(self, source: str) -> SourceAnnotations | None:
+        if source != RES[0].name:
+            return None
+        labels = [self.label(source, index) or "" for index in range(N_FEATURES)]
+        column = np.arange(N_FEATURES, dtype=np.float64) / 10
+        return SourceAnnotations(labels, column, column * 100, column * 10)
+
+    def search(self, text: str, sources: Sequence[str], limit: int) -> list[Found]:
+        self.calls.append(("search", (text, sources, limit)))
+        return [Found(sources[0], index, 5.0 - index) for index in range(min(limit, 2))]
+
     def tokenize(self, text: str, bos: str, *, limit: int | None = None, batch: bool = False) -> Tokens:
         limit = (limit or self.settings.token_limit) // (4 if batch else 1)
         adds = {"once": not text.startswith(BOS), "natural": self.natural_bos, "prepend": True, "never": False}[bos]
@@ -185,6 +203,14 @@ class FakeRuntime:
                 query = question.feature or question.vector
                 self.calls.append(("nearest_decoder_rows", (question.source.name, query, question.limit)))
                 return [FeatureValue(index, 1.0 - index / 10) for index in range(question.limit)]
+            case Weighed():
+                row = np.arange(question.source.width, dtype=np.float32)
+                effects = TokenEffects((FeatureValue(0, 2.5),), (FeatureValue(0, -1.5),))
+                return FeatureWeights(row, row + 1, 0.5, None, (FeatureValue(1, 0.9),), effects)
+            case Contrast():
+                self.calls.append(("contrast", question))
+                first = ContrastedFeature(question.sources[0].name, 0, 2.0, 3.0, 1.0, 1.0, 0.5, None)
+                return Contrasted([[first, replace(first, index=1)]], [[replace(first, effect_size=-2.0)]], 3)
         raise AssertionError(question)
 
     def feature_activations(
