@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
+from neuronpedia_inference import reproducible
 from neuronpedia_inference.capabilities import describe, max_tokens, token_limit
 from neuronpedia_inference.costs import NO_GRID, RECORDED_GRID, Costs, Demand
 from neuronpedia_inference.domain import ChatMessage, Sampling, Tokens, Written
@@ -147,7 +148,9 @@ class Runtime:
         for point in sorted(points):
             self._engine.check(point)
         prompts = [prompt.ids for prompt in question.prompts]
-        work = CaptureWork(prompts, points, lambda captured: question.reduce(captured, self.shelf))
+        work = CaptureWork(
+            prompts, points, lambda captured: question.reduce(captured, self.shelf), self._is_reproducible
+        )
         return await asyncio.wrap_future(self._submit(work, self._demand(question)).future)
 
     # Generation
@@ -173,6 +176,7 @@ class Runtime:
             n_prompt_tokens=len(prompt),
             n_positions=len(prompt) + sampling.max_new_tokens,
             streams=stream,
+            reproducible=self._is_reproducible,
         )
         points = {point for plan in steered for point in self._steering.points(plan)}
         pattern = self._engine.makes_pattern(points)
@@ -207,6 +211,10 @@ class Runtime:
         return describe(self.settings, self.model, self._engine, self.shelf, load)
 
     # Inside
+
+    @property
+    def _is_reproducible(self) -> bool:
+        return reproducible.is_wanted() or self.settings.reproducible
 
     def _check_room(self, prompt: Tokens, sampling: Sampling) -> None:
         check_prompts([prompt], self.model.vocab_size)

@@ -118,6 +118,11 @@ class Settings(BaseSettings):
         description="GiB of what was computed of recent prompts, kept for whoever asks of them again; 0 keeps nothing. "
         "Unset: an eighth of the memory of requests, at most 1 GiB.",
     )
+    reproducible: bool = Field(
+        False,
+        description="Every request has the same bytes whatever else there is to do, and after a restart, as with the "
+        "field `reproducible`: its rows and prompts run by themselves, and nothing is used again.",
+    )
     request_timeout_s: float = Field(
         300.0,
         ge=0,

@@ -14,6 +14,7 @@ from neuronpedia_inference.operations.rendering import Rows
 from neuronpedia_inference.operations.steer import Chat, chat_story_of, story_of
 from neuronpedia_inference.operations.story import Story, Transcript, logprob_reply
 from neuronpedia_inference.operations.top_k import activation_topk_by_token_batch
+from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.schemas.activation import (
     ActivationAllBatchRequest,
     ActivationAllFeature,
@@ -49,9 +50,10 @@ U = TypeVar("U")
 
 async def activations(request: ActivationsRequest, rt: Runtime) -> ActivationsResponse:
     """Raises InvalidRequest where source or set must be named, and what activation/all or /single raise."""
-    if request.index is None:
-        return await _strongest(request, rt)
-    return await _one_feature(request, request.index, rt)
+    with reproducibly(request.reproducible):
+        if request.index is None:
+            return await _strongest(request, rt)
+        return await _one_feature(request, request.index, rt)
 
 
 async def top_k(request: TopKRequest, rt: Runtime) -> TopKResponse:
@@ -64,7 +66,8 @@ async def top_k(request: TopKRequest, rt: Runtime) -> TopKResponse:
         top_k=request.top_k,
         ignore_bos=request.ignore_bos,
     )
-    answer = await activation_topk_by_token_batch(wire, rt)
+    with reproducibly(request.reproducible):
+        answer = await activation_topk_by_token_batch(wire, rt)
     return TopKResponse.model_construct(
         results=[
             TopKResult.model_construct(
@@ -234,10 +237,11 @@ async def _steered(request: SteerRequest, rt: Runtime, *, stream: bool) -> Async
     if request.deltas and not stream:
         raise InvalidRequest("deltas: goes with stream, whose events it makes smaller")
     wire = _steer_wire(request, rt)
-    if isinstance(wire, SteerCompletionRequest):
-        chat, story = None, await story_of(wire, rt, stream=stream)
-    else:
-        chat, story = await chat_story_of(wire, rt, stream=stream)
+    with reproducibly(request.reproducible):
+        if isinstance(wire, SteerCompletionRequest):
+            chat, story = None, await story_of(wire, rt, stream=stream)
+        else:
+            chat, story = await chat_story_of(wire, rt, stream=stream)
     if request.deltas:
         return Events(story, lambda news: _side_by_side([_new(chat, story, *pair) for pair in enumerate(news)]))
     return Events(story, lambda _: _side_by_side([_so_far(chat, row) for row in story.rows]))

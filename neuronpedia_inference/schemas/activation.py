@@ -19,6 +19,7 @@ from neuronpedia_inference.schemas.common import (
     OnePrompt,
     Ours,
     Reply,
+    Reproducible,
     SeveralPrompts,
     SourceName,
     SourceSetName,
@@ -297,6 +298,7 @@ class ActivationsRequest(Ours):
     ignore_bos: bool = Field(
         default=True, description="Count activations on a leading BOS token as zero; must be true with `index`."
     )
+    reproducible: Reproducible = False
     model: MaybeModelName = None
 
     model_config = ConfigDict(
@@ -335,6 +337,7 @@ class TopKRequest(Ours):
     )
     top_k: TopK = 5
     ignore_bos: bool = Field(default=True, description="Leave a leading BOS token out of the answer.")
+    reproducible: Reproducible = False
     model: MaybeModelName = None
 
     model_config = ConfigDict(json_schema_extra=examples({"prompt": _TEXT, "source": "15-res-4k", "top_k": 3}))

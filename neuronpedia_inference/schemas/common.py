@@ -50,6 +50,15 @@ class Wire(BaseModel):
     )
 
 
+Reproducible = Annotated[
+    bool,
+    Field(
+        description="The same bytes whatever else the server has to do and after a restart, on one machine and "
+        "version: it runs by itself, more slowly. Otherwise numbers may differ in their last digits.",
+    ),
+]
+
+
 class Ours(Wire):
     """A JSON object of a route of our own: fields that it does not know are refused, by the names that are near.
 

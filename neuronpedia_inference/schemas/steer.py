@@ -18,6 +18,7 @@ from neuronpedia_inference.schemas.common import (
     OnePrompt,
     Ours,
     Reply,
+    Reproducible,
     Seed,
     SourceName,
     Vector,
@@ -270,6 +271,7 @@ class SteerRequest(Ours):
         description="With `stream`: each event holds only what is new since the one before; a chat's `messages` come "
         "with the last.",
     )
+    reproducible: Reproducible = False
     model: MaybeModelName = None
 
     model_config = ConfigDict(

@@ -36,6 +36,7 @@ LAYERS = {
     "costs": 1,
     "pacing": 0,
     "recent": 0,
+    "reproducible": 0,
     "engine.points": 0,
     "engine.protocol": 0,
     "questions": 2,
