@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -12,6 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from neuronpedia_inference.client.terminal import Strip, colour, visible
 from neuronpedia_inference.embedded import SteeringExample, steering_examples
 from neuronpedia_inference.operations import answer, by_name
 
@@ -22,10 +22,7 @@ SENTENCE = "The judge told the court that the army had burned the old church."
 SOURCE = "15-res-4k"
 FEATURES_PER_TOKEN = 2
 STRONGEST = 40
-LEVELS = " ▁▂▃▄▅▆▇█"
 BAR = 6
-# From the colour of the page to a strong orange: how strongly a feature fires.
-WARM = ((255, 237, 213), (253, 186, 116), (234, 88, 12))
 
 
 async def show(console: Console, runtime: Runtime, *, n_tokens: int) -> None:
@@ -36,7 +33,7 @@ async def show(console: Console, runtime: Runtime, *, n_tokens: int) -> None:
     strongest = await _ask(runtime, "activations", prompt=SENTENCE, source=SOURCE, num_results=n_strongest)
     index = _worth_looking_at(strongest["results"][0])
     one = await _ask(runtime, "activations", prompt=SENTENCE, source=SOURCE, index=index)
-    console.print(heat_strip(one["results"][0], console.width))
+    console.print(heat_strip(one["results"][0]))
     console.print(
         _heading("The same prompt, plain and steered", "a feature's direction is added while the model writes")
     )
@@ -73,7 +70,7 @@ async def _steered(runtime: Runtime, example: SteeringExample, n_tokens: int) ->
 def top_features(result: dict[str, Any]) -> Group:
     """A row per token: its strongest features with their labels."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", expand=True)
-    longest = max(cell_len(_visible(token)) for token in result["tokens"])
+    longest = max(cell_len(visible(token)) for token in result["tokens"])
     table.add_column("token", style="bold", no_wrap=True, min_width=min(longest, 16))
     for rank in ("strongest feature", "second"):
         table.add_column(rank, ratio=1, no_wrap=True)
@@ -82,7 +79,7 @@ def top_features(result: dict[str, Any]) -> Group:
     most = max(values, default=1.0) or 1.0
     for position in result["positions"]:
         cells = [_feature_cells(feature, most) for feature in position["top_features"]]
-        table.add_row(Text(_visible(position["token"])), *(cell for pair in cells for cell in pair))
+        table.add_row(Text(visible(position["token"])), *(cell for pair in cells for cell in pair))
     return Group(_heading("What the model sees in each token", f"source {result['source']}"), table)
 
 
@@ -92,41 +89,18 @@ def _feature_cells(feature: dict[str, Any], most: float) -> tuple[Text, Text]:
     if value <= 0:
         return Text("-", style="dim"), Text("")
     filled = round(BAR * value / most)
-    bar = Text("█" * filled, style=_colour(value / most)) + Text("░" * (BAR - filled), style="dim")
+    bar = Text("█" * filled, style=colour(value / most)) + Text("░" * (BAR - filled), style="dim")
     name = Text.assemble((f"{feature['feature_index']:>4} ", "dim"), feature["label"] or "no label")
     return name, Text(f"{value:6.1f} ") + bar
 
 
-def heat_strip(result: dict[str, Any], width: int) -> Group:
+def heat_strip(result: dict[str, Any]) -> Group:
     """The sentence with one feature's activation as colour, and as a bar under each token."""
     feature = result["features"][0]
     title = f"{feature['label'] or 'no label'} · {feature['source']} #{feature['index']}"
-    peak = f"peak {feature['max_value']:.1f} on {_visible(result['tokens'][feature['max_value_index']])!r}"
-    lines: list[Text] = []
-    for chunk in _chunks(list(zip(result["tokens"], feature["values"], strict=True)), width - 4):
-        upper, lower = Text("  "), Text("  ")
-        for token, value in chunk:
-            share = max(0.0, value) / (feature["max_value"] or 1.0)
-            shown = _visible(token, keep_space=True)
-            upper.append(shown, style=f"black on {_rgb(share)}" if share > 0 else "")
-            lower.append(LEVELS[round(share * (len(LEVELS) - 1))] * cell_len(shown), style=_colour(share))
-        lines += [upper, lower]
-    return Group(_heading("One feature over the sentence", f"{title}, {peak}"), *lines, Text(""))
-
-
-def _chunks(tokens: Sequence[tuple[str, float]], width: int) -> Iterator[list[tuple[str, float]]]:
-    """Tokens in groups that fit on a line."""
-    line: list[tuple[str, float]] = []
-    used = 0
-    for token, value in tokens:
-        size = cell_len(_visible(token, keep_space=True))
-        if line and used + size > width:
-            yield line
-            line, used = [], 0
-        line.append((token, value))
-        used += size
-    if line:
-        yield line
+    peak = f"peak {feature['max_value']:.1f} on {visible(result['tokens'][feature['max_value_index']])!r}"
+    strip = Strip(result["tokens"], feature["values"])
+    return Group(_heading("One feature over the sentence", f"{title}, {peak}"), strip, Text(""))
 
 
 def side_by_side(example: SteeringExample, texts: dict[str, Any]) -> Panel:
@@ -142,22 +116,3 @@ def side_by_side(example: SteeringExample, texts: dict[str, Any]) -> Panel:
 
 def _heading(title: str, note: str) -> Text:
     return Text("\n") + Text(title, style="bold") + Text(f"  {note}", style="dim") + Text("\n")
-
-
-def _visible(token: str, *, keep_space: bool = False) -> str:
-    """A token on one line, with control characters shown as signs."""
-    text = token.replace("\n", "⏎").replace("\t", "⇥")
-    text = "".join(char if char.isprintable() else "�" for char in text)
-    return text if keep_space else text.strip() or "␣"
-
-
-def _rgb(share: float) -> str:
-    """A colour between the three of WARM."""
-    place = min(max(share, 0.0), 1.0) * (len(WARM) - 1)
-    below = min(int(place), len(WARM) - 2)
-    mixed = [round(a + (b - a) * (place - below)) for a, b in zip(WARM[below], WARM[below + 1], strict=True)]
-    return "#" + "".join(f"{part:02x}" for part in mixed)
-
-
-def _colour(share: float) -> str:
-    return _rgb(0.4 + 0.6 * share)

@@ -33,6 +33,8 @@ class InferenceError(Exception):
 
     code = "internal"
     status = 500
+    request_id = ""
+    """Of the request at the service that the client asked; empty where it has none."""
 
     @property
     def message(self) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
     from neuronpedia_inference.settings import Settings
 
+ANSWER_TIMEOUT_S = 600.0
 SHOW_CURSOR = b"\x1b[?25h"
 # What the environment may say about other models; the demo is about the embedded one.
 OTHER_MODELS = (
@@ -57,7 +58,10 @@ def main() -> None:
             app()
         except EngineDied as exc:
             fail(str(exc), ENGINE_DIED)
-        except (StartupError, InferenceError) as exc:
+        except InferenceError as exc:
+            of_server = f" (code {exc.code}, request id {exc.request_id})" if exc.request_id else ""
+            fail(exc.message + of_server, FAILED)
+        except StartupError as exc:
             fail(str(exc.args[0]) if exc.args else type(exc).__name__, FAILED)
 
 
@@ -160,10 +164,7 @@ def call(
     request = _json_object(sys.stdin.read() if body == "-" else body)
     settings = settings_of(set_, model_id=model_id, sae_sets=sae_sets, device=device)
     if url is not None:
-        from neuronpedia_inference.web.client import ask
-
-        for answer in ask(url, *wanted.address(request), settings.secret):
-            print_json(answer)
+        _ask_server(url, wanted, request, settings)
         return
     from neuronpedia_inference.operations import validate
 
@@ -250,6 +251,21 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest("The body must be a JSON object")
     return value
+
+
+def _ask_server(url: str, operation: Operation[Any], body: dict[str, Any], settings: Settings) -> None:
+    from neuronpedia_inference.client.over_http import OverHttp
+
+    key = None if settings.secret is None else settings.secret.get_secret_value()
+    server = OverHttp(url, key, timeout_s=ANSWER_TIMEOUT_S, patience_s=0)
+    try:
+        if operation.stream is None or not body.get("stream"):
+            print_json(server.ask(operation.name, body))
+            return
+        for event in server.stream(operation.name, body):
+            print_json(event)
+    finally:
+        server.close()
 
 
 async def _run(operation: Operation[Any], body: dict[str, Any], runtime: Runtime) -> None:

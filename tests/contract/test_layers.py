@@ -56,6 +56,7 @@ LAYERS = {
     "capabilities": 5,
     "runtime": 5,
     "web": 6,
+    "client": 6,
     "demo": 6,
     "cli": 7,
     "__main__": 7,
@@ -83,11 +84,12 @@ KEPT_TO = {
     "sentry_sdk": ("observability",),
     "prometheus_client": ("metrics",),
     "typer": ("cli",),
-    "rich": ("cli", "demo"),
+    "rich": ("cli", "client", "demo"),
+    "httpx": ("client.over_http",),
     "bm25s": ("annotations",),
     "Stemmer": ("annotations",),
     "pyarrow": ("annotations",),
-    "modal": (),
+    "modal": ("client.on_modal",),
 }
 
 
@@ -164,6 +166,8 @@ def test_nothing_but_the_settings_reads_the_environment() -> None:
         "web.app",
         "web.openapi",
         "cli",
+        "client",
+        "client.over_http",
         "embedded",
         "observability",
     ],

@@ -335,7 +335,7 @@ def test_a_strip_wraps_and_shows_every_token() -> None:
     feature = {"label": None, "source": SOURCE, "index": 1, "values": [0.0] * 42 + [3.0]}
     result = {"tokens": tokens, "features": [feature | {"max_value": 3.0, "max_value_index": 42}]}
     page = Console(file=io.StringIO(), width=60)
-    page.print(demo.heat_strip(result, page.width))
+    page.print(demo.heat_strip(result))
     text = page.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert all(f"word{n}" in text for n in range(40))
     assert "⏎" in text

@@ -1,0 +1,93 @@
+"""What is asked, as values: the name of an operation, its body, and how its answer is read. Nothing is sent here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from neuronpedia_inference.client.results import (
+    Contrast,
+    Feature,
+    Features,
+    SearchResults,
+    Steered,
+    TopFeature,
+    TopFeatures,
+)
+from neuronpedia_inference.client.steering import FeatureName, OfFeature, Steering
+
+Answer = Mapping[str, Any]
+Messages = Sequence[Mapping[str, str]]
+Out = TypeVar("Out")
+
+
+@dataclass(frozen=True)
+class Call(Generic[Out]):
+    """One question to the service."""
+
+    operation: str
+    body: Mapping[str, Any]
+    read: Callable[[Answer], Out]
+
+
+def features(text: str, **fields: Any) -> Call[Features]:
+    return Call("activations", {"prompt": text, **_given(fields)}, lambda answer: _features(answer["results"][0]))
+
+
+def features_of_several(texts: Sequence[str], **fields: Any) -> Call[list[Features]]:
+    body = {"prompt": list(texts), **_given(fields)}
+    return Call("activations", body, lambda answer: [_features(one) for one in answer["results"]])
+
+
+def _features(result: Mapping[str, Any]) -> Features:
+    return Features.read(result)
+
+
+def top_k(text: str, **fields: Any) -> Call[TopFeatures]:
+    return Call("top_k", {"prompt": text, **_given(fields)}, lambda answer: _top(answer["results"][0]))
+
+
+def _top(result: Mapping[str, Any]) -> TopFeatures:
+    def each(position: Mapping[str, Any]) -> tuple[TopFeature, ...]:
+        return tuple(
+            TopFeature(result["source"], one["feature_index"], one["activation_value"], one.get("label"))
+            for one in position["top_features"]
+        )
+
+    return TopFeatures(tuple(result["tokens"]), tuple(each(position) for position in result["positions"]))
+
+
+def feature(name: str | OfFeature, index: int | None = None, **fields: Any) -> Call[Feature]:
+    """By source and index, or by a name that has both. Raises ValueError for a name that has not."""
+    if isinstance(name, str):
+        named: OfFeature = FeatureName.read(name) if index is None else FeatureName(name, index)
+    else:
+        named = name
+    body = {"source": named.source, "index": named.index, **_given(fields)}
+    return Call("feature", body, Feature.read)
+
+
+def search(q: str, **fields: Any) -> Call[SearchResults]:
+    return Call("search", {"q": q, **_given(fields)}, lambda answer: SearchResults.read(answer, q=q))
+
+
+def contrast(a: Sequence[str], b: Sequence[str], **fields: Any) -> Call[Contrast]:
+    return Call("contrast", {"a": list(a), "b": list(b), **_given(fields)}, Contrast.read)
+
+
+def steer(prompt: str | Messages, steering: Steering | None, **fields: Any) -> Call[Steered]:
+    sent = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+    shown = prompt if isinstance(prompt, str) else "".join(f"{one['role']}: {one['content']}\n" for one in prompt)
+    chosen = steering or Steering()
+    body = {"prompt": sent, **(chosen.body() or {"features": []}), **_given(fields)}
+    return Call("steer", body, lambda answer: _steered(answer, shown, chosen))
+
+
+def _steered(answer: Answer, prompt: str, steering: Steering) -> Steered:
+    return Steered.read(answer, prompt=prompt, steering=steering)
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that were left to the service."""
+    return {name: value for name, value in fields.items() if value is not None}

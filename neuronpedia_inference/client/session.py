@@ -1,0 +1,251 @@
+"""A service as an object with methods, for threads and for coroutines. Both have the same methods."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar, overload
+
+from neuronpedia_inference.client import calls
+from neuronpedia_inference.client.calls import Call, Messages
+from neuronpedia_inference.client.results import (
+    Contrast,
+    Feature,
+    Features,
+    SearchResults,
+    Steered,
+    Sweep,
+    SweepCell,
+    TopFeatures,
+)
+from neuronpedia_inference.client.steering import OfFeature, Steering
+from neuronpedia_inference.client.transports import AsyncTransport, Transport
+
+Out = TypeVar("Out")
+Maker = OfFeature
+"""What `@ strength` makes a steering of."""
+
+
+class Client:
+    """One service. Methods take the fields of the operation of the same name; what is left out is the service's choice.
+
+    Every method raises InferenceError of the class that the service raised, with its `request_id`.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def __repr__(self) -> str:
+        return f"Client({self._transport!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back what it holds; a service in this process ends."""
+        self._transport.close()
+
+    def capabilities(self) -> dict[str, Any]:
+        """What the service says of itself: model, sources, limits."""
+        return self._transport.capabilities()
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of its SAEs."""
+        return list(self.capabilities()["sources"])
+
+    @overload
+    def features(self, text: str, source: str | None = None, **fields: Any) -> Features: ...
+
+    @overload
+    def features(
+        self, text: list[str] | tuple[str, ...], source: str | None = None, **fields: Any
+    ) -> list[Features]: ...
+
+    def features(
+        self, text: str | list[str] | tuple[str, ...], source: str | None = None, **fields: Any
+    ) -> Features | list[Features]:
+        """The features that fire most on a text, or on each of several."""
+        if isinstance(text, str):
+            return self._ask(calls.features(text, source=source, **fields))
+        return self._ask(calls.features_of_several(text, source=source, **fields))
+
+    def top_k(self, text: str, source: str | None = None, **fields: Any) -> TopFeatures:
+        """The strongest features at every token of a text."""
+        return self._ask(calls.top_k(text, source=source, **fields))
+
+    def feature(self, name: str | OfFeature, index: int | None = None, **fields: Any) -> Feature:
+        """Everything known of a feature: `feature("15-res-4k", 1113)`, `feature("15-res-4k/1113")`, or the address of
+        its page on Neuronpedia."""
+        return self._ask(calls.feature(name, index, **fields))
+
+    def search(self, q: str, source: str | None = None, **fields: Any) -> SearchResults:
+        """Features by words."""
+        return self._ask(calls.search(q, source=source, **fields))
+
+    def contrast(self, a: Sequence[str], b: Sequence[str], **fields: Any) -> Contrast:
+        """The features that separate two sets of texts."""
+        return self._ask(calls.contrast(a, b, **fields))
+
+    def steer(self, prompt: str | Messages, steering: Steering | None = None, **fields: Any) -> Steered:
+        """What the model writes steered, and what it writes by itself."""
+        return self._ask(calls.steer(prompt, steering, **fields))
+
+    def stream(self, prompt: str | Messages, steering: Steering | None = None, **fields: Any) -> Iterator[Steered]:
+        """As `steer`, while it is written: each item is everything so far."""
+        call = calls.steer(prompt, steering, **fields)
+        return map(call.read, self._transport.stream(call.operation, call.body))
+
+    def chat(self, steering: Steering | None = None, **fields: Any) -> Chat:
+        """A chat that keeps its turns: call it with what the user says."""
+        return Chat(self, steering, fields)
+
+    def sweep(self, prompt: str, maker: Maker, strengths: Sequence[float], **fields: Any) -> Sweep:
+        """The same prompt steered by a feature at several strengths, and plain."""
+        steered = [
+            self.steer(prompt, maker @ strength, compare=place == 0, **fields)
+            for place, strength in enumerate(strengths)
+        ]
+        return swept(prompt, strengths, steered)
+
+    def _ask(self, call: Call[Out]) -> Out:
+        return call.read(self._transport.ask(call.operation, call.body))
+
+
+@dataclass
+class Chat:
+    """The turns of a chat so far. `chat("Hello")` says something and gives the answer; `messages` are both sides."""
+
+    client: Client
+    steering: Steering | None
+    fields: Mapping[str, Any]
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def __call__(self, said: str) -> Steered:
+        """The steered answer joins the chat."""
+        turns = [*self.messages, {"role": "user", "content": said}]
+        answered = self.client.steer(turns, self.steering, **self.fields)
+        self.messages = turns_after(turns, answered)
+        return answered
+
+    def __repr__(self) -> str:
+        return f"Chat({len(self.messages)} messages, {self.steering or Steering()!r})"
+
+
+class AsyncClient:
+    """As Client, for coroutines."""
+
+    def __init__(self, transport: AsyncTransport) -> None:
+        self._transport = transport
+
+    def __repr__(self) -> str:
+        return f"AsyncClient({self._transport!r})"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Give back what it holds; a service in this process ends."""
+        await self._transport.close()
+
+    async def capabilities(self) -> dict[str, Any]:
+        """What the service says of itself: model, sources, limits."""
+        return await self._transport.capabilities()
+
+    @overload
+    async def features(self, text: str, source: str | None = None, **fields: Any) -> Features: ...
+
+    @overload
+    async def features(
+        self, text: list[str] | tuple[str, ...], source: str | None = None, **fields: Any
+    ) -> list[Features]: ...
+
+    async def features(
+        self, text: str | list[str] | tuple[str, ...], source: str | None = None, **fields: Any
+    ) -> Features | list[Features]:
+        """The features that fire most on a text, or on each of several."""
+        if isinstance(text, str):
+            return await self._ask(calls.features(text, source=source, **fields))
+        return await self._ask(calls.features_of_several(text, source=source, **fields))
+
+    async def top_k(self, text: str, source: str | None = None, **fields: Any) -> TopFeatures:
+        """The strongest features at every token of a text."""
+        return await self._ask(calls.top_k(text, source=source, **fields))
+
+    async def feature(self, name: str | OfFeature, index: int | None = None, **fields: Any) -> Feature:
+        """Everything known of a feature."""
+        return await self._ask(calls.feature(name, index, **fields))
+
+    async def search(self, q: str, source: str | None = None, **fields: Any) -> SearchResults:
+        """Features by words."""
+        return await self._ask(calls.search(q, source=source, **fields))
+
+    async def contrast(self, a: Sequence[str], b: Sequence[str], **fields: Any) -> Contrast:
+        """The features that separate two sets of texts."""
+        return await self._ask(calls.contrast(a, b, **fields))
+
+    async def steer(self, prompt: str | Messages, steering: Steering | None = None, **fields: Any) -> Steered:
+        """What the model writes steered, and what it writes by itself."""
+        return await self._ask(calls.steer(prompt, steering, **fields))
+
+    async def stream(
+        self, prompt: str | Messages, steering: Steering | None = None, **fields: Any
+    ) -> AsyncIterator[Steered]:
+        """As `steer`, while it is written: each item is everything so far."""
+        call = calls.steer(prompt, steering, **fields)
+        async for event in self._transport.stream(call.operation, call.body):
+            yield call.read(event)
+
+    def chat(self, steering: Steering | None = None, **fields: Any) -> AsyncChat:
+        """A chat that keeps its turns: await a call with what the user says."""
+        return AsyncChat(self, steering, fields)
+
+    async def sweep(self, prompt: str, maker: Maker, strengths: Sequence[float], **fields: Any) -> Sweep:
+        """The same prompt steered by a feature at several strengths, and plain."""
+        steered = [
+            await self.steer(prompt, maker @ strength, compare=place == 0, **fields)
+            for place, strength in enumerate(strengths)
+        ]
+        return swept(prompt, strengths, steered)
+
+    async def _ask(self, call: Call[Out]) -> Out:
+        return call.read(await self._transport.ask(call.operation, call.body))
+
+
+@dataclass
+class AsyncChat:
+    """As Chat, for coroutines."""
+
+    client: AsyncClient
+    steering: Steering | None
+    fields: Mapping[str, Any]
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    async def __call__(self, said: str) -> Steered:
+        """The steered answer joins the chat."""
+        turns = [*self.messages, {"role": "user", "content": said}]
+        answered = await self.client.steer(turns, self.steering, **self.fields)
+        self.messages = turns_after(turns, answered)
+        return answered
+
+
+def turns_after(turns: Sequence[dict[str, str]], answered: Steered) -> list[dict[str, str]]:
+    """The chat with the steered answer, as the service tells it."""
+    if answered.steered.messages is not None:
+        return [dict(message) for message in answered.steered.messages]
+    return [*turns, {"role": "assistant", "content": answered.steered.text}]
+
+
+def swept(prompt: str, strengths: Sequence[float], steered: Sequence[Steered]) -> Sweep:
+    """Texts of the same prompt as one value; the first of them was compared with the plain one."""
+    default = steered[0].default if steered else None
+    texts = tuple(
+        SweepCell(float(strength), one.steered.text) for strength, one in zip(strengths, steered, strict=True)
+    )
+    return Sweep(prompt, "" if default is None else default.text, texts)

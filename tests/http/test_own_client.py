@@ -1,0 +1,255 @@
+"""The client over a real port and in this process: the same objects, the same errors; and the README's example."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from served import SECRET, SOURCE, Serve, Served, Wrapped, small_settings
+
+import neuronpedia_inference as ni
+from neuronpedia_inference import embedded
+from neuronpedia_inference.client import AsyncClient, Client
+from neuronpedia_inference.client.in_process import AsyncInProcess, InProcess
+from neuronpedia_inference.errors import (
+    InvalidRequest,
+    LimitExceeded,
+    NotReady,
+    Overloaded,
+    Unauthorized,
+    Unavailable,
+    UnknownSource,
+)
+from neuronpedia_inference.runtime import Runtime
+from tests.rounding import differences
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+TEXT = "The judge told the court that the law was clear."
+ECONOMY = ni.FeatureName(SOURCE, 1113)
+PROMPT = "The most important thing is"
+
+
+class Shared(Wrapped):
+    """The runtime of all tests, which one client must not end."""
+
+    def close(self) -> None:
+        """It goes on."""
+
+
+@pytest.fixture(scope="module")
+def over_http(server: Served) -> Iterator[Client]:
+    with ni.connect(server.url) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def in_process(runtime: Runtime) -> Iterator[Client]:
+    shared: Any = Shared(runtime)
+    with Client(InProcess(shared)) as client:
+        yield client
+
+
+ASKS: dict[str, Callable[[Any], Any]] = {
+    "features": lambda m: m.features(TEXT, SOURCE, num_results=3),
+    "features of several": lambda m: m.features([TEXT, "A cat."], SOURCE, num_results=2),
+    "top_k": lambda m: m.top_k(TEXT, SOURCE, top_k=2),
+    "search": lambda m: m.search("moon orbit", limit=3),
+    "feature": lambda m: m.feature(ECONOMY, limit=3),
+    "feature of an address": lambda m: m.feature(f"https://www.neuronpedia.org/{embedded.MODEL_ID}/{SOURCE}/1113"),
+    "contrast": lambda m: m.contrast([TEXT], ["Bake the bread."], limit=2),
+    "steer": lambda m: m.steer(PROMPT, ECONOMY @ 70, max_new_tokens=6),
+    "steer a chat": lambda m: m.steer([{"role": "user", "content": "Hi"}], ECONOMY @ 70, max_new_tokens=3),
+    "sweep": lambda m: m.sweep(PROMPT, ECONOMY, [20, 70], max_new_tokens=4),
+}
+
+
+def apart(one: Any, other: Any) -> list[str]:
+    """Where two results differ by more than rounding."""
+    return differences(*([json.loads(result.to_json()) for result in as_list(each)] for each in (one, other)))
+
+
+def as_list(result: Any) -> list[Any]:
+    return result if isinstance(result, list) else [result]
+
+
+@pytest.mark.parametrize("name", ASKS)
+def test_all_ways_give_the_same_objects(over_http: Client, in_process: Client, server: Served, name: str) -> None:
+    ask = ASKS[name]
+    expected = ask(in_process)
+    assert apart(ask(over_http), expected) == []
+
+    async def both(runtime: Any) -> list[Any]:
+        async with ni.async_connect(server.url) as over, AsyncClient(AsyncInProcess(runtime)) as inside:
+            return [await ask(over), await ask(inside)]
+
+    shared = in_process._transport._runtime  # pyright: ignore
+    for found in asyncio.run(both(shared)):
+        assert type(found) is type(expected)
+        assert apart(found, expected) == []
+
+
+def test_steering_has_an_effect_that_is_not_there_without_it(over_http: Client) -> None:
+    steered = over_http.steer(PROMPT, ECONOMY @ 70, max_new_tokens=12)
+    plain = over_http.steer(PROMPT, max_new_tokens=12)
+    assert steered.default is not None
+    assert plain.default is not None
+    assert "econom" in steered.steered.text
+    assert plain.steered.text == plain.default.text == steered.default.text
+    assert "econom" not in plain.steered.text
+
+
+def test_a_stream_ends_with_the_whole(over_http: Client, in_process: Client, server: Served) -> None:
+    whole = over_http.steer(PROMPT, ECONOMY @ 70, max_new_tokens=6)
+    for client in (over_http, in_process):
+        events = list(client.stream(PROMPT, ECONOMY @ 70, max_new_tokens=6))
+        assert events[-1] == whole
+        assert all(whole.steered.text.startswith(event.steered.text) for event in events)
+
+    async def last() -> Any:
+        async with ni.async_connect(server.url) as client:
+            return [event async for event in client.stream(PROMPT, ECONOMY @ 70, max_new_tokens=6)][-1]
+
+    assert asyncio.run(last()) == whole
+
+
+def test_a_chat_keeps_its_turns(over_http: Client, in_process: Client) -> None:
+    for client in (over_http, in_process):
+        chat = client.chat(ECONOMY @ 40, max_new_tokens=3)
+        first, second = chat("Hello"), chat("And then?")
+        assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+        assert chat.messages[2]["content"] == "And then?"
+        assert second.prompt.startswith("user: Hello")
+        assert first != second
+
+
+@pytest.mark.parametrize(
+    ("ask", "kind"),
+    [
+        (lambda m: m.features(TEXT, "99-res-4k"), UnknownSource),
+        (lambda m: m.features("x " * 500, SOURCE), LimitExceeded),
+        (lambda m: m.feature(SOURCE, 99999), InvalidRequest),
+        (lambda m: list(m.stream(PROMPT, ECONOMY @ 70, max_new_tokens=5000)), LimitExceeded),
+        (lambda m: m.steer(PROMPT, ECONOMY @ 70, max_tokens=5), InvalidRequest),
+    ],
+)
+def test_errors_are_those_of_the_service(
+    over_http: Client, in_process: Client, ask: Any, kind: type[Exception]
+) -> None:
+    with pytest.raises(kind) as inside:
+        ask(in_process)
+    with pytest.raises(kind) as outside:
+        ask(over_http)
+    assert type(outside.value) is type(inside.value)
+    assert str(outside.value) == str(inside.value)
+    request_id = outside.value.request_id  # pyright: ignore
+    assert re.fullmatch(r"[0-9a-f-]{8,}", request_id)
+
+
+def test_the_secret_goes_along(locked_server: Served) -> None:
+    with ni.connect(locked_server.url, SECRET) as client:
+        assert SOURCE in client.sources
+        assert SECRET not in repr(client)
+    with ni.connect(locked_server.url) as client, pytest.raises(Unauthorized):
+        client.search("moon")
+
+
+def test_a_server_that_is_not_ready_is_asked_again(serve: Serve, runtime: Runtime) -> None:
+    asked = threading.Event()
+
+    def later() -> Any:
+        if not asked.is_set():
+            asked.set()
+            full = Overloaded("full")
+            raise full
+        return runtime
+
+    served = serve(small_settings(), later)
+    with ni.connect(served.url) as client:
+        assert client.search("moon", limit=1).features
+    assert asked.is_set()
+
+
+def test_patience_ends(serve: Serve) -> None:
+    def never() -> Any:
+        raise NotReady("still loading")
+
+    served = serve(small_settings(), never)
+    with ni.connect(served.url, patience_s=0) as client, pytest.raises(NotReady, match="still loading"):
+        client.search("moon")
+
+
+def test_nobody_there_is_told() -> None:
+    with (
+        ni.connect("http://127.0.0.1:1") as client,
+        pytest.raises(Unavailable, match=r"No answer from http://127\.0\.0\.1:1"),
+    ):
+        client.search("moon")
+
+
+# The README
+
+
+def readme_example() -> str:
+    """The block of the README that begins with the client."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    return next(block for block in blocks if "import neuronpedia_inference as ni" in block)
+
+
+def ran(client: Client) -> dict[str, Any]:
+    """What the example assigns, with this client in the place of the one that it makes."""
+    given = SimpleNamespace(**{name: getattr(ni, name) for name in ni.__all__})
+    given.load = lambda: client
+    space: dict[str, Any] = {"ni": given}
+    exec(readme_example().replace("import neuronpedia_inference as ni\n", ""), space)
+    return {name: value for name, value in space.items() if isinstance(value, ni.Result | ni.Steering)}
+
+
+def test_the_readme_s_example_gives_the_same_objects_on_every_way(
+    over_http: Client, in_process: Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside = ran(in_process)
+    said = capsys.readouterr().out
+    outside = ran(over_http)
+    assert outside.keys() == inside.keys()
+    assert all(apart(outside[name], inside[name]) == [] for name in inside)
+    assert capsys.readouterr().out == said
+    assert len(inside) >= 4
+    assert inside["both"].steered.text != inside["both"].default.text
+
+
+# The notebook
+
+
+def test_the_notebook_runs_from_top_to_bottom_and_draws_itself(in_process: Client) -> None:
+    notebook = json.loads((README.parent / "examples" / "laptop.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    space: dict[str, Any] = {}
+    drawn = [shown for cell in cells if (shown := _shown(cell, space, in_process)) is not None]
+    assert len(drawn) >= 7
+    assert all("http" not in html.lower() for html in drawn)
+    both = space["both"]
+    assert "econom" in both.steered.text
+    assert "econom" not in both.default.text
+    assert [cell.text for cell in space["sweep"]] != [both.default.text] * 4
+
+
+def _shown(cell: str, space: dict[str, Any], client: Client) -> str | None:
+    """Run a cell as a notebook does: its last line, if it is an expression, is drawn."""
+    given = SimpleNamespace(**{name: getattr(ni, name) for name in ni.__all__})
+    given.load = lambda: Client(client._transport)
+    body = ast.parse(cell.replace("import neuronpedia_inference as ni\n", "").replace("m.close()", "None"))
+    space.setdefault("ni", given)
+    last = body.body.pop() if body.body and isinstance(body.body[-1], ast.Expr) else None
+    exec(compile(body, "cell", "exec"), space)
+    value = None if last is None else eval(compile(ast.Expression(last.value), "cell", "eval"), space)  # type: ignore
+    draw = getattr(value, "_repr_html_", None)
+    return None if draw is None else draw()
