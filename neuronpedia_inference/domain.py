@@ -71,6 +71,8 @@ class Source:
     """d_in: width of the hook's tensor (heads concatenated)."""
     architecture: str
     """SAELens architecture, or "neurons"."""
+    hook_out: str | None = None
+    """Hook point where its decoder rows live, of a transcoder whose configuration says so."""
     has_dfa: bool = False
     """True for attention-output SAEs on hook_z: direct feature attribution is served."""
 

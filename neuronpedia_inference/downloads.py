@@ -13,9 +13,11 @@ from typing import Any
 from neuronpedia_inference.embedded.weights import model_folder
 from neuronpedia_inference.errors import StartupError, did_you_mean, unknown_name
 from neuronpedia_inference.folders import existing_folder, folders_beside, missing_folder
-from neuronpedia_inference.saes.catalogue import SourceSpec, hub_location, resolve
+from neuronpedia_inference.saes.catalogue import hub_location, resolve
+from neuronpedia_inference.saes.files import cached, is_here
 from neuronpedia_inference.saes.names import all_names, hugging_face_name
-from neuronpedia_inference.saes.originals import all_files, needed_files
+from neuronpedia_inference.saes.originals import all_files
+from neuronpedia_inference.saes.specs import SourceSpec
 from neuronpedia_inference.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -90,31 +92,23 @@ def _checked(folder: Path, options: Mapping[str, Any]) -> Path:
 def fetch_everything(settings: Settings, progress: Callable[[str], None]) -> bool:
     """Have the model's files and those of its SAEs here; whether some had to be downloaded. Raises StartupError."""
     specs = resolve(settings).specs
-    missing = [spec for spec in specs if not is_here(spec)]
     is_missing = found(settings) is None
     if is_missing:
         progress(f"Downloading {settings.weights_id}")
         fetch(settings)
+    return fetch_saes(specs, progress) or is_missing
+
+
+def fetch_saes(specs: Sequence[SourceSpec], progress: Callable[[str], None]) -> bool:
+    """Have the files of SAEs here; whether some had to be downloaded. Raises StartupError."""
+    missing = [spec for spec in specs if not is_here(spec)]
+    if missing:
+        check_hub(hub_location(missing[0])[0], "SAE_SETS")
     for number, spec in enumerate(missing, 1):
         progress(f"Downloading SAE {number} of {len(missing)}: {spec.name}")
         repo, path = hub_location(spec)
         _download(repo, all_files(spec, path), f"SAE {spec.name!r}")
-    return is_missing or bool(missing)
-
-
-def is_here(spec: SourceSpec) -> bool:
-    """Whether an SAE's files are on this machine."""
-    return spec.folder is not None or snapshot_of(spec) is not None
-
-
-def snapshot_of(spec: SourceSpec, snapshots: Callable[[str], Path | None] | None = None) -> Path | None:
-    """The hub's cache of the repository in which an SAE is; None unless all its files are there.
-
-    snapshots: instead of `cached`, to look for each repository once.
-    """
-    repo, path = hub_location(spec)
-    there = (snapshots or cached)(repo)
-    return there if there and all((there / name).exists() for name in needed_files(spec, path)) else None
+    return bool(missing)
 
 
 def check_hub(repo: str, setting: str, options: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -185,17 +179,6 @@ def _download(repo: str, files: Sequence[str], what: str, how: Mapping[str, Any]
         return Path(snapshot_download(repo, allow_patterns=list(files), **how))
     except (OSError, ValueError, HTTPError) as exc:
         raise StartupError(f"Cannot download {what}: {_first_line(exc)}") from None
-
-
-def cached(name: str, how: Mapping[str, Any] = MappingProxyType({})) -> Path | None:
-    """The hub's cache of a repository, whatever of it is there; None for nothing. how: as `revision`."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True, **how))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
 
 
 def _first_line(exc: Exception) -> str:

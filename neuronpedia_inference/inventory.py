@@ -9,10 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from neuronpedia_inference import downloads
-from neuronpedia_inference.costs import ITEM_BYTES
 from neuronpedia_inference.errors import StartupError, unknown_name
-from neuronpedia_inference.memory import sae_numbers
+from neuronpedia_inference.memory import item_bytes, sae_numbers
+from neuronpedia_inference.saes import files
 from neuronpedia_inference.saes.catalogue import OfferedSet, SourceSpec, hub_location, known_models, offered, resolve
 from neuronpedia_inference.saes.explicit import is_explicit, located
 from neuronpedia_inference.saes.originals import all_files
@@ -107,7 +106,7 @@ class SaeSet:
 
 def sets_of(model: str, sae_dtype: str, *, own: bool = False) -> tuple[SaeSet, ...]:
     """What could be served for a model. own: not what its base has. Raises StartupError if it is unknown."""
-    snapshots = cache(downloads.cached)
+    snapshots = cache(files.cached)
     return tuple(
         SaeSet(one, tuple(described(spec, sae_dtype, snapshots) for spec in one.specs))
         for one in offered(model)
@@ -142,7 +141,7 @@ def find(source: str, settings: Settings) -> Sae:
         first, *others = located(source)
         if others:
             raise StartupError(f"{source!r} is a folder of {1 + len(others)} SAEs: name one of its folders.")
-        return described(first, settings.sae_dtype, downloads.cached)
+        return described(first, settings.sae_dtype, files.cached)
     else:
         name = source
         local = resolve(settings).specs if settings.local_sae_dir else ()
@@ -150,14 +149,14 @@ def find(source: str, settings: Settings) -> Sae:
     by_name = {spec.name: spec for spec in reversed(specs)}
     if name not in by_name:
         raise StartupError(unknown_name("source", name, list(by_name)[::-1], most=6))
-    return described(by_name[name], settings.sae_dtype, downloads.cached)
+    return described(by_name[name], settings.sae_dtype, files.cached)
 
 
 def described(spec: SourceSpec, sae_dtype: str, snapshots: Snapshots) -> Sae:
     """Nothing is asked of the hub. Raises StartupError for files that cannot be read."""
-    files = _files(spec, snapshots)
-    on_disk = sum(file.stat().st_size for file in files) if files else None
-    resident = ITEM_BYTES[sae_dtype] * sae_numbers([spec])[0] if files else None
+    there = _files(spec, snapshots)
+    on_disk = sum(file.stat().st_size for file in there) if there else None
+    resident = item_bytes(sae_dtype) * sae_numbers([spec])[0] if there else None
     if spec.listed is not None:
         return Sae(spec, spec.listed.kind, spec.listed.hook, spec.listed.n_features, on_disk, resident)
     kind, hook, width = _written(spec)
@@ -169,7 +168,7 @@ def _files(spec: SourceSpec, snapshots: Snapshots) -> list[Path]:
     if spec.folder is not None:
         return [file for file in sorted(spec.folder.iterdir()) if file.is_file()]
     repo, path = hub_location(spec)
-    here = downloads.snapshot_of(spec, snapshots)
+    here = files.snapshot_of(spec, snapshots)
     return [here / name for name in all_files(spec, path) if (here / name).is_file()] if here else []
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from neuronpedia_inference.errors import StartupError, UnknownPoint
 from neuronpedia_inference.load_options import without_places
 from neuronpedia_inference.memory import needs_at_start
 from neuronpedia_inference.room import allocating, check_fits, room_on
-from neuronpedia_inference.saes.catalogue import SaeCatalogue, aliases, hub_location, resolve
+from neuronpedia_inference.saes.catalogue import SaeCatalogue, aliases, resolve
 from neuronpedia_inference.saes.names import hugging_face_name
 from neuronpedia_inference.saes.store import SaeStore
 from neuronpedia_inference.settings import Settings
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 SAE_SHARE = 0.7
 """Of the memory that is free once the model is loaded."""
 REQUEST_SHARE = 0.5
-"""Of the memory that is free once the SAEs are loaded too."""
+"""Of what is left once the SAEs have come too, as many as may be there together."""
 
 Progress = Callable[[str], None]
 
@@ -168,11 +168,14 @@ def _load(
         dtype=settings.sae_dtype,
         device=str(engine.device),
         max_loaded=settings.max_loaded_saes,
+        host_bytes=_bytes(settings.sae_host_gib) or int(SAE_SHARE * free_bytes(torch.device("cpu"))),
         budget_bytes=_bytes(settings.sae_memory_gib) or int(SAE_SHARE * free_bytes(engine.device)),
     )
-    _load_saes(store, catalogue, progress)
-    request_bytes = _bytes(settings.request_memory_gib) or int(REQUEST_SHARE * free_bytes(engine.device))
+    downloads.fetch_saes(catalogue.specs, progress)
+    store.describe_all(progress)
     _check_sources(store, engine)
+    left_bytes = max(0, free_bytes(engine.device) - store.n_bytes)
+    request_bytes = _bytes(settings.request_memory_gib) or int(REQUEST_SHARE * left_bytes)
     info = engine.model_info(
         has_bos=codec.has_bos,
         has_chat_template=codec.has_chat_template,
@@ -199,17 +202,6 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-
-
-def _load_saes(store: SaeStore, catalogue: SaeCatalogue, progress: Progress) -> None:
-    """Raises StartupError at a bad one. The hub is asked only where files are missing."""
-    missing = next((spec for spec in catalogue.specs if not downloads.is_here(spec)), None)
-    if missing is None:
-        with suppress(StartupError), downloads.hub_left_alone():
-            store.load_all(progress)
-    else:
-        downloads.check_hub(hub_location(missing)[0], "SAE_SETS")
-    store.load_all(progress)  # those that are loaded are passed over
 
 
 def _annotations(

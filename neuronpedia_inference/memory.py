@@ -27,6 +27,7 @@ from neuronpedia_inference.engine.quantised import method_of
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.load_options import without_places
 from neuronpedia_inference.saes.catalogue import WEIGHTS_NAME, SourceSpec, hub_location, resolve
+from neuronpedia_inference.saes.files import snapshot_of
 from neuronpedia_inference.saes.names import hugging_face_name
 from neuronpedia_inference.saes.originals import counted_files
 from neuronpedia_inference.settings import Settings
@@ -91,7 +92,7 @@ class Sizes:
     """Bytes that SAEs may take together: some leave when others are asked for."""
 
     def needs(self, model_dtype: str, sae_dtype: str) -> Needs:
-        model, sae = ITEM_BYTES[model_dtype], ITEM_BYTES[sae_dtype]
+        model, sae = ITEM_BYTES[model_dtype], item_bytes(sae_dtype)
         weights = self.parameters * model if self.packed_bytes is None else self.packed_bytes
         saes = self.sae_numbers * sae
         resident = saes if self.sae_budget is None else min(saes, self.sae_budget)
@@ -114,6 +115,11 @@ class _Counted:
     def text_config(self) -> dict[str, Any]:
         """Of the text's part, where there are others; what only the whole says holds for the part."""
         return {**self.config, **self.config.get("text_config", {})}
+
+
+def item_bytes(sae_dtype: str) -> int:
+    """Of a number in SAE_DTYPE; `auto` takes no more than float32."""
+    return ITEM_BYTES.get(sae_dtype, STORED_BYTES)
 
 
 def sizes(settings: Settings) -> Sizes:
@@ -238,7 +244,7 @@ def sae_numbers(specs: Sequence[SourceSpec]) -> list[int]:
             continue
         repo, path = hub_location(spec)
         names, times = counted_files(spec, path)
-        here = downloads.snapshot_of(spec)
+        here = snapshot_of(spec)
         if here is not None:
             numbers.append(times * sum(_file_numbers(here / name) for name in names))
             continue

@@ -65,11 +65,14 @@ SAES = {
     "resident_bytes": _watched("gauge", "sae_resident_bytes", "Bytes that SAEs take on the device now."),
     "peak_bytes": _watched("gauge", "sae_peak_bytes", "The most bytes that SAEs have taken on the device."),
     "host": _watched("gauge", "sae_host", "SAEs that are kept in the host's memory."),
+    "host_budget_bytes": _watched("gauge", "sae_host_budget_bytes", "Bytes that SAEs may take on the host."),
+    "host_peak_bytes": _watched("gauge", "sae_host_peak_bytes", "The most bytes that SAEs have taken on the host."),
     "leased": _watched("gauge", "sae_leased", "SAEs in use now, which cannot leave the device."),
     "hits": _watched("counter", "sae_hits_total", "Uses of an SAE that was on the device already."),
     "loads": _watched("counter", "sae_loads_total", "SAEs read from disk."),
     "uploads": _watched("counter", "sae_uploads_total", "SAEs copied from the host's memory to the device."),
     "evictions": _watched("counter", "sae_evictions_total", "SAEs that left the device to make room."),
+    "features_read": _watched("counter", "sae_features_read_total", "Single features read from files."),
 }
 
 

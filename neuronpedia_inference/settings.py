@@ -16,7 +16,6 @@ from neuronpedia_inference.errors import StartupError
 EMBEDDED_MODEL_ID = "smollm2-135m-instruct"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
-Dtype = Literal["float32", "float16", "bfloat16"]
 JsonList = Annotated[tuple[str, ...], NoDecode]
 
 
@@ -64,9 +63,17 @@ class Settings(BaseSettings):
     model_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Precision of the model's weights; `auto` takes the checkpoint's own."
     )
-    sae_dtype: Dtype = Field("float32", description="Precision of the SAEs' weights.")
+    sae_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "float32", description="Precision of the SAEs' weights; `auto` keeps that of each file."
+    )
     max_loaded_saes: int = Field(
-        300, ge=1, description="SAEs kept in host memory; the least recently used leave first."
+        300, ge=1, description="SAEs kept whole in host memory; the least recently used leave first."
+    )
+    sae_host_gib: float | None = Field(
+        None,
+        gt=0,
+        description="GiB of SAEs kept whole in host memory; the least recently used leave first. Single features "
+        "are read from files and do not count. Unset: seven tenths of what is free once the model is loaded.",
     )
     sae_memory_gib: float | None = Field(
         None,
@@ -110,7 +117,7 @@ class Settings(BaseSettings):
         None,
         gt=0,
         description="GiB that all requests inside may take; more get a 503. Unset: half of what is free once the model "
-        "and its SAEs are loaded.",
+        "is loaded, less what its SAEs may take.",
     )
     reuse_memory_gib: float | None = Field(
         None,

@@ -156,13 +156,14 @@ def fetch(settings: Settings, say: Say) -> list[str]:
     """Have the weights and every SAE in the caches of this machine; returns where the weights are and the sources."""
     from neuronpedia_inference import downloads
     from neuronpedia_inference.saes.catalogue import resolve
-    from neuronpedia_inference.saes.load import load_sae
+    from neuronpedia_inference.saes.describe import describe
 
     specs = resolve(settings).specs
     say(f"Weights of {settings.weights_id}")
     weights = downloads.fetch(settings)
     say(f"Weights of {settings.weights_id} are in {weights}")
+    downloads.fetch_saes(specs, say)
     for number, spec in enumerate(specs, 1):
         say(f"SAE {number} of {len(specs)}: {spec.name}")
-        load_sae(spec, dtype=settings.sae_dtype, device="cpu")
+        describe(spec, settings.sae_dtype)
     return [str(weights), *(spec.name for spec in specs)]

@@ -61,12 +61,12 @@ def own_weights(host: HostWeights) -> HostWeights:
 
 
 def own_saes(loaded: Loaded) -> Loaded:
-    """The same for the SAEs that are in host memory."""
-    for source in loaded.store.sources:
-        with loaded.store.lease(source.name) as reader:
-            module = getattr(reader, "module", None)
-            if module is not None:
-                _own(module)
+    """The same for as many SAEs as have room in host memory, which the first requests find there."""
+    loaded.store.fill()
+    for reader in loaded.store.readers:
+        module = getattr(reader, "module", None)
+        if module is not None:
+            _own(module)
     return loaded
 
 

@@ -30,6 +30,7 @@ from neuronpedia_inference.questions.question import Places, Weights
 
 if TYPE_CHECKING:
     from neuronpedia_inference.saes.encode import FeatureReader
+    from neuronpedia_inference.saes.feature import OneReader
 
 T = TypeVar("T")
 Steps = Generator[Future[Any] | None, Any, T]
@@ -59,9 +60,11 @@ class OneFeature:
         check_prompts(self.prompts, vocab_size, at_least=self.dfa_from + 1)
 
     def reduce(self, captured: Sequence[Captured], weights: Weights) -> Steps[list[FeatureActivations]]:
-        return (yield from _each(self.source, self._one, captured, weights))
+        is_read_alone = self.source.is_read_by_column and not self.source.is_neurons
+        asked = weights.feature(self.source, self.index) if is_read_alone else weights.request(self.source)
+        return (yield from _each(asked, self._one, captured))
 
-    def _one(self, reader: FeatureReader, seen: Captured) -> Steps[FeatureActivations]:
+    def _one(self, reader: OneReader, seen: Captured) -> Steps[FeatureActivations]:
         from neuronpedia_inference.saes import reduce
 
         values = reduce.feature_values(reader, seen[_point(self.source)], self.index)
@@ -177,7 +180,7 @@ class TopPerToken:
         def one(reader: FeatureReader, seen: Captured) -> Steps[TopFeatures]:
             return reduce.top_features(reader, seen[_point(self.source)], self.k)
 
-        return (yield from _each(self.source, one, captured, weights))
+        return (yield from _each(weights.request(self.source), one, captured))
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ class Active:
         def one(reader: FeatureReader, seen: Captured) -> Steps[tuple[int, ActiveFeatures | None]]:
             return reduce.active_features(reader, seen[_point(self.source)], first=self.first, most=self.most)
 
-        found = yield from _each(self.source, one, captured, weights)
+        found = yield from _each(weights.request(self.source), one, captured)
         n_all = sum(n_found for n_found, _ in found)
         if n_all > self.most:
             raise LimitExceeded(
@@ -217,18 +220,16 @@ class Active:
         return [active for _, active in found if active is not None]
 
 
-def _each(
-    source: Source, one: Callable[[FeatureReader, Captured], Steps[T]], captured: Sequence[Captured], weights: Weights
-) -> Steps[list[T]]:
-    """`one` asked of every prompt."""
-    with (yield weights.request(source)) as reader:
+def _each(asked: Future[Any], one: Callable[[Any, Captured], Steps[T]], captured: Sequence[Captured]) -> Steps[list[T]]:
+    """`one` asked of every prompt. asked: a lease, whose block has what `one` is given."""
+    with (yield asked) as reader:
         found: list[T] = []
         for seen in captured:
             found.append((yield from one(reader, seen)))
         return found
 
 
-def _dfa(reader: FeatureReader, seen: Captured, index: int, target: int) -> Dfa:
+def _dfa(reader: OneReader, seen: Captured, index: int, target: int) -> Dfa:
     from neuronpedia_inference.saes import reduce
 
     layer = reader.source.layer

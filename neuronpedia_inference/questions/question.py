@@ -32,6 +32,15 @@ class Weights(Protocol):
         """The right to use them, as soon as they are there: a lease, whose block has the FeatureReader."""
         ...
 
+    def feature(self, source: Source, index: int, /) -> Future[Any]:
+        """Those of one feature, in the place of a lease, whose block has the FeatureWeights. Raises InvalidRequest for
+        neurons."""
+        ...
+
+    def decoder_row(self, source: Source, index: int, /) -> Future[Any]:
+        """A decoder row, in the place of a lease, whose block has a float32 tensor. Raises as `feature` does."""
+        ...
+
     def token_effects(self, source: Source, row: Any, k: int, /) -> TokenEffects:
         """What a decoder row of the source does to the next token by the direct path."""
         ...

@@ -42,8 +42,8 @@ class EncoderColumn(_OfWeights):
         check_index(self.source, self.index)
 
     def reduce(self, captured: Sequence[Captured], weights: Weights) -> Steps[tuple[float, ...]]:
-        with (yield weights.request(self.source)) as reader:
-            return tuple(reader.encoder_column(self.index).tolist())
+        with (yield weights.feature(self.source, self.index)) as feature:
+            return tuple(feature.encoder_column(self.index).tolist())
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,14 @@ class Weighed(_OfWeights):
     def reduce(self, captured: Sequence[Captured], weights: Weights) -> Steps[FeatureWeights]:
         if self.source.is_neurons:
             return FeatureWeights(None, None, None, None, (), TokenEffects(off_because="a neuron has no decoder row"))
-        with (yield weights.request(self.source)) as reader:
-            encoder = reader.encoder_column(self.index).cpu().numpy()
-            bias, threshold = reader.offsets(self.index)
-            if not reader.has_rows:
+        with (yield weights.feature(self.source, self.index)) as feature:
+            encoder = feature.encoder_column(self.index).cpu().numpy()
+            bias, threshold = feature.offsets
+            if feature.decoder is None:
                 effects = TokenEffects(off_because="its source has no decoder rows")
                 return FeatureWeights(encoder, None, bias, threshold, (), effects)
-            row = reader.decoder_row(self.index)
+            row = feature.decoder.float()
+        with (yield weights.request(self.source)) as reader:
             nearest = reader.nearest_decoder_rows(row, self.n_neighbours + 1)
         yield None
         effects = weights.token_effects(self.source, row, self.n_tokens)
@@ -98,7 +99,7 @@ class NearestRows(_OfWeights):
             row = torch.tensor(self.vector)
         else:
             source, index = self.feature
-            with (yield weights.request(source)) as reader:
-                row = reader.decoder_row(index)
+            with (yield weights.decoder_row(source, index)) as found:
+                row = found
         with (yield weights.request(self.source)) as reader:
             return list(reader.nearest_decoder_rows(row, self.limit))

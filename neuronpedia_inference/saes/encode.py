@@ -6,28 +6,24 @@ only the columns asked for are computed. TopK and matching pursuit compare featu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neuronpedia_inference.costs import COPIED_NUMBERS
-from neuronpedia_inference.domain import READ_BY_COLUMN, FeatureValue, Source
+from neuronpedia_inference.domain import FeatureValue, Source
 from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.saes.feature import ACROSS_LAYERS, Columns, FeatureWeights, OneReader, check_rows
 from neuronpedia_inference.saes.order import stable_topk
 
 MAX_NEAREST = 128
 _ROWS_AT_ONCE = 8192
-ACROSS_LAYERS = "cross_layer_transcoder"
-"""One layer of it: features read there, and write to every later layer."""
 
 
-class FeatureReader(Protocol):
+class FeatureReader(OneReader, Protocol):
     """Features of one source. `x` is one prompt's hook tensor [pos, width]; activations are float32."""
-
-    @property
-    def source(self) -> Source: ...
 
     @property
     def steerable(self) -> bool:
@@ -43,10 +39,6 @@ class FeatureReader(Protocol):
         """[pos, width] -> [pos, n_features]"""
         ...
 
-    def encode_feature(self, x: Tensor, index: int) -> Tensor:
-        """[pos, width] -> [pos]"""
-        ...
-
     def encode_features(self, x: Tensor, indices: Sequence[int]) -> Tensor:
         """[pos, width] -> [pos, len(indices)]"""
         ...
@@ -59,12 +51,8 @@ class FeatureReader(Protocol):
         """[decoder width], a float32 copy. Raises InvalidRequest for neurons and layers of cross-layer transcoders."""
         ...
 
-    def encoder_column(self, index: int) -> Tensor:
-        """[width], a float32 copy. Raises InvalidRequest for neurons."""
-        ...
-
-    def offsets(self, index: int) -> tuple[float | None, float | None]:
-        """Bias of its encoder and threshold of JumpReLU, None where the kind of SAE has no such number."""
+    def feature(self, index: int) -> FeatureWeights:
+        """A copy, where the weights are. Raises InvalidRequest for neurons."""
         ...
 
     def nearest_decoder_rows(self, query: Tensor, k: int) -> tuple[FeatureValue, ...]:
@@ -84,10 +72,6 @@ class FeatureReader(Protocol):
         ...
 
 
-Columns = slice | Tensor
-_Encoder = Callable[[Any, Tensor, Columns], Tensor]
-
-
 class LoadedSae:
     """An SAELens SAE with its decoder norms folded in."""
 
@@ -97,7 +81,7 @@ class LoadedSae:
         self.module = module
         self.steerable = not source.is_transcoder
         self.has_rows = source.architecture != ACROSS_LAYERS
-        self._by_column = _BY_COLUMN.get(source.architecture) if isinstance(module.activation_fn, nn.ReLU) else None
+        self._is_read_by_column = source.is_read_by_column
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -109,9 +93,9 @@ class LoadedSae:
     @torch.no_grad()
     def encode_features(self, x: Tensor, indices: Sequence[int]) -> Tensor:
         columns = torch.tensor(indices, dtype=torch.long, device=self.module.device)
-        if self._by_column is None:
+        if not self._is_read_by_column:
             return self.encode(x)[:, columns]
-        return self._by_column(self.module, self._input(x), columns).float()
+        return self._columns(columns)(self._input(x)).float()
 
     @torch.no_grad()
     def blocks(self, x: Tensor, block: int) -> Iterator[tuple[int, Tensor]]:
@@ -119,30 +103,39 @@ class LoadedSae:
             # Its encoder is scaled column by column, and a copy of all columns may be larger than the block.
             block = min(block, max(256, COPIED_NUMBERS // self.source.width))
         starts = range(0, self.source.n_features, block)
-        if self._by_column is None:
+        if not self._is_read_by_column:
             yield from zip(starts, self.encode(x).split(block, dim=1), strict=True)
             return
         inputs = self._input(x)
         for first in starts:
-            yield first, self._by_column(self.module, inputs, slice(first, first + block)).float()
+            yield first, self._columns(slice(first, first + block))(inputs).float()
 
     def decoder_row(self, index: int) -> Tensor:
-        self._check_rows()
+        check_rows(self.source)
         return self._copy(self.module.W_dec[index])
 
     def encoder_column(self, index: int) -> Tensor:
         return self._copy(self.module.W_enc[:, index])
 
-    def offsets(self, index: int) -> tuple[float | None, float | None]:
-        bias, threshold = (getattr(self.module, name, None) for name in ("b_enc", "threshold"))
-        return (
-            float(bias[index]) if isinstance(bias, Tensor) else None,
-            float(threshold[index]) if isinstance(threshold, Tensor) else None,
+    def feature(self, index: int) -> FeatureWeights:
+        module, config = self.module, self.module.cfg
+        bias = getattr(module, "b_gate", getattr(module, "b_enc", None))
+        more = {name: getattr(module, name, None) for name in ("threshold", "r_mag", "b_mag")}
+        takes_off = config.apply_b_dec_to_input and not self.source.is_transcoder
+        return FeatureWeights(
+            source=self.source,
+            index=index,
+            encoder=_own(module.W_enc[:, index]),
+            bias=module.W_dec.new_zeros(()) if bias is None else _own(bias[index]),
+            decoder=None if self.source.architecture == ACROSS_LAYERS else _own(module.W_dec[index]),
+            b_dec=_own(module.b_dec) if takes_off else None,
+            normalisation=config.normalize_activations,
+            **{name: None if weights is None else _own(weights[index]) for name, weights in more.items()},
         )
 
     @torch.no_grad()
     def nearest_decoder_rows(self, query: Tensor, k: int) -> tuple[FeatureValue, ...]:
-        self._check_rows()
+        check_rows(self.source)
         rows: Tensor = self.module.W_dec
         if query.shape != rows.shape[1:]:
             raise InvalidRequest(
@@ -168,12 +161,13 @@ class LoadedSae:
         """Cast, normalise and shift as the SAE's configuration says: [pos, width] -> [pos, width]."""
         return self.module.process_sae_in(x.to(self.module.device))
 
-    def _check_rows(self) -> None:
-        if not self.has_rows:
-            raise InvalidRequest(
-                f"Source {self.source.name!r} is one layer of a cross-layer transcoder: its features write to every "
-                "later layer, so it has no decoder rows. Its activations are served."
-            )
+    def _columns(self, columns: slice | Tensor) -> Columns:
+        module = self.module
+        weights = module.W_enc[:, columns]
+        if self.source.architecture == "gated":
+            return Columns(weights, module.b_gate[columns], r_mag=module.r_mag[columns], b_mag=module.b_mag[columns])
+        threshold = module.threshold[columns] if "jumprelu" in self.source.architecture else None
+        return Columns(weights, module.b_enc[columns], threshold)
 
     def _copy(self, weights: Tensor) -> Tensor:
         # A view would keep the whole matrix alive after its SAE has left.
@@ -209,8 +203,8 @@ class NeuronReader:
     def encoder_column(self, index: int) -> Tensor:
         raise self._no_weights("encoder")
 
-    def offsets(self, index: int) -> tuple[float | None, float | None]:
-        return None, None
+    def feature(self, index: int) -> FeatureWeights:
+        raise self._no_weights("encoder")
 
     def nearest_decoder_rows(self, query: Tensor, k: int) -> tuple[FeatureValue, ...]:
         raise self._no_weights("decoder")
@@ -227,30 +221,6 @@ def _cosine(rows: Tensor, query: Tensor) -> Tensor:
     return (rows @ query) / (rows.norm(dim=1) * query.norm()).clamp(min=1e-8)
 
 
-def _relu_columns(module: Any, inputs: Tensor, columns: Columns) -> Tensor:
-    return module.activation_fn(inputs @ module.W_enc[:, columns] + module.b_enc[columns])
-
-
-def _jumprelu_columns(module: Any, inputs: Tensor, columns: Columns) -> Tensor:
-    before = inputs @ module.W_enc[:, columns] + module.b_enc[columns]
-    return module.activation_fn(before) * (before > module.threshold[columns])
-
-
-def _gated_columns(module: Any, inputs: Tensor, columns: Columns) -> Tensor:
-    weights = module.W_enc[:, columns]
-    gate = (inputs @ weights + module.b_gate[columns]) > 0
-    magnitude = inputs @ (weights * module.r_mag[columns].exp()) + module.b_mag[columns]
-    return module.activation_fn(magnitude) * gate
-
-
-_BY_COLUMN: dict[str, _Encoder] = {
-    "standard": _relu_columns,
-    "transcoder": _relu_columns,
-    ACROSS_LAYERS: _relu_columns,
-    "skip_transcoder": _relu_columns,
-    "jumprelu": _jumprelu_columns,
-    "jumprelu_transcoder": _jumprelu_columns,
-    "jumprelu_skip_transcoder": _jumprelu_columns,
-    "gated": _gated_columns,
-}
-assert _BY_COLUMN.keys() == READ_BY_COLUMN, _BY_COLUMN.keys() ^ READ_BY_COLUMN
+def _own(weights: Tensor) -> Tensor:
+    """A copy: a view would keep the whole matrix alive after its SAE has left."""
+    return weights.detach().clone(memory_format=torch.contiguous_format)

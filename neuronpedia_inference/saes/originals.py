@@ -28,6 +28,20 @@ _USED = {
     "mwhanna_transcoder": ("wandb-config.yaml", "wanb-config.yaml", "config.yaml"),
 }
 """Files that are read where a repository has them."""
+CONVERTED = frozenset(
+    (
+        "connor_rob_hook_z",
+        "deepseek_r1",
+        "dictionary_learning_1",
+        "gemma_2",
+        "gemma_2_transcoder",
+        "goodfire",
+        "qwen_scope",
+    )
+)
+"""Formats of numpy and torch, which are rewritten once."""
+SCALED = frozenset(("llama_scope", "llama_scope_r1_distill"))
+"""Formats whose inputs the directory scales."""
 _WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
 
 

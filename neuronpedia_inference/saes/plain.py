@@ -17,14 +17,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-WEIGHTS: Mapping[str, frozenset[str]] = {
-    "standard": frozenset(("W_enc", "W_dec", "b_enc", "b_dec")),
-    "jumprelu": frozenset(("W_enc", "W_dec", "b_enc", "b_dec", "threshold")),
-}
-"""Tensors by architecture."""
+from neuronpedia_inference.saes.kinds import LEAST_NORM, shapes_of
+
+PLAIN = ("standard", "jumprelu")
 _NEEDED = {"architecture", "d_in", "d_sae", "apply_b_dec_to_input", "normalize_activations", "metadata"}
 _ALLOWED = _NEEDED | {"dtype", "device", "reshape_activations"}
-_LEAST_NORM = 1e-8
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ def plain_config(config: Mapping[str, Any]) -> PlainConfig | None:
     is_plain = (
         _NEEDED <= config.keys() <= _ALLOWED
         and isinstance(config["architecture"], str)
-        and config["architecture"] in WEIGHTS
+        and config["architecture"] in PLAIN
         and config["normalize_activations"] == "none"
         and config.get("reshape_activations", "none") == "none"
         and isinstance(config["apply_b_dec_to_input"], bool)
@@ -102,7 +99,7 @@ class PlainSae(nn.Module):
 
     def fold_W_dec_norm(self) -> None:
         """Decoder rows get unit norm, and activations the old one."""
-        norms = self.W_dec.norm(dim=-1).clamp(min=_LEAST_NORM)
+        norms = self.W_dec.norm(dim=-1).clamp(min=LEAST_NORM)
         self.W_dec.div_(norms[:, None])
         self.W_enc.mul_(norms)
         self.b_enc.mul_(norms)
@@ -128,11 +125,4 @@ def load_plain(cfg: PlainConfig, file: Path, dtype: str) -> PlainSae | None:
 
 
 def _shapes(cfg: PlainConfig) -> dict[str, tuple[int, ...]]:
-    all_shapes = {
-        "W_enc": (cfg.d_in, cfg.d_sae),
-        "W_dec": (cfg.d_sae, cfg.d_in),
-        "b_enc": (cfg.d_sae,),
-        "b_dec": (cfg.d_in,),
-        "threshold": (cfg.d_sae,),
-    }
-    return {name: shape for name, shape in all_shapes.items() if name in WEIGHTS[cfg.kind]}
+    return shapes_of(cfg.kind, cfg.d_in, cfg.d_sae, cfg.d_in)

@@ -17,6 +17,7 @@ from neuronpedia_inference.costs import BLOCK_ELEMENTS
 from neuronpedia_inference.domain import ActiveFeatures, Dfa, Numbers, RankedFeatures, Ranking, TopFeatures
 from neuronpedia_inference.errors import EngineFailed, InvalidRequest
 from neuronpedia_inference.saes.encode import FeatureReader
+from neuronpedia_inference.saes.feature import OneReader
 from neuronpedia_inference.saes.order import merge_topk, stable_topk
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ Pauses = Generator[None, None, T]
 """Work that may be left between two steps; returns its result."""
 
 
-def feature_values(reader: FeatureReader, x: Tensor, index: int) -> Numbers:
+def feature_values(reader: OneReader, x: Tensor, index: int) -> Numbers:
     """One feature at every position: [pos, width] -> [pos]."""
     values = reader.encode_feature(x, index)
     require_finite(values, reader)
@@ -194,7 +195,7 @@ def block_of(x: Tensor) -> int:
     return max(256, BLOCK_ELEMENTS // max(1, len(x)))
 
 
-def require_finite(acts: Tensor, reader: FeatureReader) -> None:
+def require_finite(acts: Tensor, reader: OneReader) -> None:
     """Raises EngineFailed if there is a NaN or an infinity in acts [pos, feature]."""
     # Extremes carry NaN and infinity, at a fraction of the cost of testing every element.
     if acts.numel() and not bool(torch.stack(acts.aminmax()).isfinite().all()):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from neuronpedia_inference.saes.encode import FeatureReader
 
@@ -32,6 +33,21 @@ class Lease:
         self.release()
 
 
+class FreeLease:
+    """In place of a lease where there is nothing to give back."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def release(self) -> None:
+        """Nothing was taken."""
+
+    def __enter__(self) -> Any:
+        return self.reader
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 class Waiting:
     """Futures of leases, by the name of what is wanted, oldest first."""
 
@@ -55,7 +71,7 @@ class Waiting:
         return [future for name in names for future in self._futures.pop(name, [])]
 
 
-def grant(future: Future[Lease], lease: Lease) -> None:
+def grant(future: Future[Any], lease: Lease | FreeLease) -> None:
     """The lease is released again where the future was cancelled."""
     try:
         future.set_result(lease)
@@ -63,10 +79,32 @@ def grant(future: Future[Lease], lease: Lease) -> None:
         lease.release()
 
 
-def refuse(futures: Iterable[Future[Lease]], error: Exception) -> None:
+def refuse(futures: Iterable[Future[Any]], error: Exception) -> None:
     for future in futures:
         with suppress(InvalidStateError):  # cancelled
             future.set_exception(error)
+
+
+def chained(first: Future[Any], then: Callable[[Any], Future[Any]]) -> Future[Any]:
+    """What the future gets that `then` makes of the first one's result, or the error of either."""
+    found: Future[Any] = Future()
+
+    def give(done: Future[Any]) -> None:
+        error = done.exception()
+        if isinstance(error, Exception):
+            refuse([found], error)
+        else:
+            grant(found, done.result())
+
+    def go_on(done: Future[Any]) -> None:
+        error = done.exception()
+        if isinstance(error, Exception):
+            refuse([found], error)
+        else:
+            then(done.result()).add_done_callback(give)
+
+    first.add_done_callback(go_on)
+    return found
 
 
 def give_back(future: Future[Lease]) -> None:
@@ -78,11 +116,19 @@ def give_back(future: Future[Lease]) -> None:
 @dataclass
 class _Place:
     n_bytes: int
+    is_arriving: bool
     leases: set[object] = field(default_factory=set)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.leases and not self.is_arriving
 
 
 class Residency:
-    """The least recently used leave first, and nobody who is leased. Both bounds hold at any time; None is no bound."""
+    """The least recently used leave first, and nobody who is leased or still arriving.
+
+    Both bounds hold at any time; None is no bound.
+    """
 
     def __init__(self, max_count: int | None, max_bytes: int | None) -> None:
         self._max_count = max_count
@@ -134,7 +180,7 @@ class Residency:
 
     def leaving_for(self, n_bytes: int) -> list[str] | None:
         """Who leaves so that another of `n_bytes` has room; None while leases forbid it."""
-        idle = iter([name for name, place in self._places.items() if not place.leases])
+        idle = iter([name for name, place in self._places.items() if place.is_idle])
         leaving: list[str] = []
         count, total = len(self) + 1, self.n_bytes + n_bytes
         while not self._fits(count, total):
@@ -145,13 +191,31 @@ class Residency:
             count, total = count - 1, total - self._places[name].n_bytes
         return leaving
 
-    def add(self, name: str, n_bytes: int) -> None:
-        """Room must have been made."""
+    def fits_ever(self, n_bytes: int) -> bool:
+        """Whether one of so many bytes fits alone."""
+        return self._fits(1, n_bytes)
+
+    def add(self, name: str, n_bytes: int, *, is_arriving: bool = False) -> None:
+        """Room must have been made. is_arriving: it keeps its room until `arrived`, or until it is removed.
+
+        Until those who left have been freed their bytes count as its own: `shrink` says when.
+        """
         assert name not in self._places, name
-        self._places[name] = _Place(n_bytes)
+        self._places[name] = _Place(n_bytes, is_arriving)
         assert self._fits(len(self), self.n_bytes), (name, n_bytes, self.n_bytes, self._max_bytes, len(self))
         if self._first is not None:
             self._guests.add(name)
+
+    def is_arriving(self, name: str) -> bool:
+        return name in self._places and self._places[name].is_arriving
+
+    def arrived(self, name: str) -> None:
+        self._places[name].is_arriving = False
+
+    def shrink(self, name: str, n_bytes: int) -> None:
+        """Those whose room it takes have been freed."""
+        assert n_bytes <= self._places[name].n_bytes, name
+        self._places[name].n_bytes = n_bytes
 
     def remove(self, name: str) -> None:
         assert not self._places[name].leases, name
@@ -179,7 +243,7 @@ class Residency:
 
     def _leaves_room(self, n_bytes: int, needed: int) -> bool:
         """Whether the first will have what it needs beside this one and the other guests once older leases end."""
-        guests = [self._places[guest] for guest in self._guests if self._places[guest].leases]
+        guests = [self._places[guest] for guest in self._guests if not self._places[guest].is_idle]
         return self._fits(len(guests) + 2, sum(guest.n_bytes for guest in guests) + n_bytes + needed)
 
     def _fits(self, count: int, n_bytes: int) -> bool:

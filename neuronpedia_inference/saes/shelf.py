@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,8 +12,9 @@ from neuronpedia_inference.annotations import Found, Searcher, SourceAnnotations
 from neuronpedia_inference.domain import Source, TokenEffects
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.points import ATTN_OUT, MLP_OUT, MLP_POST, RESID_MID, RESID_POST, RESID_PRE, Point
-from neuronpedia_inference.errors import UnknownSource
-from neuronpedia_inference.saes.encode import FeatureReader, NeuronReader
+from neuronpedia_inference.errors import InvalidRequest, UnknownSource
+from neuronpedia_inference.saes.encode import NeuronReader
+from neuronpedia_inference.saes.residency import FreeLease
 from neuronpedia_inference.saes.store import SaeStore
 
 NEURONS = "neurons"
@@ -86,8 +86,20 @@ class Shelf:
         if not source.is_neurons:
             return self._store.request(source.name)
         free: Future[Any] = Future()
-        free.set_result(_Free(NeuronReader(source)))
+        free.set_result(FreeLease(NeuronReader(source)))
         return free
+
+    def feature(self, source: Source, index: int) -> Future[Any]:
+        """The weights of one feature, in the place of a lease: a `FeatureWeights`. Raises InvalidRequest for neurons,
+        and fails as `SaeStore.request`."""
+        _check_has_weights(source)
+        return self._store.feature(source.name, index)
+
+    def decoder_row(self, source: Source, index: int) -> Future[Any]:
+        """One decoder row, [decoder width] in float32, in the place of a lease. Raises InvalidRequest for neurons, and
+        fails as `SaeStore.decoder_row`."""
+        _check_has_weights(source)
+        return self._store.decoder_row(source.name, index)
 
     def stats(self) -> dict[str, int]:
         """What is in memory, and how often it had to be brought there."""
@@ -111,17 +123,8 @@ class Shelf:
         return Source(name, NEURONS, layer, point.name, width, width, NEURONS)
 
 
-@dataclass(frozen=True)
-class _Free:
-    """In place of a lease where there is nothing to keep."""
-
-    reader: FeatureReader
-
-    def __enter__(self) -> FeatureReader:
-        return self.reader
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Nothing was taken."""
+def _check_has_weights(source: Source) -> None:
+    if source.is_neurons:
+        raise InvalidRequest(
+            f"Source {source.name!r} is a layer's neurons: it has no encoder and no decoder, only activations."
+        )

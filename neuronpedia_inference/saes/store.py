@@ -1,7 +1,8 @@
 """Which SAEs are in memory: masters on the host, copies on the device, each least recently used first out.
 
-None leaves the device while it is being used. A thread of the store's own brings in what is missing, so that nobody
-else waits for a disk.
+None leaves the device while it is being used. A start reads headers and configurations. One feature is read from its
+file; a whole SAE comes when all its features are asked for, brought by a thread of its own, so that nobody waits for an
+SAE that it does not need.
 """
 
 from __future__ import annotations
@@ -10,14 +11,26 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from threading import Condition, Thread
-from typing import Protocol
+from threading import Lock, Thread
+from typing import Any, Protocol
 
 from neuronpedia_inference.domain import Source
-from neuronpedia_inference.errors import EngineFailed, InferenceError, NotReady, StartupError, UnknownSource
+from neuronpedia_inference.errors import (
+    EngineFailed,
+    InferenceError,
+    LimitExceeded,
+    NotReady,
+    StartupError,
+    UnknownSource,
+)
+from neuronpedia_inference.saes import describe as described
+from neuronpedia_inference.saes.convert import convert
+from neuronpedia_inference.saes.describe import Described
 from neuronpedia_inference.saes.encode import FeatureReader
-from neuronpedia_inference.saes.load import Load, Masters, load_sae, place_on_device, stored_bytes
-from neuronpedia_inference.saes.residency import Lease, Residency, Waiting, give_back, grant, refuse
+from neuronpedia_inference.saes.load import Load, load_sae, place_on_device
+from neuronpedia_inference.saes.masters import Masters
+from neuronpedia_inference.saes.residency import FreeLease, Lease, Residency, Waiting, chained, give_back, grant, refuse
+from neuronpedia_inference.saes.slices import Slices
 from neuronpedia_inference.saes.specs import SourceSpec
 
 
@@ -25,11 +38,15 @@ class Place(Protocol):
     def __call__(self, master: FeatureReader, device: str, /) -> FeatureReader: ...
 
 
-class SaeStore:
-    """SAEs on a device, at most `budget_bytes` of them, and at most `max_loaded` masters on the host.
+class Describe(Protocol):
+    def __call__(self, spec: SourceSpec, dtype: str, /) -> Described: ...
 
-    Where the device is "cpu" the masters are what is used, within both bounds. Without a budget `max_loaded` bounds
-    the device too. Safe to use from several threads; who holds a lease must not wait for another.
+
+class SaeStore:
+    """SAEs on a device, at most `budget_bytes` of them; masters on the host, at most `max_loaded` and `host_bytes`.
+
+    Where the device is "cpu" the masters are what is used, within all three bounds. Without a budget `max_loaded`
+    bounds the device too. Safe to use from several threads; who holds a lease must not wait for another.
     """
 
     def __init__(
@@ -39,66 +56,104 @@ class SaeStore:
         dtype: str,
         device: str,
         max_loaded: int,
+        host_bytes: int | None = None,
         budget_bytes: int | None = None,
+        describe: Describe = described.describe,
         load: Load = load_sae,
         place: Place = place_on_device,
     ) -> None:
         self._specs = {spec.name: spec for spec in specs}
         self._dtype = dtype
         self._device = device
-        self._on_host = device == "cpu"
+        self._describe, self._load, self._place = describe, load, place
         self._max_loaded = max_loaded
+        self._described: dict[str, Described] = {}
+        self._masters: Masters | None = None
+        if device == "cpu":
+            budget_bytes = min((bound for bound in (host_bytes, budget_bytes) if bound is not None), default=None)
+        else:
+            self._masters = Masters(load, pinned=device.startswith("cuda"), max_count=max_loaded, max_bytes=host_bytes)
+        self._host_bytes = host_bytes
         self._budget = budget_bytes
-        self._place = place
-        self._sources: dict[str, Source] = {}
-        self._sizes: dict[str, int] = {}
-        self._masters = Masters(
-            load, dtype=dtype, pinned=device.startswith("cuda"), most=0 if self._on_host else max_loaded
-        )
-        self._residency = Residency(max_loaded if self._on_host or budget_bytes is None else None, budget_bytes)
+        self._residency = Residency(max_loaded if device == "cpu" or budget_bytes is None else None, budget_bytes)
         self._readers: dict[str, FeatureReader] = {}
+        self._slices = Slices()
         self._waiting = Waiting()
-        self._loader: Thread | None = None
-        self._arriving: str | None = None
+        self._conversions: dict[str, Future[None]] = {}
         self._is_closed = False
         self._peak_bytes = 0
         self._counts: Counter[str] = Counter()
-        self._changed = Condition()
+        self._lock = Lock()
 
-    def load_all(self, progress: Callable[[str], None] = lambda line: None) -> None:
-        """Load every SAE once, to check it and learn its `Source`. Raises StartupError at a bad one."""
+    def describe_all(self, progress: Callable[[str], None] = lambda line: None) -> None:
+        """Read what each SAE is, to check it and learn its `Source`. Raises StartupError at a bad one."""
         for number, (name, spec) in enumerate(self._specs.items(), start=1):
-            if name in self._sources:
-                continue
-            progress(f"SAE {number} of {len(self._specs)}: {name}")
-            # Room is made by what the file's header says. Where there is none, as in SAELens's directory, the size is
-            # known only once the SAE is on the host: it is measured there before it counts, and others leave then.
-            self._sizes[name] = stored_bytes(spec, self._dtype)
-            self._check_size(name)
-            try:
-                self._ask(name).result().release()
-            except InferenceError as exc:
-                raise StartupError(f"SAE {name!r} could not be loaded: {exc.message}") from exc
+            if name not in self._described:
+                progress(f"SAE {number} of {len(self._specs)}: {name}")
+                self._described[name] = self._describe(spec, self._dtype)
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """Sources that have been loaded once, in the order of the specs."""
-        return tuple(self._sources[name] for name in self._specs if name in self._sources)
+        """Sources that have been described, in the order of the specs."""
+        return tuple(self._described[name].source for name in self._specs if name in self._described)
+
+    @property
+    def readers(self) -> tuple[FeatureReader, ...]:
+        """Those of the SAEs that are whole on the device now. Nobody may use them meanwhile but the caller."""
+        with self._lock:
+            return tuple(self._readers.values())
+
+    @property
+    def n_bytes(self) -> int:
+        """What all of them take on the device, within the budget."""
+        every = sum(about.n_bytes for about in self._described.values())
+        return every if self._budget is None else min(every, self._budget)
 
     def source(self, name: str) -> Source:
         """Raises UnknownSource with the nearest names."""
-        if name not in self._sources:
-            raise UnknownSource.named("source", name, self._sources)
-        return self._sources[name]
+        return self._about(name).source
 
     def request(self, name: str) -> Future[Lease]:
-        """The right to use a source: at once if it is on the device, else when it has been brought there. Never waits.
+        """The right to use all of a source: at once if it is on the device, else when it has been brought there. Never
+        waits.
 
-        Raises UnknownSource. The future may get EngineFailed, OutOfMemory or NotReady; its callbacks run on the
-        loader's thread. When `cancel` says True no lease is left; when False, the future is done.
+        Raises UnknownSource. The future may get EngineFailed, OutOfMemory, NotReady, or LimitExceeded for one that fits
+        in no budget; its callbacks run on a thread of the store. When `cancel` says True no lease is left; when False,
+        the future is done.
         """
-        self.source(name)
-        return self._ask(name)
+        about = self._about(name)
+        future: Future[Lease] = Future()
+        with self._lock:
+            if (error := self._refusal(about)) is not None:
+                future.set_exception(error)
+            elif name in self._readers and not self._residency.is_draining:
+                self._counts["hits"] += 1
+                future.set_result(self._lease(name))
+            else:
+                self._waiting.add(name, future)
+        self._let_in()
+        if not future.done():
+            future.add_done_callback(self._notice_cancel)
+        return future
+
+    def feature(self, name: str, index: int) -> Future[FreeLease]:
+        """One feature of a source: a FeatureWeights, not to be written to. Never waits; fails as `request` does."""
+        about = self._about(name)
+        if about.is_original and not self._is_closed:
+            return chained(self._converted(name), lambda _: self.feature(name, index))
+        if about.layout is None or self._is_closed:
+            return _taken(self.request(name), lambda reader: reader.feature(index))
+        return self._slices.request((name, index, "feature"), about.feature)
+
+    def decoder_row(self, name: str, index: int) -> Future[FreeLease]:
+        """One decoder row of a source, [decoder width] in float32, not to be written to. Never waits; fails as
+        `request` does, and with InvalidRequest where rows mean nothing."""
+        about = self._about(name)
+        if about.is_original and not self._is_closed:
+            return chained(self._converted(name), lambda _: self.decoder_row(name, index))
+        if about.layout is None or self._is_closed:
+            return _taken(self.request(name), lambda reader: reader.decoder_row(index))
+        return self._slices.request((name, index, "row"), about.decoder_row)
 
     @contextmanager
     def lease(self, name: str) -> Iterator[FeatureReader]:
@@ -108,48 +163,62 @@ class SaeStore:
             at_end.callback(give_back, future)
             yield future.result().reader
 
+    def fill(self) -> None:
+        """Bring in as many SAEs as have room together, the first before others. Waits, and raises as `request` does."""
+        left_bytes, left = self.n_bytes, self._max_loaded
+        for name, about in self._described.items():
+            if left and about.n_bytes <= left_bytes and self._refusal(about) is None:
+                left_bytes, left = left_bytes - about.n_bytes, left - 1
+                self.request(name).result().release()
+
     def stats(self) -> dict[str, int]:
-        with self._changed:
+        with self._lock:
+            masters = self._masters
             return {
                 "sources": len(self._specs),
                 "max_loaded": self._max_loaded,
                 "budget_bytes": self._budget or 0,
-                "resident": len(self._residency),
+                "resident": len(self._readers),
                 "resident_bytes": self._residency.n_bytes,
                 "peak_bytes": self._peak_bytes,
-                "host": len(self._residency if self._on_host else self._masters),
+                "host": len(masters if masters is not None else self._readers),
+                "host_budget_bytes": self._host_bytes or 0,
+                "host_peak_bytes": masters.peak_bytes if masters is not None else self._peak_bytes,
                 "leased": self._residency.n_leased,
                 "hits": self._counts["hits"],
-                "loads": self._masters.n_loads,
+                "loads": masters.n_loads if masters is not None else self._counts["loads"],
                 "uploads": self._counts["uploads"],
                 "evictions": self._counts["evictions"],
+                "features_read": self._slices.n_read,
             }
 
     def close(self) -> None:
         """Those who wait get NotReady, as do all who ask later. Leases stay good."""
-        with self._changed:
+        with self._lock:
             self._is_closed = True
             futures = self._waiting.take(self._waiting.names())
-            self._changed.notify_all()
+        self._slices.close()
         refuse(futures, _closed())
 
     # Asking
 
-    def _ask(self, name: str) -> Future[Lease]:
-        future: Future[Lease] = Future()
-        with self._changed:
-            if self._is_closed:
-                future.set_exception(_closed())
-            elif name in self._readers and not self._residency.is_draining:
-                self._counts["hits"] += 1
-                future.set_result(self._lease(name))
-            else:
-                self._start_loader()
-                self._waiting.add(name, future)
-                self._changed.notify_all()
-        if not future.done():
-            future.add_done_callback(self._notice_cancel)
-        return future
+    def _about(self, name: str) -> Described:
+        if name not in self._described:
+            raise UnknownSource.named("source", name, self._described)
+        return self._described[name]
+
+    def _refusal(self, about: Described) -> InferenceError | None:
+        """Why a source cannot come at all."""
+        if self._is_closed:
+            return _closed()
+        for bound, setting in ((self._budget, "SAE_MEMORY_GIB"), (self._host_bytes, "SAE_HOST_GIB")):
+            if bound is not None and about.n_bytes > bound:
+                size, room = about.n_bytes / 2**30, bound / 2**30
+                return LimitExceeded(
+                    f"All features of {about.source.name!r} take {size:.4g} GiB together, but {setting} leaves "
+                    f"{room:.4g} GiB. Ask for features one by one, or raise {setting}."
+                )
+        return None
 
     def _lease(self, name: str) -> Lease:
         """The lock is held."""
@@ -158,96 +227,43 @@ class SaeStore:
         return lease
 
     def _release(self, name: str, lease: Lease) -> None:
-        with self._changed:
-            if self._residency.release(name, lease):
-                self._changed.notify_all()
+        with self._lock:
+            is_new = self._residency.release(name, lease)
+        if is_new:
+            self._let_in()
 
     def _notice_cancel(self, future: Future[Lease]) -> None:
         if future.cancelled():
-            with self._changed:
-                self._changed.notify_all()
+            self._let_in()
 
-    def _start_loader(self) -> None:
-        """The lock is held. The thread ends when nobody waits: a store that is forgotten leaves none behind."""
-        if self._loader is None:
-            self._loader = Thread(target=self._run, name="sae-loader", daemon=True)
-            self._loader.start()
+    # Coming in
 
-    # The loader's thread, the only one that changes who is resident
-
-    def _run(self) -> None:
-        with ExitStack() as on_death:
-            on_death.callback(self._bury)
-            while (name := self._next()) is not None:
-                self._bring(name)
-                self._arriving = None
-            on_death.pop_all()
-
-    def _bury(self) -> None:
-        """After an error nobody foresaw: those who wait for what was arriving must not wait for ever."""
-        with self._changed:
-            futures = self._waiting.take([self._arriving] if self._arriving else self._waiting.names())
-            self._arriving = self._loader = None
-            if self._waiting:
-                self._start_loader()
-        refuse(futures, EngineFailed("The source could not be loaded; the server's log says why."))
-
-    def _next(self) -> str | None:
-        """Who is to be brought in now; its room is made. None, and no loader any more, when nobody waits."""
-        with self._changed:
-            while (chosen := self._residency.next_of(self._queue())) is None and self._waiting:
-                self._changed.wait()
-            if chosen is None:
-                self._loader = None
-                return None
-            self._arriving, leaving = chosen
-            gone = self._evict(leaving)
-        _free(gone)
-        return self._arriving
+    def _let_in(self) -> None:
+        """Whoever has room now: one that is here gets its leases, another a thread that brings it."""
+        while True:
+            with self._lock:
+                chosen = self._residency.next_of(self._queue())
+                if chosen is None:
+                    return
+                name, leaving = chosen
+                left_bytes = self._residency.n_bytes
+                gone = self._evict(leaving)
+                left_bytes -= self._residency.n_bytes
+                if name in self._readers:
+                    leases = [(future, self._lease(name)) for future in self._waiting.take([name])]
+                else:
+                    leases = []
+                    n_bytes = max(left_bytes, self._described[name].n_bytes)
+                    self._residency.add(name, n_bytes, is_arriving=True)
+                    self._peak_bytes = max(self._peak_bytes, self._residency.n_bytes)
+                    Thread(target=self._bring, args=(name, gone), name=f"sae-{name}", daemon=True).start()
+            for future, lease in leases:
+                grant(future, lease)
 
     def _queue(self) -> list[tuple[str, int]]:
-        """The lock is held. Names and bytes, oldest first."""
-        return [(name, self._sizes[name]) for name in self._waiting.names()]
-
-    def _bring(self, name: str) -> None:
-        """Into the room that was made, and a lease for each who asked; or an error for each."""
-        try:
-            reader = self._readers.get(name) or self._read(name)
-        except (StartupError, InferenceError) as exc:
-            self._refuse(name, exc)
-            return
-        if reader is not None:
-            self._hand_out(name, reader)
-
-    def _read(self, name: str) -> FeatureReader | None:
-        """The SAE where it is used. None if it is larger than was thought, and has to wait for more room."""
-        master = self._masters.fetch(self._specs[name])
-        if not self._has_room(name, master.n_bytes):
-            _free([master] if self._on_host else [])
-            return None
-        if self._on_host:
-            return master
-        reader = self._place(master, self._device)
-        self._counts["uploads"] += 1
-        return reader
-
-    def _has_room(self, name: str, n_bytes: int) -> bool:
-        """Whether what was read can stay, now that its size is known for certain; for an unknown one room is made."""
-        with self._changed:
-            self._sizes[name] = n_bytes
-            self._check_size(name)
-            leaving = self._residency.leaving_for(n_bytes)
-            gone = self._evict(leaving or [])
-        _free(gone)
-        return leaving is not None
-
-    def _check_size(self, name: str) -> None:
-        if self._budget is not None and self._sizes[name] > self._budget:
-            size, budget = self._sizes[name] / 2**30, self._budget / 2**30
-            raise StartupError(
-                f"SAE {name!r} takes {size:.4g} GiB, but SAE_MEMORY_GIB leaves {budget:.4g} GiB for all together; "
-                "raise SAE_MEMORY_GIB, or leave the source out with EXCLUDE_SAE."
-            )
+        """The lock is held. Names and bytes of those who wait and are not arriving, oldest first."""
+        waiting = [name for name in self._waiting.names() if not self._residency.is_arriving(name)]
+        return [(name, self._described[name].n_bytes) for name in waiting]
 
     def _evict(self, names: Sequence[str]) -> list[FeatureReader]:
         """The lock is held. What is returned is to be freed without it."""
@@ -256,31 +272,112 @@ class SaeStore:
         self._counts["evictions"] += len(names)
         return [self._readers.pop(name) for name in names]
 
-    def _refuse(self, name: str, exc: StartupError | InferenceError) -> None:
-        if isinstance(exc, StartupError) and name in self._sources:
-            error = EngineFailed(f"Source {name!r} could not be loaded again.")
-            error.__cause__ = exc
+    # Converting, each by a thread of its own
+
+    def _converted(self, name: str) -> Future[None]:
+        """Done once it has another form, in which it is described anew. It may get EngineFailed."""
+        with self._lock:
+            if name in self._conversions:
+                return self._conversions[name]
+            future = self._conversions[name] = Future()
+        Thread(target=self._convert, args=(name, future), name=f"sae-{name}", daemon=True).start()
+        return future
+
+    def _convert(self, name: str, future: Future[None]) -> None:
+        with ExitStack() as on_death:
+            on_death.callback(refuse, [future], _failed(name))
+            try:
+                convert(self._specs[name])
+                self._described[name] = self._describe(self._specs[name], self._dtype)
+            except StartupError as exc:
+                with self._lock:  # who asks again tries again
+                    del self._conversions[name]
+                refuse([future], _failed(name, exc))
+            on_death.pop_all()
+        if not future.done():
+            future.set_result(None)
+
+    # The thread that brings an SAE
+
+    def _bring(self, name: str, gone: Sequence[FeatureReader]) -> None:
+        """Into the room that was made, and a lease for each who asked; or an error for each."""
+        with ExitStack() as on_death:
+            on_death.callback(self._refuse, name, _failed(name))
+            self._free(name, gone)
+            try:
+                if self._described[name].is_original:
+                    self._converted(name).result()
+                reader = self._read(self._specs[name], self._described[name])
+            except (StartupError, InferenceError) as exc:
+                on_death.pop_all()
+                self._refuse(name, exc)
+                return
+            on_death.pop_all()
+        self._hand_out(name, reader)
+
+    def _free(self, name: str, gone: Sequence[FeatureReader]) -> None:
+        for reader in gone:
+            reader.free()
+        with self._lock:
+            self._residency.shrink(name, self._described[name].n_bytes)
+        self._let_in()
+
+    def _read(self, spec: SourceSpec, about: Described) -> FeatureReader:
+        """The SAE where it is used."""
+        if self._masters is None:
+            reader = self._load(spec, dtype=about.dtype, device="cpu")
         else:
-            error = exc
-        with self._changed:
+            with self._masters.fetched(spec, about) as master:
+                reader = self._place(master, self._device)
+        with self._lock:
+            self._counts["loads" if self._masters is None else "uploads"] += 1
+        if (reader.source, reader.n_bytes) != (about.source, about.n_bytes):
+            reader.free()
+            raise StartupError(f"SAE {spec.name!r} ({spec.address}) has changed since the start.")
+        return reader
+
+    def _refuse(self, name: str, exc: StartupError | InferenceError) -> None:
+        error = exc if isinstance(exc, InferenceError) else _failed(name, exc)
+        with self._lock:
+            self._residency.remove(name)
             futures = self._waiting.take([name])
         refuse(futures, error)
+        self._let_in()
 
     def _hand_out(self, name: str, reader: FeatureReader) -> None:
-        with self._changed:
-            if name not in self._readers:
-                self._residency.add(name, self._sizes[name])
-                self._readers[name] = reader
-                self._sources[name] = reader.source
-                self._peak_bytes = max(self._peak_bytes, self._residency.n_bytes)
+        with self._lock:
+            self._readers[name] = reader
+            self._residency.arrived(name)
             leases = [(future, self._lease(name)) for future in self._waiting.take([name])]
         for future, lease in leases:
             grant(future, lease)
+        self._let_in()
 
 
-def _free(readers: Sequence[FeatureReader]) -> None:
-    for reader in readers:
-        reader.free()
+def _taken(whole: Future[Lease], part: Callable[[FeatureReader], Any]) -> Future[FreeLease]:
+    """A copy of a part of a whole SAE, once that is there."""
+    found: Future[FreeLease] = Future()
+
+    def take(done: Future[Lease]) -> None:
+        error = NotReady("Nobody waits for it any more.") if done.cancelled() else done.exception()
+        if isinstance(error, Exception):
+            refuse([found], error)
+            return
+        try:
+            with done.result() as reader:
+                grant(found, FreeLease(part(reader)))
+        except InferenceError as exc:
+            refuse([found], exc)
+
+    whole.add_done_callback(take)
+    found.add_done_callback(lambda asked: asked.cancelled() and whole.cancel())
+    return found
+
+
+def _failed(name: str, why: Exception | None = None) -> EngineFailed:
+    error = EngineFailed(f"Source {name!r} could not be loaded; the server's log says why.")
+    error.__cause__ = why
+    return error
 
 
 def _closed() -> NotReady:

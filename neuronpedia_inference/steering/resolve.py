@@ -66,8 +66,8 @@ class SteerResolver:
         for steer in plan.steers:
             if isinstance(steer, SteerFeature):
                 source = self._shelf.source(steer.source)
-                with (yield self._shelf.request(source)) as reader:
-                    vector = reader.decoder_row(steer.index)
+                with (yield self._shelf.decoder_row(source, steer.index)) as row:
+                    vector = row
                 found.append(self._steering(Point.parse(source.hook), vector, steer, plan))
             else:
                 vector = torch.tensor(steer.vector, dtype=torch.float32)

@@ -77,7 +77,7 @@ KEPT_TO = {
     ),
     "transformers": ("engine", "embedded.weights", "loading"),
     "transformer_lens": ("engine.description",),
-    "sae_lens": ("saes.load",),
+    "sae_lens": ("saes.saelens",),
     "fastapi": ("web",),
     "starlette": ("web",),
     "uvicorn": ("web",),

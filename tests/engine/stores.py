@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from neuronpedia_inference.domain import Source
 from neuronpedia_inference.errors import OutOfMemory
 from neuronpedia_inference.saes.catalogue import SourceSpec
+from neuronpedia_inference.saes.describe import Described
 from neuronpedia_inference.saes.encode import FeatureReader, NeuronReader
 from neuronpedia_inference.saes.store import Lease, SaeStore
 
@@ -75,14 +76,30 @@ class Loader:
         if spec.name in self.broken:
             raise self.broken[spec.name]
         self.loads[spec.name] += 1
-        source = Source(spec.name, spec.source_set, 0, "blocks.0.hook_resid_pre", 8, 4, "standard")
-        return Sized(source, self.sizes.get(spec.name, 1), self.memory)
+        return Sized(_source(spec), self.sizes.get(spec.name, 1), self.memory)
+
+    def describe(self, spec: SourceSpec, dtype: str, /) -> Described:
+        """Stands in for `describe`: sizes as they are now."""
+        return _OfSize(_source(spec), None, dtype, None, size=self.sizes.get(spec.name, 1))
 
     def stop_at(self, name: str) -> threading.Event:
         """The load of `name` waits until the event is set; `entered[name]` says that it has begun."""
         self.entered[name] = threading.Event()
         self.gates[name] = threading.Event()
         return self.gates[name]
+
+
+@dataclass(frozen=True)
+class _OfSize(Described):
+    size: int = 1
+
+    @property
+    def n_bytes(self) -> int:
+        return self.size
+
+
+def _source(spec: SourceSpec) -> Source:
+    return Source(spec.name, spec.source_set, 0, "blocks.0.hook_resid_pre", 8, 4, "standard")
 
 
 @dataclass
@@ -100,34 +117,47 @@ class Device:
 
 
 def make(
-    max_loaded: int = 100, loader: Loader | None = None, *, budget: int | None = None, loaded: bool = True
+    max_loaded: int = 100, loader: Loader | None = None, *, budget: int | None = None, used: bool = True
 ) -> tuple[SaeStore, Loader]:
+    """used: each once, in order."""
     loader = loader or Loader()
-    store = SaeStore(SPECS, dtype="float32", device="cpu", max_loaded=max_loaded, budget_bytes=budget, load=loader)
-    if loaded:
-        store.load_all()
+    store = SaeStore(
+        SPECS,
+        dtype="float32",
+        device="cpu",
+        max_loaded=max_loaded,
+        budget_bytes=budget,
+        describe=loader.describe,
+        load=loader,
+    )
+    store.describe_all()
+    touch(store, *NAMES if used else ())
     return store, loader
 
 
-def two_tiers(max_loaded: int, budget: int, **sizes: int) -> tuple[SaeStore, Loader, Device]:
+def two_tiers(max_loaded: int, budget: int, host: int | None = None, **sizes: int) -> tuple[SaeStore, Loader, Device]:
+    """Each has been used once, in order."""
     loader, device = Loader({f"{key[1:]}-res-t": size for key, size in sizes.items()}), Device()
     store = SaeStore(
         SPECS,
         dtype="float32",
         device="elsewhere",
         max_loaded=max_loaded,
+        host_bytes=host,
         budget_bytes=budget,
+        describe=loader.describe,
         load=loader,
         place=device,
     )
-    store.load_all()
+    store.describe_all()
+    touch(store, *NAMES)
     return store, loader, device
 
 
 def touch(store: SaeStore, *names: str) -> None:
     for name in names:
         with store.lease(name) as reader:
-            assert reader.source is store.source(name)
+            assert reader.source == store.source(name)
 
 
 def got(future: Future[Lease]) -> Lease:

@@ -6,6 +6,7 @@ import importlib
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from neuronpedia_inference import downloads
 from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.saes import files
 from neuronpedia_inference.saes.catalogue import SourceSpec, hub_location, resolve
+from neuronpedia_inference.saes.convert import convert
+from neuronpedia_inference.saes.describe import describe
+from neuronpedia_inference.saes.encode import LoadedSae
+from neuronpedia_inference.saes.feature import FeatureWeights
 from neuronpedia_inference.saes.load import load_on_host
 from neuronpedia_inference.saes.originals import needed_files
 from neuronpedia_inference.settings import Settings
@@ -121,6 +126,7 @@ def told(file: Path, config: dict[str, Any]) -> None:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("neuronpedia_inference.saes.convert.default_cache_dir", lambda: tmp_path / "ours")
     return tmp_path
 
 
@@ -203,13 +209,31 @@ def test_an_original_is_read_offline_and_means_what_its_formula_says(
 ) -> None:
     spec = named(model, source)
     there = place(hub, spec)
-    assert not downloads.is_here(spec)
+    assert not files.is_here(spec)
     write(there)
-    assert downloads.is_here(spec)
+    assert files.is_here(spec)
     sae = load_on_host(spec, dtype="float32")
     assert (sae.source.name, sae.source.hook, sae.source.layer) == (source, hook, 3)
     assert 0 < (expected != 0).float().mean() < 0.9
     torch.testing.assert_close(sae.encode(X)[:, :D_SAE], expected, rtol=1e-5, atol=1e-5)
+    sliced_alike(spec, sae)
+
+
+def sliced_alike(spec: SourceSpec, sae: LoadedSae) -> None:
+    """Features read from the file by themselves, or from its copy, are those of the whole to the bit."""
+    if describe(spec, "auto").is_original:
+        assert describe(spec, "auto").layout is None
+        assert convert(spec) == convert(spec)
+        copy = load_on_host(spec, dtype="float32")
+        assert copy.source == sae.source
+        assert torch.equal(copy.encode(X), sae.encode(X))
+    about = describe(spec, "float32")
+    assert (about.source, about.n_bytes, about.is_original) == (sae.source, sae.n_bytes, False)
+    for index in (0, 5, D_SAE - 1):
+        one, other = about.feature(index), sae.feature(index)
+        for field in fields(FeatureWeights):
+            a, b = getattr(one, field.name), getattr(other, field.name)
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, (field.name, a, b)
 
 
 def test_llama_scope_is_rescaled_by_the_norm_that_the_directory_lists(hub: Path, loaders: Any) -> None:
@@ -226,6 +250,7 @@ def test_llama_scope_is_rescaled_by_the_norm_that_the_directory_lists(hub: Path,
     expected = torch.where(before > 0.7 * ROOT_D / 8.0, before.relu(), 0.0) * NORMS / factor
     assert 0 < (expected != 0).float().mean() < 0.9
     torch.testing.assert_close(sae.encode(X), expected, rtol=1e-4, atol=1e-4)
+    sliced_alike(spec, sae)
 
 
 @pytest.mark.filterwarnings("ignore:This loads the CLT layer")
@@ -234,16 +259,17 @@ def test_a_layer_of_a_cross_layer_transcoder_has_activations_and_no_rows(hub: Pa
     repo = place(hub, spec).parent
     encoder = {"W_enc_3": W["enc"].T.contiguous(), "b_enc_3": W["b_enc"], "b_dec_3": W["b_dec"]}
     put(repo / "W_enc_3.safetensors", encoder)
-    assert not downloads.is_here(spec)
+    assert not files.is_here(spec)
     put(repo / "W_dec_3.safetensors", {"W_dec_3": torch.stack([W["dec"], W["dec"]], dim=1)})
     hooks = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}
     told(repo / "config.yaml", {"model_name": "google/gemma-2-2b", **hooks})
-    assert downloads.is_here(spec)
+    assert files.is_here(spec)
     sae = load_on_host(spec, dtype="float32")
     assert (sae.source.architecture, sae.steerable) == ("cross_layer_transcoder", False)
     expected = (X @ W["enc"] + W["b_enc"]).relu() * 2 * NORMS
     torch.testing.assert_close(sae.encode(X), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sae.encode_feature(X, 5), expected[:, 5], rtol=1e-5, atol=1e-5)
+    sliced_alike(spec, sae)
     for ask in (lambda: sae.decoder_row(5), lambda: sae.nearest_decoder_rows(X[0], 3)):
         with pytest.raises(InvalidRequest, match="'3-clt-hp' is one layer of a cross-layer transcoder"):
             ask()
@@ -260,12 +286,13 @@ def test_an_sae_of_a_repository_that_is_in_no_directory(hub: Path) -> None:
         getattr(module, name).data.copy_(value)
     there = place(hub, spec)
     module.save_model(there)
-    assert downloads.is_here(spec)
+    assert files.is_here(spec)
     sae = load_on_host(spec, dtype="float32")
     assert (sae.source.name, sae.source.source_set) == ("7-mine", "mine")
     torch.testing.assert_close(sae.encode(X), topk_of_all() * NORMS, rtol=1e-5, atol=1e-5)
+    sliced_alike(spec, sae)
     (there / "cfg.json").unlink()
-    assert not downloads.is_here(spec)
+    assert not files.is_here(spec)
 
 
 def test_files_are_named_by_format() -> None:

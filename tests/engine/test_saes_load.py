@@ -19,9 +19,10 @@ from torch import Tensor
 from neuronpedia_inference.domain import Ranking, Source
 from neuronpedia_inference.errors import InvalidRequest, StartupError
 from neuronpedia_inference.saes import reduce
-from neuronpedia_inference.saes.catalogue import CONFIG_NAME, WEIGHTS_NAME, SourceSpec
+from neuronpedia_inference.saes.catalogue import CONFIG_NAME, WEIGHTS_NAME, SourceSpec, hub_location
 from neuronpedia_inference.saes.encode import FeatureReader, LoadedSae, NeuronReader
-from neuronpedia_inference.saes.load import SERVED, load_sae
+from neuronpedia_inference.saes.kinds import SERVED
+from neuronpedia_inference.saes.load import load_sae
 from neuronpedia_inference.saes.reduce import FeatureRanker, active_features, top_features
 from tests.steps import result_of
 
@@ -497,6 +498,10 @@ class TestDirectory:
         "12-res-jb", "res-jb", "gpt2-small-res-jb", "blocks.11.hook_resid_post", None, "gpt2-small/12-res-jb"
     )
 
+    @pytest.fixture(autouse=True)
+    def _is_here(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("neuronpedia_inference.saes.describe.snapshot_of", lambda spec: tmp_path)
+
     def test_asks_saelens_for_release_and_id(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from sae_lens import SAE
 
@@ -513,15 +518,14 @@ class TestDirectory:
         assert (sae.source.layer, sae.source.name) == (11, "12-res-jb")
         close(sae.decoder_row(3).norm(), torch.tensor(1.0))
 
-    def test_attribution_goes_by_the_neuronpedia_id(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_attribution_goes_by_the_neuronpedia_id(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from sae_lens import SAE
 
+        spec = SourceSpec("5-att-kk", "att-kk", "gpt2-small-hook-z-kk", "blocks.5.hook_z", None, "gpt2-small/5-att-kk")
+        (tmp_path / hub_location(spec)[1]).touch()
         module = build("standard", hook="blocks.5.hook_z", reshape_activations="hook_z")
         monkeypatch.setattr(SAE, "from_pretrained", lambda *args, **kwargs: module)
-        sae = load(
-            SourceSpec("5-att-kk", "att-kk", "gpt2-small-hook-z-kk", "blocks.5.hook_z", None, "gpt2-small/5-att-kk")
-        )
-        assert sae.source.has_dfa
+        assert load(spec).source.has_dfa
 
     def test_a_failed_download_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from sae_lens import SAE

@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.saes.catalogue import SourceSpec
+from neuronpedia_inference.saes.describe import describe
 from neuronpedia_inference.saes.encode import FeatureReader, LoadedSae
-from neuronpedia_inference.saes.load import SERVED, load_sae, pin, place_on_device, stored_bytes
+from neuronpedia_inference.saes.kinds import SERVED
+from neuronpedia_inference.saes.load import load_sae, pin, place_on_device
 from neuronpedia_inference.saes.residency import PATIENCE, Residency
 from neuronpedia_inference.saes.store import Lease, SaeStore
 from tests.engine.stores import NAMES, SOON, SPECS, Device, Loader, Memory, got, make, touch, two_tiers
@@ -98,7 +99,6 @@ def test_any_order_of_requests_keeps_the_rules(
 ) -> None:
     budget = max(sizes) + spare
     store, loader = make(max_loaded, Loader(dict(zip(NAMES, sizes, strict=True))), budget=budget)
-    loader.memory.most = 0  # at the start sizes are not known before reading
     program = Program(store, loader.memory, budget)
     for step, number in steps:
         getattr(program, step)(number)
@@ -305,8 +305,18 @@ class TestTwoTiers:
         assert device.memory.most == 9
 
     def test_without_a_budget_the_number_bounds_the_device_too(self) -> None:
-        store = SaeStore(SPECS, dtype="float32", device="elsewhere", max_loaded=2, load=Loader(), place=Device())
-        store.load_all()
+        loader = Loader()
+        store = SaeStore(
+            SPECS,
+            dtype="float32",
+            device="elsewhere",
+            max_loaded=2,
+            describe=loader.describe,
+            load=loader,
+            place=Device(),
+        )
+        store.describe_all()
+        touch(store, *NAMES)
         assert store.stats()["resident"] == store.stats()["host"] == 2
 
 
@@ -372,9 +382,9 @@ def on_another(master: FeatureReader, device: str) -> FeatureReader:
 @pytest.mark.parametrize("device", ["cpu", "elsewhere"])
 def test_forty_saes_in_the_room_of_eight(device: str, tmp_path: Path) -> None:
     specs, answers = written(tmp_path, 40)
-    budget = 8 * max(stored_bytes(spec, "float32") for spec in specs)
+    budget = 8 * max(describe(spec, "float32").n_bytes for spec in specs)
     store = SaeStore(specs, dtype="float32", device=device, max_loaded=40, budget_bytes=budget, place=on_another)
-    store.load_all()
+    store.describe_all()
     assert store.stats()["peak_bytes"] <= budget
     order = random.Random(3)
     for _ in range(3):
@@ -382,31 +392,19 @@ def test_forty_saes_in_the_room_of_eight(device: str, tmp_path: Path) -> None:
             with store.lease(name) as reader:
                 torch.testing.assert_close(reader.encode(activations()), answers[name], rtol=1e-5, atol=1e-5)
     stats = store.stats()
-    assert 8 * stored_bytes(specs[0], "float32") <= stats["peak_bytes"] <= budget
+    assert 8 * describe(specs[0], "float32").n_bytes <= stats["peak_bytes"] <= budget
     assert stats["resident"] >= 8
     assert stats["evictions"] > 40
-    assert stats["hits"] + (stats["uploads"] or stats["loads"]) == 40 + 3 * 40
+    assert stats["hits"] + (stats["uploads"] or stats["loads"]) == 3 * 40
     assert stats["loads"] == 40 if device == "elsewhere" else stats["loads"] > 80
 
 
-def test_the_header_tells_the_size(tmp_path: Path) -> None:
+def test_the_configuration_tells_the_size(tmp_path: Path) -> None:
     specs, _ = written(tmp_path, 4)
     for number, spec in enumerate(specs):
         numbers = sum(weights.numel() for weights in build(number, KINDS[number]).parameters())
-        assert stored_bytes(spec, "float32") == 4 * numbers
-        assert stored_bytes(spec, "bfloat16") == 2 * numbers
-    assert stored_bytes(SourceSpec("a", "b", folder=tmp_path), "float32") == 0
-    assert stored_bytes(SourceSpec("a", "b", "release", "id"), "float32") == 0
-
-
-def test_one_too_large_is_refused_by_its_header(tmp_path: Path) -> None:
-    specs, _ = written(tmp_path, 1)
-    loader = Loader()
-    size = stored_bytes(specs[0], "float32")
-    store = SaeStore(specs, dtype="float32", device="cpu", max_loaded=9, budget_bytes=size - 1, load=loader)
-    with pytest.raises(StartupError, match="'0-res-t'.*SAE_MEMORY_GIB"):
-        store.load_all()
-    assert not loader.loads
+        assert describe(spec, "float32").n_bytes == 4 * numbers
+        assert describe(spec, "bfloat16").n_bytes == 2 * numbers
 
 
 @pytest.mark.parametrize("normalisation", ["none", "layer_norm", "constant_norm_rescale"])
@@ -445,9 +443,9 @@ def test_pinning_changes_no_number(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_forty_saes_on_a_gpu(tmp_path: Path) -> None:
     specs, answers = written(tmp_path, 40)
-    budget = 8 * max(stored_bytes(spec, "float32") for spec in specs)
+    budget = 8 * max(describe(spec, "float32").n_bytes for spec in specs)
     store = SaeStore(specs, dtype="float32", device="cuda:0", max_loaded=20, budget_bytes=budget)
-    store.load_all()
+    store.describe_all()
     for name in random.Random(3).sample(sorted(answers), len(answers)):
         with store.lease(name) as reader:
             found = reader.encode(activations())
@@ -460,7 +458,8 @@ def test_forty_saes_on_a_gpu(tmp_path: Path) -> None:
 def test_what_leaves_gives_its_memory_back_at_once(device: str, tmp_path: Path) -> None:
     specs, _ = written(tmp_path, 2, normalize_activations="layer_norm")  # such modules hold themselves
     store = SaeStore(specs, dtype="float32", device=device, max_loaded=1, budget_bytes=20000, place=on_another)
-    store.load_all()
+    store.describe_all()
+    touch(store, "0-res-t", "1-res-t")
     gc.collect()
     gc.disable()
     try:

@@ -10,68 +10,108 @@ from typing import Any
 
 import pytest
 
-from neuronpedia_inference.errors import EngineFailed, NotReady, OutOfMemory, StartupError, UnknownSource
-from neuronpedia_inference.saes.residency import PATIENCE, Residency
+from neuronpedia_inference.errors import (
+    EngineFailed,
+    LimitExceeded,
+    NotReady,
+    OutOfMemory,
+    StartupError,
+    UnknownSource,
+)
+from neuronpedia_inference.saes.catalogue import SourceSpec
+from neuronpedia_inference.saes.describe import Described
+from neuronpedia_inference.saes.residency import PATIENCE
 from neuronpedia_inference.saes.store import Lease, SaeStore
 from tests.engine.stores import NAMES, SOON, SPECS, Device, Loader, got, make, touch, two_tiers
 
 
 class TestStart:
-    def test_every_source_is_loaded_once_and_described_in_order(self) -> None:
-        store, loader = make(2, loaded=False)
-        lines: list[str] = []
-        assert store.sources == ()
-        store.load_all(lines.append)
+    def test_every_source_is_described_in_order_and_nothing_is_loaded(self) -> None:
+        store, loader = make(2, used=False)
         assert tuple(source.name for source in store.sources) == NAMES
-        assert loader.loads == Counter(NAMES)
-        assert lines[1] == "SAE 2 of 6: 1-res-t"
-        assert len(lines) == 6
+        assert not loader.loads
         assert store.stats() == {
             "sources": 6,
             "max_loaded": 2,
             "budget_bytes": 0,
-            "resident": 2,
-            "resident_bytes": 2,
-            "peak_bytes": 2,
-            "host": 2,
+            "resident": 0,
+            "resident_bytes": 0,
+            "peak_bytes": 0,
+            "host": 0,
+            "host_budget_bytes": 0,
+            "host_peak_bytes": 0,
             "leased": 0,
             "hits": 0,
-            "loads": 6,
+            "loads": 0,
             "uploads": 0,
-            "evictions": 4,
+            "evictions": 0,
+            "features_read": 0,
         }
 
-    def test_loading_all_twice_loads_once(self) -> None:
-        store, loader = make(2)
-        store.load_all()
-        assert loader.loads == Counter(NAMES)
+    def test_progress_is_said(self) -> None:
+        loader, lines = Loader(), list[str]()
+        store = SaeStore(SPECS, dtype="float32", device="cpu", max_loaded=2, describe=loader.describe, load=loader)
+        assert store.sources == ()
+        store.describe_all(lines.append)
+        store.describe_all(lines.append)
+        assert lines[1] == "SAE 2 of 6: 1-res-t"
+        assert len(lines) == 6
 
     def test_a_bad_sae_stops_the_start(self) -> None:
-        bad = StartupError("SAE '3-res-t': broken")
-        store, _ = make(2, Loader(broken={"3-res-t": bad}), loaded=False)
+        loader, bad = Loader(), StartupError("SAE '3-res-t': broken")
+
+        def describe(spec: SourceSpec, dtype: str, /) -> Described:
+            if spec.name == "3-res-t":
+                raise bad
+            return loader.describe(spec, dtype)
+
+        store = SaeStore(SPECS, dtype="float32", device="cpu", max_loaded=2, describe=describe, load=loader)
         with pytest.raises(StartupError) as caught:
-            store.load_all()
+            store.describe_all()
         assert caught.value is bad
         assert [source.name for source in store.sources] == ["0-res-t", "1-res-t", "2-res-t"]
-        assert store.stats()["resident"] == 1  # the room made for the bad one is free again
 
-    def test_an_sae_larger_than_the_budget_stops_the_start(self) -> None:
-        loader = Loader({"3-res-t": 5 * 2**30})
-        store, _ = make(loader=loader, budget=2**32, loaded=False)
-        with pytest.raises(StartupError, match=r"^SAE '3-res-t' takes 5 GiB, but SAE_MEMORY_GIB leaves 4 GiB.*EXCLUDE"):
-            store.load_all()
+    def test_as_many_are_brought_in_as_fit(self) -> None:
+        store, loader = make(5, Loader({"1-res-t": 9, "2-res-t": 3}), budget=6, used=False)
+        store.fill()
+        assert set(loader.loads) == {"0-res-t", "2-res-t", "3-res-t", "4-res-t"}
+        assert store.stats()["evictions"] == 0
+
+
+class TestTooLarge:
+    def test_one_larger_than_the_budget_is_refused_whole_and_the_others_are_served(self) -> None:
+        store, loader = make(loader=Loader({"3-res-t": 5 * 2**30}), budget=2**32, used=False)
+        refused = r"All features of '3-res-t' take 5 GiB.*SAE_MEMORY_GIB leaves 4 GiB.*one by one"
+        with pytest.raises(LimitExceeded, match=refused):
+            touch(store, "3-res-t")
+        assert not loader.loads
+        touch(store, "2-res-t")
+
+    def test_the_host_has_a_bound_of_its_own(self) -> None:
+        loader, device = Loader({"3-res-t": 5}), Device()
+        store = SaeStore(
+            SPECS,
+            dtype="float32",
+            device="elsewhere",
+            max_loaded=9,
+            host_bytes=4,
+            budget_bytes=9,
+            describe=loader.describe,
+            load=loader,
+            place=device,
+        )
+        store.describe_all()
+        with pytest.raises(LimitExceeded, match="SAE_HOST_GIB"):
+            touch(store, "3-res-t")
+        touch(store, "0-res-t", "1-res-t", "2-res-t", "4-res-t", "5-res-t")
+        assert (loader.memory.most, device.memory.most) == (4, 5)
+        assert (store.stats()["host_peak_bytes"], store.stats()["host_budget_bytes"]) == (4, 4)
 
     def test_one_of_exactly_the_budget_is_served(self) -> None:
         store, loader = make(loader=Loader({"3-res-t": 4}), budget=4)
         touch(store, "3-res-t", "0-res-t", "3-res-t")
         assert store.stats()["peak_bytes"] == 4
-        assert loader.loads["3-res-t"] == 3  # 4 and 5 were loaded after it, then 0
-
-    def test_a_device_without_room_stops_the_start(self) -> None:
-        device = Device(broken={"2-res-t"})
-        store = SaeStore(SPECS, dtype="float32", device="elsewhere", max_loaded=9, load=Loader(), place=device)
-        with pytest.raises(StartupError, match="'2-res-t' could not be loaded: no room"):
-            store.load_all()
+        assert loader.loads["3-res-t"] == 3  # 4 and 5 were used after it, then 0
 
 
 class TestWhoStays:
@@ -221,6 +261,19 @@ class TestNobodyWaitsForAnother:
         got(waiting).release()
         got(following).release()
 
+    def test_one_that_loads_slowly_does_not_hold_up_another(self) -> None:
+        store, loader = make(3)
+        gates = [loader.stop_at("0-res-t"), loader.stop_at("1-res-t")]
+        slow = [store.request("0-res-t"), store.request("1-res-t")]
+        for name in ("0-res-t", "1-res-t"):
+            assert loader.entered[name].wait(SOON)  # both at once
+        touch(store, "2-res-t")
+        assert not any(future.done() for future in slow)
+        for gate in gates:
+            gate.set()
+        for future in slow:
+            got(future).release()
+
     def test_callbacks_may_ask_for_more(self) -> None:
         store, _ = make(1)
         order: list[str] = []
@@ -242,14 +295,11 @@ class TestNobodyWaitsForAnother:
 
 class TestCancelling:
     def test_what_nobody_wants_any_more_is_not_loaded(self) -> None:
-        store, loader = make(2)
-        gate = loader.stop_at("0-res-t")
-        first = store.request("0-res-t")
-        assert loader.entered["0-res-t"].wait(SOON)
+        store, loader = make(1)
+        first = got(store.request("0-res-t"))
         second, third = store.request("1-res-t"), store.request("2-res-t")
         assert second.cancel()
-        gate.set()
-        got(first).release()
+        first.release()
         got(third).release()
         assert loader.loads["1-res-t"] == 1
 
@@ -260,7 +310,7 @@ class TestCancelling:
         assert loader.entered["0-res-t"].wait(SOON)
         assert future.cancel()
         gate.set()
-        touch(store, "1-res-t")  # comes after it
+        touch(store, "0-res-t")
         assert loader.loads["0-res-t"] == 2
         assert store.stats()["leased"] == 0
         assert store.request("0-res-t").done()
@@ -305,7 +355,9 @@ class TestFailing:
         bad, also_bad, good = store.request("0-res-t"), store.request("0-res-t"), store.request("1-res-t")
         gate.set()
         for future in (bad, also_bad):
-            with pytest.raises(EngineFailed, match="'0-res-t' could not be loaded again") as caught:
+            with pytest.raises(
+                EngineFailed, match="'0-res-t' could not be loaded; the server's log says why"
+            ) as caught:
                 got(future)
             assert caught.value.__cause__ is cause
         got(good).release()
@@ -339,35 +391,14 @@ class TestFailing:
         touch(store, "0-res-t")
         assert seen == [ZeroDivisionError]
 
-    def test_a_loader_that_stops_by_itself_fails_all_who_wait(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        store, _ = make(1)
-        monkeypatch.setattr(threading, "excepthook", lambda args: None)
-        with monkeypatch.context() as broken:
-            broken.setattr(Residency, "next_of", lambda residency, queue: queue[9])
-            future = store.request("0-res-t")
-            with pytest.raises(EngineFailed, match="log says why"):
-                got(future)
-        touch(store, "0-res-t")
-
-    def test_one_that_has_grown_on_disk_waits_for_more_room(self) -> None:
-        store, loader = make(budget=5)
-        held = [got(store.request(name)) for name in ("1-res-t", "2-res-t", "3-res-t")]
+    def test_one_that_has_changed_on_disk_is_refused(self) -> None:
+        store, loader = make(1, budget=5)
         loader.sizes["0-res-t"] = 3
-        gate = loader.stop_at("0-res-t")
-        waiting = store.request("0-res-t")
-        assert loader.entered["0-res-t"].wait(SOON)  # 4 has made room for one byte
-        gate.set()
-        got(store.request("4-res-t")).release()
-        assert loader.loads["0-res-t"] == 2
-        assert not waiting.done()
-        assert loader.memory.n_bytes <= 5
-        held.pop().release()
-        with got(waiting):
-            assert store.stats()["resident_bytes"] == 5
-        assert store.stats()["peak_bytes"] == 5
-        for lease in held:
-            lease.release()
-        assert loader.memory.n_bytes == 5
+        with pytest.raises(EngineFailed) as caught:
+            touch(store, "0-res-t")
+        assert "has changed since the start" in str(caught.value.__cause__)
+        assert loader.memory.n_bytes == store.stats()["resident_bytes"] == 0
+        touch(store, "1-res-t")
 
 
 class TestClosing:
@@ -388,16 +419,17 @@ class TestClosing:
 
     def test_no_thread_is_left(self) -> None:
         before = set(threading.enumerate())
-        store, _ = make(1)
-        held = got(store.request("0-res-t"))
-        store.request("1-res-t")
+        store, loader = make(2)
+        gate = loader.stop_at("1-res-t")
+        held, _ = got(store.request("0-res-t")), store.request("1-res-t")
         loaders = set(threading.enumerate()) - before
         assert loaders
         assert all(loader.daemon for loader in loaders)
         store.close()
-        for loader in loaders:
-            loader.join(SOON)
-            assert not loader.is_alive()
+        gate.set()
+        for thread in loaders:
+            thread.join(SOON)
+            assert not thread.is_alive()
         held.release()
 
     def test_a_store_that_rests_has_no_thread(self) -> None:

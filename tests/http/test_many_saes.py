@@ -147,9 +147,18 @@ def scraped(served: Served) -> dict[str, float]:
     return {name: float(value) for name, value in pairs}
 
 
-def test_a_budget_too_small_for_one_stops_the_start(many: tuple[Served, Runtime]) -> None:
-    from neuronpedia_inference.errors import StartupError
-
+def test_a_budget_too_small_for_one_still_serves_features(
+    many: tuple[Served, Runtime], expected: list[torch.Tensor]
+) -> None:
     settings = many[1].settings.model_copy(update={"sae_memory_gib": 0.5 * BYTES / 2**30})
-    with pytest.raises(StartupError, match="SAE_MEMORY_GIB"):
-        Runtime.load(settings)
+    runtime = Runtime.load(settings)
+    with running(settings, lambda: runtime) as served, served.client() as client:
+        body = {"prompt": TEXT, "model": MODEL, "source": NAMES[7]}
+        one = client.post("/v1/activation/single", json={**body, "index": "5"})
+        assert one.status_code == 200, one.text
+        assert close(one.json()["activation"]["values"], expected[7][1:, 5])
+        every = client.post("/v1/activation/topk-by-token", json={**body, "top_k": 3, "ignore_bos": True})
+        assert every.status_code == 400, every.text
+        assert f"All features of '{NAMES[7]}' take" in every.json()["error"]
+        assert "SAE_MEMORY_GIB" in every.json()["error"]
+    runtime.close()

@@ -1,0 +1,209 @@
+"""What an SAE is, by its configuration and the headers of its files: no weights are read."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuronpedia_inference.domain import Source
+from neuronpedia_inference.errors import StartupError
+from neuronpedia_inference.saes import saelens
+from neuronpedia_inference.saes.catalogue import hub_location
+from neuronpedia_inference.saes.convert import converted_folder
+from neuronpedia_inference.saes.feature import ACROSS_LAYERS, NORMALISATIONS, FeatureWeights, check_rows
+from neuronpedia_inference.saes.files import snapshot_of
+from neuronpedia_inference.saes.kinds import SERVED, shapes_of
+from neuronpedia_inference.saes.layout import Layout
+from neuronpedia_inference.saes.layouts import folder_layout, original_layout
+from neuronpedia_inference.saes.originals import CONVERTED, SCALED, loader_of
+from neuronpedia_inference.saes.plain import PlainConfig, plain_config
+from neuronpedia_inference.saes.reading import UNREADABLE, line
+from neuronpedia_inference.saes.specs import CONFIG_NAME, WEIGHTS_NAME, SourceSpec
+
+AUTO = "auto"
+"""In place of a precision: that of the files."""
+PRECISIONS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Described:
+    """One SAE whose files are here."""
+
+    source: Source
+    config: Any
+    """With SAELens's names."""
+    dtype: str
+    """The precision in which it is served."""
+    layout: Layout | None
+    """None where features cannot be read by themselves: until it has been converted, or for ever."""
+    is_original: bool = False
+    """It is in a format that is to be converted."""
+
+    @property
+    def n_bytes(self) -> int:
+        """What all of it takes in memory."""
+        config = self.config
+        shapes = shapes_of(config.architecture(), config.d_in, config.d_sae, getattr(config, "d_out", config.d_in))
+        return sum(map(prod, shapes.values())) * getattr(torch, self.dtype).itemsize
+
+    def decoder_row(self, index: int) -> Tensor:
+        """[decoder width], float32, read from the file; there must be a layout.
+
+        Raises OSError, and InvalidRequest where rows mean nothing.
+        """
+        assert self.layout is not None, self.source
+        check_rows(self.source)
+        return self.layout.row(index, getattr(torch, self.dtype), folds=folds_norms(self.config)).float()
+
+    def feature(self, index: int) -> FeatureWeights:
+        """Read from the file. Raises OSError; there must be a layout."""
+        assert self.layout is not None, self.source
+        dtype = getattr(torch, self.dtype)
+        return self.layout.feature(self.source, index, dtype, config=self.config, folds=folds_norms(self.config))
+
+
+def describe(spec: SourceSpec, dtype: str) -> Described:
+    """dtype: a precision, or AUTO.
+
+    Raises StartupError, one line naming the source and the file or the architecture, for an SAE that is missing, broken
+    or of a kind that is not served.
+    """
+    folder = folder_of(spec)
+    config = config_of(spec, folder)
+    source = source_of(spec, config)
+    layout = _layout(spec, folder, config)
+    is_original = folder is None and loader_of(spec) in CONVERTED
+    return Described(source, config, _precision(spec, dtype, layout), layout, is_original)
+
+
+def folder_of(spec: SourceSpec) -> Path | None:
+    """Where it lies as SAELens writes SAEs, its own or a copy that was made; None for other formats and the hub's.
+
+    Raises StartupError where its files are not here.
+    """
+    if spec.folder is not None:
+        return spec.folder
+    snapshot = snapshot_of(spec)
+    if snapshot is None:
+        raise StartupError(f"SAE {spec.name!r}: {spec.address!r} is not on this machine.")
+    if loader_of(spec) not in CONVERTED:
+        return None
+    folder = converted_folder(spec, snapshot, hub_location(spec)[1])
+    return folder if folder.is_dir() else None
+
+
+def config_of(spec: SourceSpec, folder: Path | None) -> Any:
+    """With SAELens's names. Raises StartupError."""
+    try:
+        config = _folder_config(spec, folder) if folder is not None else saelens.config_on_hub(spec)
+    except UNREADABLE as exc:
+        raise StartupError(f"SAE {spec.name!r}: {spec.address!r} could not be read: {line(exc)}") from exc
+    check_architecture(spec, config.architecture())
+    return config
+
+
+def folds_norms(config: Any) -> bool:
+    """Whether decoder rows get unit norm and activations the old one: where that leaves the choice of features."""
+    return config.architecture() != "matching_pursuit" and getattr(config, "rescale_acts_by_decoder_norm", True)
+
+
+def check_architecture(spec: SourceSpec, architecture: str) -> None:
+    """Raises StartupError for one that is not served."""
+    if architecture not in SERVED:
+        raise StartupError(
+            f"SAE {spec.name!r} has the architecture {architecture!r}, which is not served "
+            f"({', '.join(sorted(SERVED))} are); EXCLUDE_SAE leaves it out."
+        )
+
+
+def source_of(spec: SourceSpec, config: Any) -> Source:
+    """Raises StartupError where the configuration asks for what is not done."""
+    # SAELens's metadata answers None for any name, so only what is written there counts.
+    metadata = config.metadata if isinstance(config, PlainConfig) else config.metadata.to_dict()
+    hook = metadata.get("hook_name")
+    layer = re.search(r"(?:^|\.)blocks\.(\d+)\.", hook) if isinstance(hook, str) else None
+    if not isinstance(hook, str) or layer is None:
+        raise StartupError(f"SAE {spec.name!r}: its metadata has no hook_name with a layer, but {hook!r}.")
+    if metadata.get("hook_head_index") is not None:
+        raise StartupError(f"SAE {spec.name!r} reads one attention head of {hook!r}, which is not served.")
+    if config.normalize_activations not in NORMALISATIONS:
+        raise StartupError(f"SAE {spec.name!r}: {config.normalize_activations!r} of its input is not folded in.")
+    return Source(
+        name=spec.name,
+        source_set=spec.source_set,
+        layer=int(layer.group(1)),
+        hook=hook,
+        n_features=config.d_sae,
+        width=config.d_in,
+        architecture=_architecture(spec, config),
+        hook_out=metadata.get("hook_name_out"),
+        has_dfa=hook.endswith("hook_z") and _reads_attention(spec, metadata.get("neuronpedia_id")),
+    )
+
+
+def _architecture(spec: SourceSpec, config: Any) -> str:
+    """What SAELens says, but for one layer of a cross-layer transcoder, which it loads as a transcoder of its own."""
+    is_one_layer = loader_of(spec) == "mntss_clt_layer_transcoder"
+    return ACROSS_LAYERS if is_one_layer else config.architecture()
+
+
+def _reads_attention(spec: SourceSpec, written_id: Any) -> bool:
+    for name in (spec.neuronpedia_id, written_id, f"/{spec.name}" if spec.release else None):
+        if isinstance(name, str) and re.search(r"-att[-_]", name):
+            return True
+    return spec.folder is not None and "att" in spec.name
+
+
+def _folder_config(spec: SourceSpec, folder: Path) -> Any:
+    found = _read_config(spec, folder / CONFIG_NAME)
+    check_architecture(spec, str(found.get("architecture", "standard")))
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise StartupError(f"SAE {spec.name!r}: {str(folder / WEIGHTS_NAME)!r} is missing.")
+    return plain_config(found) or saelens.config_in(folder)
+
+
+def _read_config(spec: SourceSpec, config: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+        return found
+    except FileNotFoundError:
+        raise StartupError(f"SAE {spec.name!r}: {str(config)!r} is missing.") from None
+    except (OSError, ValueError) as exc:
+        raise StartupError(f"SAE {spec.name!r}: {str(config)!r} could not be read: {line(exc)}") from exc
+
+
+def _layout(spec: SourceSpec, folder: Path | None, config: Any) -> Layout | None:
+    try:
+        layout = folder_layout(folder) if folder is not None else _hub_layout(spec)
+        if layout is not None:
+            layout.check(config.architecture(), config.d_in, config.d_sae, getattr(config, "d_out", config.d_in))
+        return layout
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        where = folder / WEIGHTS_NAME if folder is not None else spec.address
+        raise StartupError(f"SAE {spec.name!r}: {str(where)!r} could not be read: {line(exc)}") from exc
+
+
+def _hub_layout(spec: SourceSpec) -> Layout | None:
+    snapshot, (_, path), loader = snapshot_of(spec), hub_location(spec), loader_of(spec)
+    assert snapshot is not None, spec
+    if loader is None:
+        return folder_layout(snapshot / path)
+    return original_layout(loader, snapshot, path, saelens.scale_of(spec) if loader in SCALED else None)
+
+
+def _precision(spec: SourceSpec, dtype: str, layout: Layout | None) -> str:
+    if dtype != AUTO:
+        return dtype
+    own = layout.dtype if layout is not None else torch.float32
+    if own not in PRECISIONS:
+        raise StartupError(f"SAE {spec.name!r}: its weights are in {own}; SAE_DTYPE chooses float32 or another.")
+    return PRECISIONS[own]
