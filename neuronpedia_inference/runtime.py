@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from neuronpedia_inference import reproducible
@@ -13,7 +13,7 @@ from neuronpedia_inference.capabilities import describe, max_tokens, token_limit
 from neuronpedia_inference.costs import NO_GRID, RECORDED_GRID, Costs, Demand
 from neuronpedia_inference.domain import ChatMessage, Sampling, Tokens, Written
 from neuronpedia_inference.engine.completions import Completions, Writing
-from neuronpedia_inference.engine.points import PATTERN
+from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.engine.protocol import ModelInfo
 from neuronpedia_inference.engine.tokens import BosRule
 from neuronpedia_inference.errors import LimitExceeded, NotReady
@@ -151,7 +151,7 @@ class Runtime:
         work = CaptureWork(
             prompts, points, lambda captured: question.reduce(captured, self.shelf), self._is_reproducible
         )
-        return await asyncio.wrap_future(self._submit(work, self._demand(question)).future)
+        return await asyncio.wrap_future(self._submit(work, self._demand(question, points)).future)
 
     # Generation
 
@@ -236,14 +236,14 @@ class Runtime:
         at_the_end(ticket.future, permit.release)
         return ticket
 
-    def _demand(self, question: Question[Any]) -> Demand:
-        widths = [self._engine.width(point) for point in question.points if point.place != PATTERN]
+    def _demand(self, question: Question[Any], points: Collection[Point]) -> Demand:
+        widths = [self._engine.width(point) for point in points if point.place != PATTERN]
         return self._costs.capture(
             [len(prompt) for prompt in question.prompts],
             widths,
             question.n_bytes,
-            pattern=self._engine.makes_pattern(question.points),
-            n_patterns=len(question.points) - len(widths),
+            pattern=self._engine.makes_pattern(points),
+            n_patterns=len(points) - len(widths),
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from neuronpedia_inference.costs import ACTIVE_BYTES, RANKED_BYTES, TOP_BYTES, reduce_bytes
@@ -239,7 +240,12 @@ def _dfa(reader: OneReader, seen: Captured, index: int, target: int) -> Dfa:
 
 
 def _point(source: Source) -> Point:
-    return Point.parse(source.hook)
+    return _parsed(source.hook)
+
+
+@lru_cache(maxsize=1024)
+def _parsed(hook: str) -> Point:
+    return Point.parse(hook)
 
 
 def _points(sources: Sequence[Source]) -> set[Point]:
