@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Collection, Iterable, Iterator
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict, SettingsError
 
 from neuronpedia_inference import load_options
 from neuronpedia_inference.errors import StartupError
 
 EMBEDDED_MODEL_ID = "smollm2-135m-instruct"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+NOT_FOR_US = ("MODAL_", "HF_", "NPM_", "PIP_")
+LETTERS = (5, 10)
+"""From how many letters on a name with one or two others is taken for the same: shorter ones are other words."""
 
 JsonList = Annotated[tuple[str, ...], NoDecode]
 
@@ -290,6 +296,32 @@ def variable(field: str) -> str:
     """The environment variable that sets a field."""
     alias = Settings.model_fields[field].validation_alias
     return alias if isinstance(alias, str) else field.upper()
+
+
+def given_names() -> set[str]:
+    """Every variable of the environment and of `.env`, in capitals: settings are read in any."""
+    return {name.upper() for name in (*os.environ, *DotEnvSettingsSource(Settings).env_vars)}
+
+
+def near_misses(names: Iterable[str], others: Collection[str] = ()) -> Iterator[str]:
+    """A line for each variable that is nearly a setting, or one of `others`: it is ignored otherwise without a word."""
+    known = {*map(variable, Settings.model_fields), *others}
+    for name in sorted(names):
+        if name not in known and not name.startswith(NOT_FOR_US):
+            near = max(known, key=lambda one: (_likeness(name, one), one))
+            if _likeness(name, near) > 0:
+                yield f"{name} is ignored: did you mean {near}?"
+
+
+def _likeness(name: str, known: str) -> float:
+    """0 unless one letter differs, of a long name two; letters that have changed places are one that differs."""
+    length = max(len(name), len(known))
+    n_apart = sum(length >= least for least in LETTERS)
+    least = 1 - n_apart / length - 1e-9
+    compared = SequenceMatcher(None, name, known, autojunk=False)
+    if min(compared.real_quick_ratio(), compared.quick_ratio()) < least:
+        return 0.0
+    return compared.ratio() if compared.ratio() >= least else 0.0
 
 
 def _words(text: str) -> Any:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -16,15 +15,13 @@ from neuronpedia_inference.memory import GIB, Needs, needs_at_start, planned
 from neuronpedia_inference.prices import price_of
 from neuronpedia_inference.saes.catalogue import resolve
 from neuronpedia_inference.saes.names import hugging_face_name
-from neuronpedia_inference.settings import Settings, variable
-from service.options import CARDS, DEFAULTS, Options
+from neuronpedia_inference.settings import Settings, near_misses
+from service.options import CARDS, DEFAULTS, OTHERS, Options
 
 HOST_BYTES = 3 * GIB
 """A rule of thumb: Python, torch and what requests take, beside weights and SAEs."""
 MODAL_DISK_BYTES = 512 * GIB
 """What a container has without asking."""
-CUTOFF = 0.86
-NOT_FOR_US = ("MODAL_", "HF_", "npm_", "PIP_")
 
 
 @dataclass(frozen=True)
@@ -115,16 +112,6 @@ def cards(options: Options) -> list[str]:
 # What is told
 
 
-def near_misses(names: Collection[str]) -> Iterator[str]:
-    """A line for each variable of the shell that is nearly one of ours: it would be ignored without a word."""
-    known = {*DEFAULTS, *map(variable, Settings.model_fields), "HF_TOKEN"}
-    for name in sorted(names):
-        if name in known or name.startswith(NOT_FOR_US) or name != name.upper():
-            continue
-        for near in get_close_matches(name, known, n=1, cutoff=CUTOFF):
-            yield f"{name} is ignored: did you mean {near}?"
-
-
 def left_behind(secret_name: str, keys: Collection[str] | None) -> Iterator[str]:
     """A line for each secret that is in the shell and not in the Modal secret; keys: None where there is none."""
     for name in ("SECRET", "HF_TOKEN", "SENTRY_DSN"):
@@ -211,7 +198,7 @@ def prepare(options: Options, keys: Collection[str] | None) -> Plan | None:
         plan = plan_of(options)
     except StartupError as exc:
         raise SystemExit(f"Nothing was deployed. {exc}") from None
-    for line in (*near_misses(os.environ), *left_behind(options.secret_name, keys)):
+    for line in (*near_misses(os.environ, OTHERS), *left_behind(options.secret_name, keys)):
         click.echo(f"Note: {line}", err=True)
     return plan
 

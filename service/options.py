@@ -53,6 +53,8 @@ NO_GPU = ("none", "cpu")
 EXAMPLES = {"REGION": "us-east or eu", "CLOUD": "aws, gcp or oci"}
 SECRETS = ("SECRET", "SENTRY_DSN")
 """Settings that travel in the Modal secret only."""
+OTHERS = frozenset({*DEFAULTS, "HF_TOKEN"})
+"""Variables that mean something here, beside settings."""
 
 
 @dataclass(frozen=True)

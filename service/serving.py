@@ -15,10 +15,10 @@ import modal.exception
 import modal.experimental
 
 from neuronpedia_inference.garbage import settle, uncollected
-from neuronpedia_inference.settings import Settings, variable
+from neuronpedia_inference.settings import Settings, given_names, near_misses, variable
 from service import jobs, snapshot
 from service.errors import builtin_errors
-from service.options import SECRETS, Options
+from service.options import OTHERS, SECRETS, Options
 
 if TYPE_CHECKING:
     from neuronpedia_inference.loading import HostWeights, Loaded
@@ -118,6 +118,8 @@ class Serving:
 
         self._settings = self.wanted()
         start_logging(self._settings)
+        for miss in near_misses(given_names(), OTHERS):
+            say(miss)
         start_sentry(self._settings)
         host, loaded, self._host, self._loaded = self._host, self._loaded, None, None
         if loaded is not None and _load_the_same(self._prepared, self._settings):

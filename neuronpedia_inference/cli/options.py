@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neuronpedia_inference.cli.output import fail
+from neuronpedia_inference.cli.output import fail, note
 from neuronpedia_inference.errors import unknown_name
 from neuronpedia_inference.exits import WRONG_USAGE
 
@@ -33,10 +33,14 @@ DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, mps, cuda or 
 def settings_of(assignments: list[str] | None, *, without: Sequence[str] = (), **options: Any) -> Settings:
     """The environment, overridden by options that were given, overridden by `--set`. Raises StartupError.
 
+    Variables that are nearly settings are told on standard error.
+
     without: fields that get their defaults, whatever the environment says.
     """
-    from neuronpedia_inference.settings import Settings
+    from neuronpedia_inference.settings import Settings, given_names, near_misses
 
+    for miss in near_misses(given_names()):
+        note(miss)
     given = {field: Settings.model_fields[field].get_default() for field in without}
     given |= {field: value for field, value in options.items() if value is not None}
     for assignment in assignments or ():

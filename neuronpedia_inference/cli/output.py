@@ -68,6 +68,11 @@ def line(text: str) -> None:
     print(text, flush=True)
 
 
+def note(message: str) -> None:
+    """For people; what programs read stays as it is."""
+    print(f"neuronpedia-inference: {message}", file=sys.stderr)
+
+
 def fail(message: str, code: int) -> NoReturn:
     print(f"neuronpedia-inference: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)

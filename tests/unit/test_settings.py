@@ -9,7 +9,7 @@ import pytest
 from pydantic import SecretStr
 
 from neuronpedia_inference.errors import StartupError, UnknownSource
-from neuronpedia_inference.settings import EMBEDDED_MODEL_ID, Settings, variable
+from neuronpedia_inference.settings import EMBEDDED_MODEL_ID, Settings, given_names, near_misses, variable
 
 
 @pytest.fixture(autouse=True)
@@ -163,3 +163,58 @@ def test_a_device_that_is_none_is_answered_with_those_that_are(device: str) -> N
         StartupError, match=f"^Bad setting. DEVICE: '{device}' is no device here; auto, cpu, mps, cuda and"
     ):
         Settings.read(device=device)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("TOKEN_LIMT", "TOKEN_LIMIT"),
+        ("TOKENLIMIT", "TOKEN_LIMIT"),
+        ("TOKNE_LIMIT", "TOKEN_LIMIT"),
+        ("MAX_TOKEN", "MAX_TOKENS"),
+        ("MAX_ROW", "MAX_ROWS"),
+        ("SERCET", "SECRET"),
+        ("SECRETS", "SECRET"),
+        ("SENTRY_DNS", "SENTRY_DSN"),
+        ("LOGLEVEL", "LOG_LEVEL"),
+        ("DEVCE", "DEVICE"),
+    ],
+)
+def test_a_name_that_is_nearly_a_setting_is_told_by_it(name: str, near: str) -> None:
+    assert list(near_misses([name, near, "PATH"])) == [f"{name} is ignored: did you mean {near}?"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "PATH",
+            "HOME",
+            "LANG",
+            "HOST",
+            "PORT",
+            "PWD",
+            "OLDPWD",
+            "SHLVL",
+            "SHELL",
+            "HOSTNAME",
+            "USER",
+            "TERM",
+            "TMPDIR",
+        ),
+        *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "PYTHONPATH", "VIRTUAL_ENV"),
+        *("TMPDIR", "MODEL_DIR", "MODEL_PATH", "SECRET_KEY", "SERVICE", "LS_COLORS", "DISPLAY", "EDITOR", "MAX_JOBS"),
+        *("HF_TOKEN", "HF_HOME", "MODAL_TOKEN_ID", "SENTRY_TRACE", "NEURONPEDIA_INFERENCE_CACHE", "LOGNAME"),
+    ],
+)
+def test_names_of_others_are_left_alone(name: str) -> None:
+    assert list(near_misses([name], {"CPU", "GPU", "REGION", "RETRIES", "HF_TOKEN"})) == []
+
+
+def test_names_come_from_the_environment_and_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("MAX_TOPK=3\nTOKEN_LIMIT=9\n")
+    monkeypatch.setenv("token_limt", "7")
+    assert {"TOKEN_LIMT", "MAX_TOPK", "TOKEN_LIMIT"} <= given_names()
+    told = [line for line in near_misses(given_names()) if "MAX_TOPK" in line or "LIMT" in line]
+    assert told == ["MAX_TOPK is ignored: did you mean MAX_TOP_K?", "TOKEN_LIMT is ignored: did you mean TOKEN_LIMIT?"]
+    assert Settings.read().token_limit == 9
