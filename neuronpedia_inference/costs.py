@@ -23,9 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from neuronpedia_inference.domain import Source, Tokens
-from neuronpedia_inference.engine.protocol import ModelInfo
+
+if TYPE_CHECKING:
+    from neuronpedia_inference.engine.protocol import ModelInfo
 
 COLUMNS_AT_ONCE = 64
 """Positions by which the cache grows."""

@@ -26,6 +26,13 @@ def agree(found: Tensor, expected: Tensor, *beside: Tensor) -> bool:
     return found.shape == expected.shape and bool((_norm(found.float() - expected.float()) <= allowed).all())
 
 
+def overflow(dtype: torch.dtype, *found: Tensor) -> str:
+    """A reason, where what was found is not finite; else empty. dtype: the model's."""
+    if all(bool(one.isfinite().all()) for one in found):
+        return ""
+    return f"{str(dtype).removeprefix('torch.')} overflows: what the model gives there is not finite"
+
+
 def error(found: Tensor, expected: Tensor) -> float:
     """The norm of the difference, relative to what is expected; over all vectors."""
     return float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))

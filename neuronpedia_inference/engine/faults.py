@@ -12,7 +12,13 @@ from neuronpedia_inference.errors import EngineFailed, InferenceError, OutOfMemo
 
 log = logging.getLogger(__name__)
 
-_HOST_FAILURES = ("DefaultCPUAllocator", "can't allocate memory", "unable to mmap", "Cannot allocate memory")
+_HOST_FAILURES = (
+    "DefaultCPUAllocator",
+    "can't allocate memory",
+    "unable to mmap",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+)
 """What torch and the files it maps say of a host's memory, in errors that have no type of their own."""
 
 
@@ -41,15 +47,24 @@ def failure_of(work: Callable[[], object]) -> Exception | None:
     return None
 
 
-def trial_failure(trial: Callable[[], object]) -> Exception | None:
-    """As `failure_of`, for what is tried of a model. Want of memory says nothing of the model, and is raised."""
+def trial_failure(what: str, trial: Callable[[], object]) -> Exception | None:
+    """As `failure_of`, for what is tried of a model. Want of memory says nothing of the model, and is raised.
+
+    what: in the log, where the failure is one line, and all of it at the level of debug.
+    """
     failure = failure_of(trial)
     if failure is None:
         return None
     if isinstance(as_inference_error(failure), OutOfMemory):
         raise failure
-    log.debug("a trial at start failed: what it tried is not served", exc_info=failure)
+    log.info("%s was tried and is not served: %s", what, in_short(failure))
+    log.debug("%s was tried", what, exc_info=failure)
     return failure
+
+
+def in_short(failure: BaseException) -> str:
+    """Its kind and its first line, for a reason or a line of the log."""
+    return f"{type(failure).__name__}: {str(failure).partition(chr(10))[0][:100]}"
 
 
 def let_go(failure: BaseException) -> None:

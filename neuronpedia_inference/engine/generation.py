@@ -244,7 +244,7 @@ class Lane:
         drawing = [place for place, row in enumerate(rows) if row.finish is None]
         drawn = dict(zip(drawing, self._draw(rows, drawing, logits) if drawing else (), strict=True))
         steps = [
-            _with_numbers(drawn.get(place) or RowStep(row.id, NO_TOKEN, finish_reason=row.finish), row.spec, read)
+            self._with_numbers(drawn.get(place) or RowStep(row.id, NO_TOKEN, finish_reason=row.finish), row.spec, read)
             for place, (row, read) in enumerate(zip(rows, numbers, strict=True))
         ]
         for row, step in zip(rows, steps, strict=True):
@@ -252,6 +252,13 @@ class Lane:
         if any(step.ends for step in steps):
             self.drop(())
         return steps
+
+    def _with_numbers(self, step: RowStep, spec: RowSpec, numbers: Numbers | None) -> RowStep:
+        if numbers is None or step.error is not None:
+            return step
+        if not np.isfinite(numbers).all():
+            return RowStep(step.row, NO_TOKEN, error=_not_finite(spec, self.decoder.model.dtype))
+        return replace(step, numbers=numbers)
 
     def _draw(self, rows: Sequence[_Row], places: Sequence[int], logits: Tensor) -> list[RowStep]:
         """One pass for the rows at these places; should it raise, each draws for itself. logits: [row, vocab]."""
@@ -272,7 +279,7 @@ class Lane:
 
     def _step(self, row: _Row, drawn: Drawn) -> RowStep:
         if not drawn.is_finite:
-            return RowStep(row.id, NO_TOKEN, error=_not_finite(row.spec))
+            return RowStep(row.id, NO_TOKEN, error=_not_finite(row.spec, self.decoder.model.dtype))
         if not drawn.is_possible:
             return RowStep(row.id, NO_TOKEN, error=_no_distribution(row.spec))
         row.sampler.commit(drawn.token_id)
@@ -426,20 +433,18 @@ def _of(logits: Tensor, places: Sequence[int]) -> Tensor:
     return logits if len(places) == len(logits) else logits[list(places)]
 
 
-def _with_numbers(step: RowStep, spec: RowSpec, numbers: Numbers | None) -> RowStep:
-    if numbers is None or step.error is not None:
-        return step
-    if not np.isfinite(numbers).all():
-        return RowStep(step.row, NO_TOKEN, error=_not_finite(spec))
-    return replace(step, numbers=numbers)
-
-
-def _not_finite(spec: RowSpec) -> Exception:
-    if spec.steering:
-        return InvalidRequest(
-            "The steered model's output is not finite: the strength is too large. Lower strength or multiplier."
+def _not_finite(spec: RowSpec, dtype: torch.dtype) -> Exception:
+    name = str(dtype).removeprefix("torch.")
+    if not spec.steering:
+        return EngineFailed(
+            f"The model's output is not finite although nothing steers it: {name} overflows on this text. "
+            "Another MODEL_DTYPE may help."
         )
-    return EngineFailed("The model's output is not finite although nothing steers it: its precision overflows here.")
+    alone = " If it stays so, float16 overflows on this text by itself: ask without steering."
+    return InvalidRequest(
+        "The steered model's output is not finite: the strength is too large. Lower strength or multiplier."
+        + alone * (dtype == torch.float16)
+    )
 
 
 def _no_distribution(spec: RowSpec) -> Exception:

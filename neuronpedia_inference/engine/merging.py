@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from neuronpedia_inference.domain import Sampling
-from neuronpedia_inference.engine.agreement import logits_agree
+from neuronpedia_inference.engine.agreement import logits_agree, overflow
 from neuronpedia_inference.engine.cache import SLIDING, MaskForm, windows
 from neuronpedia_inference.engine.decoder import Decoder
-from neuronpedia_inference.engine.faults import trial_failure
+from neuronpedia_inference.engine.faults import in_short, trial_failure
 from neuronpedia_inference.engine.generation import Lane
 from neuronpedia_inference.engine.points import RESID_POST, Point
 from neuronpedia_inference.engine.prompts import CapturePass
@@ -44,7 +45,9 @@ def why_not_merge(decoder: Decoder, ids: Sequence[int], max_positions: int | Non
     with _short_windows(decoder):
         alone = _steps_alone(decoder, rows)
         for form in MaskForm:
-            because = _why_different(decoder, alone, lambda form=form: _steps(Lane.merging(decoder, form), rows))
+            what = f"merging rows with {form} masks"
+            merged = partial(_steps_merged, decoder, form, rows)
+            because = _why_different(decoder, alone, what, merged)
             if not because:
                 return form, ""
     return "", because
@@ -62,7 +65,8 @@ def why_not_capture(decoder: Decoder, ids: Sequence[int], max_positions: int | N
 
     with _short_windows(decoder):
         alone = [read([prompt])[0] for prompt in prompts]
-        return _turns(decoder, max_positions) or _why_different(decoder, alone, lambda: read(prompts))
+        because = _why_different(decoder, alone, "merging prompts", lambda: read(prompts))
+    return _turns(decoder, max_positions) or because
 
 
 def why_not_record(decoder: Decoder, form: str, record: Record, ids: Sequence[int]) -> str:
@@ -74,7 +78,8 @@ def why_not_record(decoder: Decoder, form: str, record: Record, ids: Sequence[in
     decoder = replace(decoder, stop_ids=frozenset())
     rows = _rows(decoder, ids)
     usual = _steps(Lane.merging(decoder, MaskForm(form)), rows)
-    return _why_different(decoder, usual, lambda: _steps(Lane.merging(decoder, MaskForm(form), record), rows))
+    recorded = partial(_steps_merged, decoder, MaskForm(form), rows, record)
+    return _why_different(decoder, usual, "recording steps", recorded)
 
 
 def _rows(decoder: Decoder, ids: Sequence[int]) -> list[RowSpec]:
@@ -100,6 +105,10 @@ def _steps_alone(decoder: Decoder, rows: Sequence[RowSpec]) -> Results:
     return results
 
 
+def _steps_merged(decoder: Decoder, form: MaskForm, rows: Sequence[RowSpec], record: Record | None = None) -> Results:
+    return _steps(Lane.merging(decoder, form, record), rows)
+
+
 def _steps(lane: Lane, rows: Sequence[RowSpec]) -> Results:
     """Two rows begin, the third joins late and in pieces, then the first leaves. A step feeds all rows one token."""
     first, second, third = ((RowId(0, place), row) for place, row in enumerate(rows))
@@ -121,16 +130,17 @@ def _settled(lane: Lane) -> Sequence[RowId]:
     return [rows[-1], *rows[:-1]]
 
 
-def _why_different(decoder: Decoder, expected: Results, attempt: Callable[[], Results]) -> str:
+def _why_different(decoder: Decoder, expected: Results, what: str, attempt: Callable[[], Results]) -> str:
     """Empty if what `attempt` gives is what is expected."""
     found: list[Results] = []
-    failure = trial_failure(lambda: found.append(attempt()))
+    failure = trial_failure(what, lambda: found.append(attempt()))
     if failure is not None:
-        first_line = str(failure).partition("\n")[0][:100]
-        return f"rows of this model cannot be run together: {type(failure).__name__}: {first_line}"
+        return f"rows of this model cannot be run together: {in_short(failure)}"
     dtype = decoder.model.dtype
-    pairs = ((a, b) for row, of in zip(found[0], expected, strict=True) for a, b in zip(row, of, strict=True))
-    return "" if all(logits_agree(a, b, dtype) for a, b in pairs) else "rows come out different together and alone"
+    pairs = [(a, b) for row, of in zip(found[0], expected, strict=True) for a, b in zip(row, of, strict=True)]
+    if all(logits_agree(a, b, dtype) for a, b in pairs):
+        return ""
+    return overflow(dtype, *(one for pair in pairs for one in pair)) or "rows come out different together and alone"
 
 
 def _turns(decoder: Decoder, max_positions: int | None) -> str:

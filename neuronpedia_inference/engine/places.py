@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from neuronpedia_inference.domain import Sampling
-from neuronpedia_inference.engine.agreement import agree, error
+from neuronpedia_inference.engine.agreement import agree, error, overflow
 from neuronpedia_inference.engine.faults import trial_failure
 from neuronpedia_inference.engine.hooks import Edit, edits
 from neuronpedia_inference.engine.points import (
@@ -144,24 +144,29 @@ def _like(layer: _Layer, place: str, resid: Tensor) -> list[tuple[int, Tensor]]:
 
 
 def _readable(layer: _Layer) -> Iterator[tuple[str, Finding]]:
-    post, hidden = layer.at(RESID_POST), layer.at(MLP_POST)
     for place in _OFFERED:
-        seen = layer.at(place)
-        because = ABSENT if seen is None else ""
-        if place in (ATTN_OUT, MLP_OUT) and not layer.adds_up:
-            because = "this block's output is not the sum of its input, its attention's output and its MLP's"
-        elif place == RESID_MID and seen is None:
-            because = "nothing in this block reads the sum of its input and its attention's output"
-        elif place == RESID_POST and post is not None and layer.after is not None and not agree(post, layer.after):
-            because = "what follows this block does not read its output"
-        elif not because and place in _GIVES and not _gives(layer, _GIVES[place]):
-            because = "the module that should read it does not give what this block's attention or MLP does"
-        elif place in (MLP_PRE, MLP_PRE_LINEAR) and (seen is None or hidden is None or seen.shape != hidden.shape):
-            because = ABSENT
-        elif place == MLP_PRE_LINEAR and layer.which[MLP_PRE] != 0:
-            because = "this block's MLP has no gate"
+        seen, because = layer.at(place), _why_unread(layer, place)
         width = 0 if seen is None else seen.shape[-1]
         yield place, Finding(width, layer.which.get(place, 0), because, because if place in WRITABLE else "")
+
+
+def _why_unread(layer: _Layer, place: str) -> str:
+    """Empty if what was seen there is what the place means."""
+    seen, post, hidden = layer.at(place), layer.at(RESID_POST), layer.at(MLP_POST)
+    because = "" if seen is None else overflow(seen.dtype, seen)
+    if because:
+        return because
+    if place in (ATTN_OUT, MLP_OUT) and not layer.adds_up:
+        return "this block's output is not the sum of its input, its attention's output and its MLP's"
+    if place == RESID_MID and seen is None:
+        return "nothing in this block reads the sum of its input and its attention's output"
+    if place == RESID_POST and post is not None and layer.after is not None and not agree(post, layer.after):
+        return "what follows this block does not read its output"
+    if seen is not None and place in _GIVES and not _gives(layer, _GIVES[place]):
+        return "the module that should read it does not give what this block's attention or MLP does"
+    if seen is None or (place in (MLP_PRE, MLP_PRE_LINEAR) and (hidden is None or seen.shape != hidden.shape)):
+        return ABSENT
+    return "this block's MLP has no gate" if place == MLP_PRE_LINEAR and layer.which[MLP_PRE] != 0 else ""
 
 
 def _gives(layer: _Layer, contribution: str) -> bool:
@@ -206,7 +211,7 @@ def _attention(tree: Tree, prompt: Tensor, layers: Sequence[_Layer]) -> tuple[di
         ):
             tree.run(prompt, use_cache=False)
 
-    failure = trial_failure(run)
+    failure = trial_failure("reading attention", run)
     found: dict[Point, Finding] = {}
     n_value_heads = 0
     for number, layer in enumerate(layers):
@@ -242,13 +247,12 @@ def _written(
     row = RowSpec(tuple(prompt[0].tolist()), Sampling(1), steering)
     steered = [plain]
     with _collected(tree) as seen_by, edits(tree, steering_edits([row])):
-        failure = trial_failure(lambda: steered.append(tree.run(prompt, use_cache=False).logits))
+        failure = trial_failure(f"steering {place}", lambda: steered.append(tree.run(prompt, use_cache=False).logits))
     changes_nothing = failure is not None or torch.equal(steered[-1], plain)
+    lost = overflow(plain.dtype, steered[-1]) or "what is added there does not arrive as it should"
     seen = [replace(now, which=was.which, adds_up=was.adds_up) for now, was in zip(seen_by(), layers, strict=True)]
     because = {
-        point: ""
-        if not changes_nothing and _arrived(tree, point, seen[point.layer], vectors[point])
-        else "what is added there does not arrive as it should"
+        point: "" if not changes_nothing and _arrived(tree, point, seen[point.layer], vectors[point]) else lost
         for point in points
     }
     return {point: replace(found[point], unwritten_because=because[point]) for point in points}

@@ -12,6 +12,7 @@ from itertools import groupby
 
 from neuronpedia_inference.engine.faults import failure_of
 from neuronpedia_inference.engine.protocol import Engine, Joining, Lane, RowId, RowSpec, RowStep
+from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.scheduler.ends import Ends
 from neuronpedia_inference.scheduler.jobs import GenerateWork, Job
@@ -197,10 +198,10 @@ class Generations:
                 self._ends.attempt(generation.job, partial(self._take, generation, list(own)))
 
     def _take(self, generation: _Generation, steps: Sequence[RowStep]) -> None:
-        """Raises what ended a row, which ends its job."""
-        for step in steps:
-            if step.error is not None:
-                raise step.error
+        """Raises what ended a row, which ends its job: of two at once not the one that blames the caller."""
+        errors = [step.error for step in steps if step.error is not None]
+        if errors:
+            raise min(errors, key=lambda error: isinstance(error, InvalidRequest))
         job = generation.job
         if not generation.has_begun:
             generation.has_begun = True

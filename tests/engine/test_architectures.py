@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, BioGptConfig
 
 from neuronpedia_inference.engine import tree
+from neuronpedia_inference.engine.cache import MaskForm
 from neuronpedia_inference.engine.description import Part
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.generation import SoloLane
@@ -153,3 +154,21 @@ def test_want_of_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merging, "_steps", full)
     with torch.inference_mode(False), pytest.raises(MemoryError):
         ModelEngine(models.model("llama"), model_id="llama", name="llama", stop_ids=())
+
+
+def test_what_a_trial_raised_is_in_the_log_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from neuronpedia_inference.engine import merging
+
+    def broken(*_: object) -> None:
+        raise ValueError("no such cache\nand much more")
+
+    monkeypatch.setattr(merging, "_steps", broken)
+    with torch.inference_mode(False), caplog.at_level("INFO"):
+        built = ModelEngine(models.model("llama"), model_id="llama", name="llama", stop_ids=())
+    assert built.unmerged_because.endswith("ValueError: no such cache")
+    said = [record.getMessage() for record in caplog.records if "was tried" in record.getMessage()]
+    assert said == [
+        f"merging rows with {form} masks was tried and is not served: ValueError: no such cache" for form in MaskForm
+    ]

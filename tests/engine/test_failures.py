@@ -5,6 +5,7 @@ Failures are put into every operation of torch in turn: those that allocate, tho
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.engine.cache import MaskForm
+from neuronpedia_inference.engine.engine import ModelEngine
+from neuronpedia_inference.engine.faults import as_inference_error
 from neuronpedia_inference.engine.generation import Lane
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
 from neuronpedia_inference.engine.sampling import Sampler
-from neuronpedia_inference.errors import EngineFailed, OutOfMemory
+from neuronpedia_inference.errors import EngineFailed, InvalidRequest, OutOfMemory
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.scheduler.jobs import CaptureWork, GenerateWork, Steps, Ticket
 from neuronpedia_inference.scheduler.policy import Limits
@@ -165,8 +168,8 @@ def test_a_failure_while_rows_leave_loses_nothing(expected: list[list[int]], lea
 
 
 @contextmanager
-def running() -> Iterator[Worker]:
-    worker = Worker(engine(FAMILY), Limits(), n_threads=1, max_wait_s=None, metrics=Metrics())
+def running(served: ModelEngine | None = None) -> Iterator[Worker]:
+    worker = Worker(served or engine(FAMILY), Limits(), n_threads=1, max_wait_s=None, metrics=Metrics())
     try:
         yield worker
     finally:
@@ -192,13 +195,13 @@ class Told:
         return ids(self.steps)
 
 
-def generation(spec: RowSpec) -> GenerateWork:
+def generation(*specs: RowSpec) -> GenerateWork:
     def prepare() -> Steps:
         yield from ()
-        return [spec]
+        return list(specs)
 
-    length = len(spec.prompt_ids)
-    return GenerateWork(prepare, 1, length, length + spec.sampling.max_new_tokens)
+    length = max(len(spec.prompt_ids) for spec in specs)
+    return GenerateWork(prepare, len(specs), length, length + max(spec.sampling.max_new_tokens for spec in specs))
 
 
 def capture() -> CaptureWork:
@@ -302,3 +305,34 @@ def test_an_overflow_is_not_blamed_on_steering_where_there_is_none() -> None:
     assert "strength is too large" in steered
     assert "nothing steers it" in plain
     assert lane.rows == []
+
+
+def test_want_of_a_host_s_memory_is_known_by_what_torch_says() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    for failure in (caught.value, RuntimeError("std::bad_alloc"), OSError(12, "Cannot allocate memory")):
+        assert isinstance(as_inference_error(failure), OutOfMemory), failure
+    assert type(as_inference_error(RuntimeError("shapes differ"))) is EngineFailed
+
+
+def test_a_float16_overflow_without_steering_is_never_blamed_on_the_strength() -> None:
+    """Logits beyond 65504, of weights that float32 can multiply: the row without steering says so for both."""
+    built = copy.deepcopy(models.model(FAMILY))
+    head: Any = built.get_output_embeddings()
+    head.weight.mul_(30_000 / head.weight.abs().max())
+    steered, plain = rows()[0], RowSpec(rows()[0].prompt_ids, rows()[0].sampling)
+    said = {}
+    for dtype in (torch.float32, torch.float16):
+        served = ModelEngine(built.to(dtype), model_id="wide", name="wide", stop_ids=())
+        overflows = dtype == torch.float16
+        assert ("float16 overflows" in served.unmerged_because) == overflows, "the probe says so too"
+        with running(served) as worker:
+            tickets = [worker.submit(generation(*specs)) for specs in ((steered, plain), (steered,), (plain,))]
+            said[dtype] = [ticket.future.exception(60) for ticket in tickets]
+    assert said[torch.float32] == [None, None, None]
+    both, alone_steered, alone_plain = said[torch.float16]
+    for error in (both, alone_plain):
+        assert isinstance(error, EngineFailed)
+        assert "nothing steers it: float16 overflows" in str(error)
+    assert isinstance(alone_steered, InvalidRequest)
+    assert "float16 overflows on this text by itself: ask without steering" in str(alone_steered)
