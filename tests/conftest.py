@@ -1,5 +1,5 @@
 """Settings of the whole test run: a cache folder of its own, interrupts that arrive, variables that libraries read at
-import, and no time limits of Hypothesis's own."""
+import, no time limits of Hypothesis's own, and no error answered that docs/errors.md does not have."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 from neuronpedia_inference.embedded.weights import CACHE_VARIABLE, default_cache_dir, model_folder
 from neuronpedia_inference.errors import StartupError
+from neuronpedia_inference.web.answers import Problem
+from tests.documented import documented_errors
 
 PREFIX = "neuronpedia-inference-tests-"
 
@@ -46,3 +51,27 @@ def own_cache() -> Path:
 
 CACHE = own_cache()
 os.environ[CACHE_VARIABLE] = str(CACHE)
+
+
+@pytest.fixture(scope="session")
+def errors_seen() -> Iterator[set[tuple[str, int]]]:
+    """(code, status) of every error that this process has answered, on whatever door."""
+    seen: set[tuple[str, int]] = set()
+    make = Problem.__init__
+
+    def noted(problem: Problem, status: int, code: str, *rest: Any, **more: Any) -> None:
+        seen.add((code, int(status)))
+        make(problem, status, code, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Problem, "__init__", noted)
+        yield seen
+
+
+@pytest.fixture(autouse=True)
+def only_documented_errors(errors_seen: set[tuple[str, int]]) -> Iterator[None]:
+    """Every error that a test produces is in docs/errors.md, with its status."""
+    yield
+    unknown = errors_seen - set(documented_errors().items())
+    errors_seen.clear()
+    assert not unknown, f"docs/errors.md does not have {unknown}"

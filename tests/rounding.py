@@ -27,6 +27,19 @@ def differences(one: Any, other: Any) -> list[str]:
     return list(_differences(one, other, "answer", max((abs(x) for x in _floats([one, other])), default=0.0)))
 
 
+def begins(expected: str, logprobs: list[dict[str, Any]]) -> bool:
+    """Whether a greedy text begins one that another machine wrote, up to a choice that rounding decides.
+
+    logprobs: of the text's tokens, with at least two candidates each.
+    """
+    said = ""
+    for one in logprobs:
+        said += one["token"]
+        if not expected.startswith(said):
+            return _is_tie(one)
+    return True
+
+
 def same_choices(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
     """Whether two greedy texts are equal up to a choice that rounding decides, after which they may be what they like.
 
@@ -34,9 +47,13 @@ def same_choices(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool
     """
     for mine, theirs in zip(one, other, strict=False):
         if mine["token"] != theirs["token"]:
-            best, second = (candidate["logprob"] for candidate in mine["top_logprobs"][:2])
-            return best - second <= CLOSE * LARGEST_LOGIT
+            return _is_tie(mine)
     return len(one) == len(other)
+
+
+def _is_tie(token: dict[str, Any]) -> bool:
+    best, second = (candidate["logprob"] for candidate in token["top_logprobs"][:2])
+    return best - second <= CLOSE * LARGEST_LOGIT
 
 
 def _differences(one: Any, other: Any, place: str, scale: float) -> Iterator[str]:

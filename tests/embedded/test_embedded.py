@@ -19,6 +19,7 @@ from torch import Tensor
 
 from neuronpedia_inference import embedded
 from neuronpedia_inference.embedded.weights import model_folder, weights_available
+from tests.rounding import CLOSE, LARGEST_LOGIT
 
 HERE = Path(__file__).parent
 PACKAGE = Path(embedded.__file__).parent
@@ -160,13 +161,14 @@ def _adding(model: Any, layer: int, vector: Tensor) -> Iterator[None]:
 
 
 def _greedy(model: Any, tokenizer: Any, prompt: str, count: int) -> str:
-    """Recomputes the whole text at every step: no cache to get wrong."""
+    """Recomputes the whole text at every step: no cache to get wrong. Up to a choice that rounding would decide."""
     ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     start = len(ids)
     with torch.inference_mode():
         for _ in range(count):
-            chosen = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-            if chosen == tokenizer.eos_token_id:
+            best = model(input_ids=torch.tensor([ids])).logits[0, -1].topk(2)
+            chosen = int(best.indices[0])
+            if chosen == tokenizer.eos_token_id or best.values.diff().abs() <= CLOSE * LARGEST_LOGIT:
                 break
             ids.append(chosen)
     return tokenizer.decode(ids[start:], skip_special_tokens=True)

@@ -45,7 +45,7 @@ def line_with(process: Process, text: str) -> str:
     raise AssertionError(f"no line with {text!r}; {process.communicate()[1]}")
 
 
-def ended(process: Process, within_s: float = SOON_S) -> tuple[int, str]:
+def ended(process: Process) -> tuple[int, str]:
     """Exit code and standard error of a process that ends by itself."""
-    _, errors = process.communicate(timeout=within_s)
+    _, errors = process.communicate(timeout=SOON_S)
     return process.returncode, errors

@@ -72,13 +72,39 @@ def on_a_port(app: Any, send_timeout_s: float, max_connections: int = 1000) -> I
 
 def hang_up(served: Served, path: str, body: dict[str, Any], when: Callable[[], bool]) -> None:
     """Send a request and close its connection, unread, once `when` holds."""
-    host, port = served.url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(content)}\r\n"
-    with socket.create_connection((host, int(port)), timeout=SOON_S) as connection:
+    with connected(served) as connection:
         connection.sendall(head.encode() + b"\r\n" + content)
         until(when)
+
+
+def connected(served: Served) -> socket.socket:
+    address = httpx.URL(served.url)
+    return socket.create_connection((address.host, address.port), timeout=SOON_S)
+
+
+def rest_of(connection: socket.socket) -> bytes:
+    """To the end of the connection, however it ends."""
+    received = b""
+    while True:
+        try:
+            chunk = connection.recv(2**16)
+        except ConnectionResetError:
+            return received
+        if not chunk:
+            return received
+        received += chunk
+
+
+def send_all(connection: socket.socket, data: bytes) -> bool:
+    """False where the other end is gone before all was sent."""
+    try:
+        connection.sendall(data)
+    except (ConnectionResetError, BrokenPipeError):
+        return False
+    return True
 
 
 def until(condition: Callable[[], bool]) -> None:

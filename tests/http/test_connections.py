@@ -12,7 +12,19 @@ from typing import Any
 
 import httpx
 import pytest
-from served import MODEL, SOON_S, Serve, Served, on_a_port, running, small_settings, until
+from served import (
+    MODEL,
+    SOON_S,
+    Serve,
+    Served,
+    connected,
+    on_a_port,
+    rest_of,
+    running,
+    send_all,
+    small_settings,
+    until,
+)
 from starlette.types import Receive, Scope, Send
 
 from neuronpedia_inference.errors import StartupError
@@ -28,37 +40,10 @@ BODY = json.dumps({"model": MODEL, "text": "Hi"}).encode()
 ONE_BYTE_CHUNK = b"1\r\n \r\n"
 
 
-def connected(served: Served) -> socket.socket:
-    address = httpx.URL(served.url)
-    return socket.create_connection((address.host, address.port), timeout=SOON_S)
-
-
-def rest_of(connection: socket.socket) -> bytes:
-    """To the end of the connection, however it ends."""
-    received = b""
-    while True:
-        try:
-            chunk = connection.recv(2**16)
-        except ConnectionResetError:
-            return received
-        if not chunk:
-            return received
-        received += chunk
-
-
 def refusal(answer: bytes) -> tuple[int, dict[str, Any]]:
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"connection: close" in head.lower()
     return int(head.split()[1]), json.loads(body)
-
-
-def send_all(connection: socket.socket, data: bytes) -> bool:
-    """False where the other end is gone before all was sent."""
-    try:
-        connection.sendall(data)
-    except (ConnectionResetError, BrokenPipeError):
-        return False
-    return True
 
 
 def test_a_wrong_secret_ends_the_connection_with_the_body_unread(locked_server: Served) -> None:
@@ -97,12 +82,14 @@ def test_a_body_that_stops_coming_is_given_up(runtime: Runtime, serve: Serve, fr
 def test_a_head_that_stops_coming_is_given_up(server: Served, monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
     monkeypatch.setattr(connections, "HEAD_S", 0.3)
     with connected(server) as connection:
-        connection.sendall(begun)
+        send_all(connection, begun)
         assert rest_of(connection) == b""
+    monkeypatch.setattr(connections, "HEAD_S", SOON_S)
     with connected(server) as connection:  # the second request of a connection likewise
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert connection.recv(2**16).startswith(b"HTTP/1.1 200")
-        connection.sendall(begun or b"\r\n")
+        monkeypatch.setattr(connections, "HEAD_S", 0.3)
+        send_all(connection, begun or b"\r\n")
         assert rest_of(connection).count(b"HTTP/1.1") == 0
 
 

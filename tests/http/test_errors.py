@@ -449,6 +449,8 @@ def test_a_large_body_is_judged_like_a_small_one(http: httpx.Client) -> None:
     """Read in slices, because it has more than 64 KiB."""
     fits = {**SINGLE, "source": None, "index": None, "vector": VECTOR, "hook": HOOK, "padding": [0.125] * 20_000}
     assert http.post("/v1/activation/single", json=fits).status_code == 200
+    ignored = {**fits, "padding": [[]] * 19_000}
+    assert http.post("/v1/activation/single", json=ignored).status_code == 200
     for name, value in (("vector", ["x"] * 30_000), ("prompt", 7)):
         error = check(http.post("/v1/activation/single", json={**fits, name: value}), 422, "invalid_body")
         assert name in error

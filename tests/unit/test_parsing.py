@@ -11,11 +11,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic_core import from_json
+from starlette.requests import Request
 
+from neuronpedia_inference.errors import BodyTooLarge
 from neuronpedia_inference.operations import InvalidBody, by_name, validate
 from neuronpedia_inference.operations.core import validate_in_turns
 from neuronpedia_inference.web import parsing
-from neuronpedia_inference.web.parsing import n_containers, parsed
+from neuronpedia_inference.web.body import Bodies
+from neuronpedia_inference.web.parsing import MAX_CONTAINERS, n_containers, parsed
 
 from .test_operations_core import BODIES
 from .test_rendering import finished
@@ -136,6 +139,25 @@ def test_without_the_fast_parser_the_whole_is_read(monkeypatch: pytest.MonkeyPat
 
 def test_containers_are_counted_from_above() -> None:
     assert n_containers(b'{"a": [[], {}, "[{"]}') == 6
+
+
+@pytest.mark.parametrize("inside", [b"[],", b'{"a":', b'[{"b":'])
+def test_a_body_of_empty_lists_is_refused_with_its_beginning(inside: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever field they are in, also one that a route ignores: making 8 MB of them would hold everybody up."""
+    chunks = [b'{"a field that nobody knows": [', *[inside * 2**13] * 100]
+    n_taken = 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal n_taken
+        n_taken += 1
+        return {"type": "http.request", "body": chunks[n_taken - 1], "more_body": n_taken < len(chunks)}
+
+    monkeypatch.setattr("neuronpedia_inference.web.body.parsed", lambda raw: pytest.fail("it is parsed"))
+    headers = [(b"content-type", b"application/json")]
+    request = Request({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive)
+    with pytest.raises(BodyTooLarge, match=f"more than {MAX_CONTAINERS} objects and lists"):
+        asyncio.run(Bodies(2**23, timeout_s=300).object(request))
+    assert n_taken == 1 + -(-MAX_CONTAINERS // (2**13 * n_containers(inside)))
 
 
 # Validation

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.rounding import differences, same_choices
+from tests.rounding import begins, differences, same_choices
 
 ANSWER: dict[str, Any] = {"tokens": ["a", "b"], "rows": [{"index": 7, "values": [0.0, 34.0]}]}
 
@@ -29,6 +29,13 @@ def test_answers(rows: list[Any], is_same: bool) -> None:
 
 def choice(token: str, gap: float) -> dict[str, Any]:
     return {"token": token, "top_logprobs": [{"token": "x", "logprob": -1.0}, {"token": "y", "logprob": -1.0 - gap}]}
+
+
+def test_a_text_may_leave_the_expected_one_at_a_tie_only() -> None:
+    clear, tie = 0.1, 0.001
+    assert begins("xyz", [choice("x", clear), choice("y", clear)])
+    assert not begins("xyz", [choice("x", clear), choice("z", clear)])
+    assert begins("xyz", [choice("x", clear), choice("z", tie), choice("y", clear)])
 
 
 def test_texts_may_part_at_a_tie_only() -> None:
