@@ -26,8 +26,8 @@ def main(source: str | None) -> None:
         print(f"{name}: {feature['max_value']:.1f} on {token!r}")
 
     for position in service.top_k.remote(PROMPT, source=source, top_k=1)["results"][0]["positions"]:
-        best = position["top_features"][0]
-        print(f"{position['token']!r:12} #{best['feature_index']} {best['activation_value']:.1f}")
+        for best in position["top_features"]:  # none at the BOS token, which is left out
+            print(f"{position['token']!r:12} #{best['feature_index']} {best['activation_value']:.1f}")
 
     steering = {"features": [{"source": source, "index": strongest["features"][0]["index"], "strength": 40}]}
     both = service.steer.remote("I think that", max_new_tokens=8, **steering)

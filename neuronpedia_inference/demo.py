@@ -70,14 +70,15 @@ async def _steered(runtime: Runtime, example: SteeringExample, n_tokens: int) ->
 def top_features(result: dict[str, Any]) -> Group:
     """A row per token: its strongest features with their labels."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", expand=True)
-    longest = max(cell_len(visible(token)) for token in result["tokens"])
+    positions = result["positions"][result["has_bos"] :]
+    longest = max(cell_len(visible(position["token"])) for position in positions)
     table.add_column("token", style="bold", no_wrap=True, min_width=min(longest, 16))
     for rank in ("strongest feature", "second"):
         table.add_column(rank, ratio=1, no_wrap=True)
         table.add_column("", no_wrap=True, min_width=7 + BAR)
-    values = [f["activation_value"] for p in result["positions"] for f in p["top_features"]]
+    values = [f["activation_value"] for p in positions for f in p["top_features"]]
     most = max(values, default=1.0) or 1.0
-    for position in result["positions"]:
+    for position in positions:
         cells = [_feature_cells(feature, most) for feature in position["top_features"]]
         table.add_row(Text(visible(position["token"])), *(cell for pair in cells for cell in pair))
     return Group(_heading("What the model sees in each token", f"source {result['source']}"), table)
@@ -86,8 +87,6 @@ def top_features(result: dict[str, Any]) -> Group:
 def _feature_cells(feature: dict[str, Any], most: float) -> tuple[Text, Text]:
     """`1234 label`, and how strongly it fires."""
     value = feature["activation_value"]
-    if value <= 0:
-        return Text("-", style="dim"), Text("")
     filled = round(BAR * value / most)
     bar = Text("█" * filled, style=colour(value / most)) + Text("░" * (BAR - filled), style="dim")
     name = Text.assemble((f"{feature['feature_index']:>4} ", "dim"), feature["label"] or "no label")
@@ -99,7 +98,8 @@ def heat_strip(result: dict[str, Any]) -> Group:
     feature = result["features"][0]
     title = f"{feature['label'] or 'no label'} · {feature['source']} #{feature['index']}"
     peak = f"peak {feature['max_value']:.1f} on {visible(result['tokens'][feature['max_value_index']])!r}"
-    strip = Strip(result["tokens"], feature["values"])
+    written = slice(int(result["has_bos"]), None)  # without the token that nobody wrote
+    strip = Strip(result["tokens"][written], feature["values"][written])
     return Group(_heading("One feature over the sentence", f"{title}, {peak}"), strip, Text(""))
 
 

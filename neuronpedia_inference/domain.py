@@ -145,6 +145,18 @@ class RankedFeatures:
     dfa: Mapping[int, Dfa] = field(default_factory=dict)
     """By row, where the source has attributions."""
 
+    @classmethod
+    def none(cls, n_positions: int) -> RankedFeatures:
+        """No feature, of a prompt of so many tokens."""
+        empty = np.empty(0, dtype=np.int64)
+        return cls((), empty, empty, np.empty((0, n_positions)), empty, empty)
+
+    @property
+    def firing(self) -> Numbers:
+        """Rows of features above zero somewhere; what is no finite number is nothing to leave out."""
+        is_finite = np.isfinite(self.values).all(axis=1)
+        return np.flatnonzero((self.values > 0).any(axis=1) | ~is_finite)
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -290,6 +302,7 @@ class Written:
     """What one row has gained since the last time."""
 
     text: str = ""
+    """Without the token that stops a row."""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = field(default=())
     finish_reason: str | None = None
@@ -298,3 +311,5 @@ class Written:
     """`token_ids` as strings."""
     numbers: Numbers | None = field(default=None, compare=False)
     """[pos, n]: what was read at the positions of the text that have become known, from the prompt's first on."""
+    ending: str = ""
+    """The token that stops a row, as text: wire answers end in it (contract 3.5), our own do not."""

@@ -153,7 +153,8 @@ EXPLAINED: dict[str, Explained] = {
     "engine_failed": Explained(
         "A fault on our side while the model ran, or a result with numbers that JSON cannot say (NaN, infinity).",
         "The model produced a number that is not finite, so there is no answer",
-        "Look for the request id in the server's log. With steering, a smaller strength may help.",
+        "Look for the request id in the server's log. With steering, a smaller strength may help; where float16 "
+        "overflows, another `MODEL_DTYPE`.",
     ),
     "internal": Explained(
         "A fault on our side that was not foreseen. The answer shows nothing of it.",
@@ -296,6 +297,10 @@ CONVENTIONS = f"""\
   /v1/capabilities` what is served and within which limits, `GET /metrics` how busy it is. `POST /initialize` is
   refused with 409."""
 
+SETTINGS = """\
+Read from the environment and from `.env`, once, at the start. Variables that are nearly settings are told there, with
+the near name."""
+
 METRICS = f"""\
 `GET /metrics` gives them in Prometheus' text format, for one process and since its start. Load is nobody's business
 but yours, so the path asks for the secret like any other: Prometheus sends it with `http_headers` in the scrape
@@ -315,7 +320,7 @@ def reference() -> str:
         f"## HTTP\n\n{CONVENTIONS}",
         f"## Requests\n\nFields of nested objects are written `outer.inner`; {MORE_OPENAPI}.",
         *(_request_section(operation) for operation in OPERATIONS),
-        f"## Settings\n\nRead from the environment and from `.env`, once, at the start.\n\n{settings_table()}",
+        f"## Settings\n\n{SETTINGS}\n\n{settings_table()}",
         f"## What ends a start\n\n{starts(table)}",
         f"## SAEs\n\n{saes(table)}",
         f"## Errors\n\n{errors_table()}",

@@ -191,8 +191,9 @@ class _Asked:
         prompt, steer = self._prompts[1], await self._steer(METHODS[0])
         (row,) = await _whole(self._generate(prompt, [_plan(steer)], stream=True))
         await self._compare(worst, prompt, steer, row)
-        if row.text != self._runtime.decode(row.token_ids):
-            return Check("streamed", math.inf, self.bound, f"the text {row.text!r} is not that of its tokens")
+        text = row.text + row.ending
+        if text != self._runtime.decode(row.token_ids):
+            return Check("streamed", math.inf, self.bound, f"the text {text!r} is not that of its tokens")
         return worst.check("streamed", self.bound)
 
     # Inside
@@ -299,6 +300,7 @@ async def _whole(events: AsyncIterator[tuple[Written, ...]]) -> list[Written]:
             "".join(new.text for new in row),
             tuple(token for new in row for token in new.token_ids),
             tuple(logprob for new in row for logprob in new.logprobs),
+            ending="".join(new.ending for new in row),
         )
         for row in rows
     ]

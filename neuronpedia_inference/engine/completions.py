@@ -24,6 +24,7 @@ class _News:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     numbers: list[Numbers] = field(default_factory=list)
+    ending: str = ""
 
     def written(self) -> Written:
         return Written(
@@ -33,6 +34,7 @@ class _News:
             self.finish_reason,
             tuple(self.tokens),
             np.concatenate(self.numbers) if self.numbers else None,
+            self.ending,
         )
 
 
@@ -56,15 +58,23 @@ class Completions:
         if step.token_id != NO_TOKEN:
             news.ids.append(step.token_id)
             news.tokens.append(self._codec.token_string(step.token_id))
-            news.texts.append(stream.push(step.token_id))
-            if step.finish_reason is not None:
-                news.texts.append(stream.rest())
+            self._say(step, stream, news)
         if step.numbers is not None:
             news.numbers.append(step.numbers)
         if step.ends:
             news.finish_reason = step.finish_reason
         if step.logprob is not None:
             news.logprobs.append(self._logprob(step, step.logprob))
+
+    def _say(self, step: RowStep, stream: TextStream, news: _News) -> None:
+        """The token that stops a row is told apart from its text."""
+        if step.finish_reason == "stop":
+            news.texts.append(stream.rest())
+            news.ending = stream.push(step.token_id) + stream.rest()
+            return
+        news.texts.append(stream.push(step.token_id))
+        if step.finish_reason is not None:
+            news.texts.append(stream.rest())
 
     def _logprob(self, step: RowStep, logprob: float) -> TokenLogprob:
         name = self._codec.token_string

@@ -63,8 +63,9 @@ def trial_failure(what: str, trial: Callable[[], object]) -> Exception | None:
 
 
 def in_short(failure: BaseException) -> str:
-    """Its kind and its first line, for a reason or a line of the log."""
-    return f"{type(failure).__name__}: {str(failure).partition(chr(10))[0][:100]}"
+    """Its first line, for a reason or a line of the log; with its kind unless it is an error of our own."""
+    line = str(failure).partition("\n")[0][:120]
+    return line if isinstance(failure, InferenceError) else f"{type(failure).__name__}: {line}"
 
 
 def let_go(failure: BaseException) -> None:

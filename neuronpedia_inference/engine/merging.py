@@ -16,10 +16,10 @@ from neuronpedia_inference.engine.agreement import logits_agree, overflow
 from neuronpedia_inference.engine.cache import SLIDING, MaskForm, windows
 from neuronpedia_inference.engine.decoder import Decoder
 from neuronpedia_inference.engine.faults import in_short, trial_failure
-from neuronpedia_inference.engine.generation import Lane
+from neuronpedia_inference.engine.generation import Lane, NewRows
 from neuronpedia_inference.engine.points import RESID_POST, Point
 from neuronpedia_inference.engine.prompts import CapturePass
-from neuronpedia_inference.engine.protocol import RowId, RowSpec, Steering
+from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep, Steering
 from neuronpedia_inference.engine.static import Record
 from neuronpedia_inference.steering.plan import SteerMethod
 
@@ -43,7 +43,11 @@ def why_not_merge(decoder: Decoder, ids: Sequence[int], max_positions: int | Non
     decoder = replace(decoder, stop_ids=frozenset())
     rows = _rows(decoder, ids)
     with _short_windows(decoder):
-        alone = _steps_alone(decoder, rows)
+        found: list[Results] = []
+        failure = trial_failure("running rows alone", lambda: found.append(_steps_alone(decoder, rows)))
+        if failure is not None:
+            return "", f"rows of this model cannot be run, not even alone: {in_short(failure)}"
+        alone = found[0]
         for form in MaskForm:
             what = f"merging rows with {form} masks"
             merged = partial(_steps_merged, decoder, form, rows)
@@ -100,7 +104,7 @@ def _steps_alone(decoder: Decoder, rows: Sequence[RowSpec]) -> Results:
     results = []
     for row, fed in zip(rows, ((1, 2), (1, 2, 3), (2, 3)), strict=True):
         lane = Lane.alone(decoder)
-        lane.prefill([(RowId(0, 0), row)])
+        _begin(lane, [(RowId(0, 0), row)])
         results.append([lane.logits(torch.tensor([[token]]))[0] for token in fed])
     return results
 
@@ -112,16 +116,27 @@ def _steps_merged(decoder: Decoder, form: MaskForm, rows: Sequence[RowSpec], rec
 def _steps(lane: Lane, rows: Sequence[RowSpec]) -> Results:
     """Two rows begin, the third joins late and in pieces, then the first leaves. A step feeds all rows one token."""
     first, second, third = ((RowId(0, place), row) for place, row in enumerate(rows))
-    lane.prefill([first, second])
+    _begin(lane, [first, second])
     one = lane.logits(torch.full((2, 1), 1))
     joining = lane.begin([third])
     while not joining.is_done:
         joining.advance(_PIECE)
-    joining.join()
+    _all_went_on(joining.join())
     two = lane.logits(torch.full((3, 1), 2))
     lane.drop([first[0]])
     three = dict(zip(_settled(lane), lane.logits(torch.full((2, 1), 3)), strict=True))
     return [[one[0], two[0]], [one[1], two[1], three[second[0]]], [two[2], three[third[0]]]]
+
+
+def _begin(lane: Lane, rows: NewRows) -> None:
+    _all_went_on(lane.prefill(rows))
+
+
+def _all_went_on(steps: Sequence[RowStep]) -> None:
+    """Raises what ended a row, such as numbers that are not finite: there is nothing to compare then."""
+    for step in steps:
+        if step.error is not None:
+            raise step.error
 
 
 def _settled(lane: Lane) -> Sequence[RowId]:

@@ -9,7 +9,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from neuronpedia_inference.domain import ChatMessage, Tokens
-from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
+from neuronpedia_inference.engine.roles import roles_of
+from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, unknown_name
 
 BosRule = Literal["once", "natural", "prepend", "never"]
 """once: exactly one BOS, added unless the text begins with it. natural: what the tokenizer does by itself.
@@ -17,6 +18,8 @@ prepend: BOS in front without looking. never: none. A tokenizer that has no BOS 
 
 _WORD_START = "▁"
 _ANCHOR = "a"
+MOST_NAME = 80
+"""Characters of a name that nobody knows, in a message."""
 MOST_HELD = 16
 """Tokens that are held back at the most; a character has up to four bytes."""
 CHATML = (
@@ -107,7 +110,8 @@ class TextCodec:
     def render_chat(self, messages: Sequence[ChatMessage], *, limit: int) -> tuple[str, Tokens]:
         """The model's chat template with generation prompt, as text and tokens.
 
-        Raises InvalidRequest when there is no template or it refuses the messages, LimitExceeded when too long.
+        Raises InvalidRequest when there is no template, when it does not know a role or refuses the messages, and
+        LimitExceeded when they are too long.
         """
         if self._template is None:
             raise InvalidRequest(
@@ -115,7 +119,7 @@ class TextCodec:
                 "Use /v1/steer/completion with a raw `prompt` instead."
             )
         for message in messages:
-            check_text(message.role)
+            _check_role(message.role, self._template)
             check_text(message.content)
         if sum(len(m.content) for m in messages) > limit * self._longest_token:
             raise LimitExceeded(f"Text too long: the chat cannot fit, max is {limit} tokens. Shorten the messages.")
@@ -152,6 +156,16 @@ def _chosen(templates: object) -> tuple[str | None, str]:
         names = ", ".join(map(repr, templates))
         return templates.get(DEFAULT_TEMPLATE), f"This model's chat templates are {names}, none is {DEFAULT_TEMPLATE!r}"
     return (templates if isinstance(templates, str) else None) or None, "This model has no chat template"
+
+
+def _check_role(role: str, template: str) -> None:
+    """Raises InvalidRequest: rendered all the same, a word that the model has not learnt would look like an answer."""
+    known = roles_of(template)
+    if role not in known:
+        raise InvalidRequest(
+            f"{unknown_name('role', role[:MOST_NAME], known)} A chat with other roles can be sent as a text, the way "
+            "the model is to read it."
+        )
 
 
 class TextStream:

@@ -12,6 +12,7 @@ from neuronpedia_inference.domain import (
     Dfa,
     FeatureActivations,
     RankedFeature,
+    RankedFeatures,
     Ranking,
     Source,
     Tokens,
@@ -130,14 +131,14 @@ def _result(tokens: Tokens, found: FeatureActivations, start: int) -> Activation
             values=values,
             max_value=top,
             max_value_index=values.index(top),
-            **_dfa(found.dfa, start),
+            **dfa_fields(found.dfa, start),
         ),
         tokens=list(tokens.strings[start:]),
         tokens_is_special=list(tokens.is_special[start:]),
     )
 
 
-def _dfa(dfa: Dfa | None, start: int = 0) -> dict[str, Any]:
+def dfa_fields(dfa: Dfa | None, start: int = 0) -> dict[str, Any]:
     """Attribution from position `start` on, as the wire's three fields; the maximum is of what remains."""
     if dfa is None:
         return {}
@@ -150,6 +151,16 @@ def _dfa(dfa: Dfa | None, start: int = 0) -> dict[str, Any]:
 
 
 async def _all(request: RankingFields, prompts: Sequence[str], rt: Runtime) -> list[ActivationAllResponse]:
+    return [
+        ActivationAllResponse.model_construct(
+            activations=Rows(len(found), lambda row, found=found: _ranked(found[row])), tokens=list(tokens.strings)
+        )
+        for tokens, found in await rankings(request, prompts, rt)
+    ]
+
+
+async def rankings(request: RankingFields, prompts: Sequence[str], rt: Runtime) -> list[tuple[Tokens, RankedFeatures]]:
+    """Each prompt with its strongest features, values at full-prompt positions. Raises as `activation_all_batch`."""
     check_model(request.model, rt)
     sources = _selected(request, rt)
     batch = tokenize_prompts(rt, prompts, "once")
@@ -161,14 +172,8 @@ async def _all(request: RankingFields, prompts: Sequence[str], rt: Runtime) -> l
     )
     check_size(min(ranking.limit, sum(source.n_features for source in sources)), batch, "features", rt)
     if ranking.limit == 0:
-        return [ActivationAllResponse(activations=[], tokens=list(tokens.strings)) for tokens in batch]
-    ranked = await rt.ask(Strongest(batch, sources, ranking))
-    return [
-        ActivationAllResponse.model_construct(
-            activations=Rows(len(found), lambda row, found=found: _ranked(found[row])), tokens=list(tokens.strings)
-        )
-        for tokens, found in zip(batch, ranked, strict=True)
-    ]
+        return [(tokens, RankedFeatures.none(len(tokens))) for tokens in batch]
+    return list(zip(batch, await rt.ask(Strongest(batch, sources, ranking)), strict=True))
 
 
 def _selected(request: RankingFields, rt: Runtime) -> tuple[Source, ...]:
@@ -197,7 +202,7 @@ def _ranked(row: RankedFeature) -> ActivationAllFeature:
         max_value=row.max_value,
         max_value_index=row.max_value_index,
         sum_values=row.sum_values,
-        **_dfa(row.dfa),
+        **dfa_fields(row.dfa),
     )
 
 

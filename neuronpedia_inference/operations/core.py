@@ -20,8 +20,9 @@ from neuronpedia_inference.operations.activation import (
 )
 from neuronpedia_inference.operations.contrast import CONTRAST
 from neuronpedia_inference.operations.features import FEATURE, SEARCH
-from neuronpedia_inference.operations.friendly import ACTIVATIONS, STEER, TOP_K
+from neuronpedia_inference.operations.friendly import STEER
 from neuronpedia_inference.operations.operation import Events, Operation
+from neuronpedia_inference.operations.reading import ACTIVATIONS, TOP_K
 from neuronpedia_inference.operations.rendering import Spelling, json_pieces, plain_pieces
 from neuronpedia_inference.operations.steer import STEER_COMPLETION, STEER_COMPLETION_CHAT
 from neuronpedia_inference.operations.tokenize import TOKENIZE

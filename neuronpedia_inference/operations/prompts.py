@@ -1,11 +1,11 @@
-"""What is checked before anything is computed: model name, number of prompts, their length."""
+"""What is checked before anything is computed: model name, source, number of prompts, their length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from neuronpedia_inference.domain import Tokens
+from neuronpedia_inference.domain import Source, Tokens
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 
 if TYPE_CHECKING:
@@ -16,6 +16,21 @@ def check_model(model: str, rt: Runtime) -> None:
     """In strict mode only: refuses a model that is not the one served."""
     if rt.settings.strict_model and model not in rt.model.known_names:
         raise InvalidRequest(f"This server serves {rt.model.id!r}, not {model!r}")
+
+
+def choose_source(named: str | None, candidates: Sequence[Source]) -> str:
+    """The source named, or the only one there is. Raises InvalidRequest where there are others."""
+    if named is not None:
+        return named
+    if len(candidates) == 1:
+        return candidates[0].name
+    names = ", ".join(source.name for source in candidates[:12]) or "none"
+    raise InvalidRequest(f"source: name one, there is not exactly one to choose. Available: {names}")
+
+
+def counted_from(tokens: Tokens, *, ignore_bos: bool) -> int:
+    """The first position that counts: 1 behind a BOS token that is ignored, else 0."""
+    return 1 if ignore_bos and tokens.has_bos else 0
 
 
 def tokenize_prompts(

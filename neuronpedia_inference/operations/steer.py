@@ -85,13 +85,19 @@ class Chat:
         return [*self.messages, *([NPSteerChatMessage(role="assistant", content=content)] if content else [])]
 
 
-async def story_of(request: SteerCompletionRequest, rt: Runtime, *, stream: bool) -> Story:
-    """A row per requested type, in request order. Raises every 4xx before it returns."""
+async def story_of(request: SteerCompletionRequest, rt: Runtime, *, stream: bool, keeps_ending: bool = True) -> Story:
+    """A row per requested type, in request order. Raises every 4xx before it returns.
+
+    keeps_ending: whether texts end in the token that stopped them, as the wire's do.
+    """
     plan = await _checked_plan(request, rt)
-    return _generate(request, rt.tokenize(request.prompt, "once"), "", plan, rt, stream=stream)
+    rows = _rows(request, "", keeps_ending=keeps_ending)
+    return _generate(request, rt.tokenize(request.prompt, "once"), rows, plan, rt, stream=stream)
 
 
-async def chat_story_of(request: SteerCompletionChatRequest, rt: Runtime, *, stream: bool) -> tuple[Chat, Story]:
+async def chat_story_of(
+    request: SteerCompletionChatRequest, rt: Runtime, *, stream: bool, keeps_ending: bool = True
+) -> tuple[Chat, Story]:
     """As `story_of`, for the answers to a chat."""
     plan = await _checked_plan(request, rt, skip_special_tokens=not request.steer_special_tokens)
     messages = without_reasoning([ChatMessage(one.role, one.content) for one in request.prompt])
@@ -99,11 +105,23 @@ async def chat_story_of(request: SteerCompletionChatRequest, rt: Runtime, *, str
         raise InvalidRequest("At least one message with content is required")
     rendered, prompt = rt.render_chat(messages)
     chat = Chat(request.prompt, rt.decode(prompt.ids), open_reasoning(rendered))
-    return chat, _generate(request, prompt, chat.raw, plan, rt, stream=stream)
+    rows = _rows(request, chat.raw, keeps_ending=keeps_ending)
+    return chat, _generate(request, prompt, rows, plan, rt, stream=stream)
+
+
+def _rows(request: SteerFields, raw: str, *, keeps_ending: bool) -> list[Transcript]:
+    has_logprobs = bool(request.n_logprobs)
+    return [Transcript(raw, has_logprobs=has_logprobs, keeps_ending=keeps_ending) for _ in request.types]
 
 
 def _generate(
-    request: SteerFields, prompt: Tokens, raw: str, plan: SteerPlan | None, rt: Runtime, *, stream: bool
+    request: SteerFields,
+    prompt: Tokens,
+    rows: Sequence[Transcript],
+    plan: SteerPlan | None,
+    rt: Runtime,
+    *,
+    stream: bool,
 ) -> Story:
     if not prompt.ids:
         raise InvalidRequest("Prompt is empty")
@@ -115,7 +133,6 @@ def _generate(
         n_logprobs=request.n_logprobs or 0,
     )
     plans = [plan if kind == "STEERED" else None for kind in request.types]
-    rows = [Transcript(raw, has_logprobs=bool(request.n_logprobs)) for _ in plans]
     return Story(rt.generate(prompt, plans, sampling, stream=stream), rows)
 
 

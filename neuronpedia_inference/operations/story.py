@@ -70,16 +70,19 @@ class GrowingList(Generic[T]):
 class Transcript:
     """One row: its text, and what else is told of it."""
 
-    def __init__(self, prompt: str, *, has_logprobs: bool) -> None:
+    def __init__(self, prompt: str, *, has_logprobs: bool, keeps_ending: bool = True) -> None:
+        """keeps_ending: whether the text ends in the token that stopped it."""
         self.text = GrowingText()
         self.raw = GrowingText(prompt)
         """Prompt and text."""
         self.logprobs = GrowingList(logprob_reply) if has_logprobs else None
         self.finish_reason: str | None = None
+        self._keeps_ending = keeps_ending
 
     def add(self, written: Written) -> None:
-        self.text.add(written.text)
-        self.raw.add(written.text)
+        text = written.text + written.ending if self._keeps_ending else written.text
+        self.text.add(text)
+        self.raw.add(text)
         if self.logprobs is not None:
             self.logprobs.add(written.logprobs)
         self.finish_reason = written.finish_reason or self.finish_reason

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from neuronpedia_inference.domain import Tokens, TopFeatures
 from neuronpedia_inference.errors import LimitExceeded
 from neuronpedia_inference.operations.operation import Operation
-from neuronpedia_inference.operations.prompts import check_model, check_size, tokenize_prompts
+from neuronpedia_inference.operations.prompts import check_model, check_size, counted_from, tokenize_prompts
 from neuronpedia_inference.operations.rendering import Rows
 from neuronpedia_inference.questions import TopPerToken
 from neuronpedia_inference.schemas.activation import (
@@ -40,14 +40,18 @@ async def activation_topk_by_token_batch(
 
 
 async def _top_k(request: TopkFields, prompts: Sequence[str], rt: Runtime) -> list[ActivationTopkByTokenResponse]:
+    found = await tops(request, prompts, rt)
+    return [_result(tokens, top, counted_from(tokens, ignore_bos=request.ignore_bos)) for tokens, top in found]
+
+
+async def tops(request: TopkFields, prompts: Sequence[str], rt: Runtime) -> list[tuple[Tokens, TopFeatures]]:
+    """Each prompt with the strongest features of all its tokens. Raises as `activation_topk_by_token_batch`."""
     check_model(request.model, rt)
     source = rt.shelf.source(request.source)
     batch = tokenize_prompts(rt, prompts, "once")
     k = min(DEFAULT_TOP_K if request.top_k is None else _checked(request.top_k, rt), source.n_features)
     check_size(k, batch, "features", rt)
-    found = await rt.ask(TopPerToken(batch, source, k))
-    start = 1 if request.ignore_bos and batch[0].has_bos else 0
-    return [_result(tokens, top, start) for tokens, top in zip(batch, found, strict=True)]
+    return list(zip(batch, await rt.ask(TopPerToken(batch, source, k)), strict=True))
 
 
 def _checked(top_k: int, rt: Runtime) -> int:

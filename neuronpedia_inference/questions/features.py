@@ -46,7 +46,7 @@ class OneFeature:
     source: Source
     index: int
     dfa_from: int = 0
-    """First position that direct feature attribution may explain."""
+    """First position that direct feature attribution may explain; a prompt that ends before has none."""
 
     @property
     def points(self) -> set[Point]:
@@ -58,7 +58,7 @@ class OneFeature:
 
     def check(self, places: Places, vocab_size: int) -> None:
         check_index(self.source, self.index)
-        check_prompts(self.prompts, vocab_size, at_least=self.dfa_from + 1)
+        check_prompts(self.prompts, vocab_size)
 
     def reduce(self, captured: Sequence[Captured], weights: Weights) -> Steps[list[FeatureActivations]]:
         is_read_alone = self.source.is_read_by_column and not self.source.is_neurons
@@ -70,7 +70,7 @@ class OneFeature:
 
         values = reduce.feature_values(reader, seen[_point(self.source)], self.index)
         yield None
-        if not self.source.has_dfa:
+        if not self.source.has_dfa or len(values) <= self.dfa_from:
             return FeatureActivations(values)
         target = self.dfa_from + int(values[self.dfa_from :].argmax())
         return FeatureActivations(values, _dfa(reader, seen, self.index, target))

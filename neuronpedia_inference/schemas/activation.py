@@ -34,6 +34,11 @@ _TEXT = "The cat sat on the mat."
 _TEXTS = ["The cat sat on the mat.", "The court heard the case."]
 
 TokenStrings = Annotated[list[str], Field(description="The prompt's tokens as text.")]
+AllTokens = Annotated[list[str], Field(description="All tokens of the prompt as text; positions are places in it.")]
+HasBos = Annotated[bool, Field(description="Whether the first of `tokens` is the BOS token.")]
+OursPrompt = Annotated[
+    str | Annotated[Many[str], AtMostABatch], Field(description="A text, or 1 to 4 texts; none may be empty.")
+]
 
 
 class FeatureOrVector(Wire):
@@ -279,25 +284,23 @@ class ActivationSourceResponse(Reply):
 
 
 class ActivationsRequest(Ours):
-    """Features on one prompt or several: the strongest ones, or with `index` a single one.
+    """Features on one prompt or several: the strongest of those that fire, or with `index` a single one.
 
-    Without `index` this is `activation/all`, with it `activation/single`.
+    The numbers are those of `activation/all` and `activation/single`; positions count all tokens, BOS included.
     """
 
-    prompt: str | Annotated[Many[str], AtMostABatch] = Field(description="A text, or 1 to 4 texts.")
+    prompt: OursPrompt
     source: SourceName | None = Field(
         default=None, description="Source to look at; may be left out where the choice is clear."
     )
     source_set: SourceSetName | None = Field(
         default=None, description="Source set to look at; may be left out when only one is loaded."
     )
-    index: int | None = Field(default=None, description="Show this feature only.")
+    index: int | None = Field(default=None, description="Show this feature only, also where it does not fire.")
     num_results: Annotated[int, Field(ge=0)] | None = Field(
         default=25, description="Features returned at most; null means 25. More than MAX_RESULTS are refused."
     )
-    ignore_bos: bool = Field(
-        default=True, description="Count activations on a leading BOS token as zero; must be true with `index`."
-    )
+    ignore_bos: bool = Field(default=True, description="Count activations on a leading BOS token as zero.")
     reproducible: Reproducible = False
     model: MaybeModelName = None
 
@@ -310,16 +313,19 @@ class ActivationsRequest(Ours):
 
 
 class LabelledFeature(ActivationValues, FeatureId):
-    """A feature that fires, with its label where one is known."""
+    """A feature, with its label where one is known."""
 
     label: str | None = Field(default=None, description="What the feature stands for; null if unknown.")
 
 
 class ActivationsResult(Reply):
-    """Features on one prompt. With `index` a leading BOS token is left out of `tokens` and `values`."""
+    """Features on one prompt."""
 
-    tokens: TokenStrings
-    features: list[LabelledFeature] = Field(description="Strongest first; exactly one with `index`.")
+    tokens: AllTokens
+    has_bos: HasBos
+    features: list[LabelledFeature] = Field(
+        description="Those that fire, strongest first; with `index` exactly one, of zeros if it does not fire."
+    )
 
 
 class ActivationsResponse(Reply):
@@ -331,12 +337,12 @@ class ActivationsResponse(Reply):
 class TopKRequest(Ours):
     """The strongest features at each token of one prompt or several."""
 
-    prompt: str | Annotated[Many[str], AtMostABatch] = Field(description="A text, or 1 to 4 texts.")
+    prompt: OursPrompt
     source: SourceName | None = Field(
         default=None, description="Source to look at; may be left out when only one is loaded."
     )
     top_k: TopK = 5
-    ignore_bos: bool = Field(default=True, description="Leave a leading BOS token out of the answer.")
+    ignore_bos: bool = Field(default=True, description="List no features at a leading BOS token.")
     reproducible: Reproducible = False
     model: MaybeModelName = None
 
@@ -352,15 +358,18 @@ class LabelledTopFeature(ActivationTopkByTokenFeature):
 class LabelledToken(TokenFields):
     """A token and its strongest features."""
 
-    top_features: list[LabelledTopFeature] = Field(description="Strongest first; zeros included.")
+    top_features: list[LabelledTopFeature] = Field(
+        description="Those that fire, strongest first; none at a BOS token that is ignored."
+    )
 
 
 class TopKResult(Reply):
     """The strongest features of every token of one prompt."""
 
     source: SourceName
-    tokens: TokenStrings
-    positions: list[LabelledToken] = Field(description="One entry per token of `tokens`.")
+    tokens: AllTokens
+    has_bos: HasBos
+    positions: list[LabelledToken] = Field(description="One entry per token of `tokens`, in their order.")
 
 
 class TopKResponse(Reply):

@@ -248,7 +248,7 @@ class SteerRequest(Ours):
     """
 
     prompt: str | Annotated[Many[NPSteerChatMessage], AtMostMessages] = Field(
-        description="A text, or the messages of a chat."
+        description="A text, which may not be empty, or the messages of a chat."
     )
     features: Annotated[Many[SteerByFeature], AtMostSteers] | None = Field(
         default=None, description="Features to steer with, in order."
@@ -293,7 +293,7 @@ class SteerRequest(Ours):
 class SteerText(Reply):
     """One generated text."""
 
-    text: str = Field(description="The generated text, without the prompt.")
+    text: str = Field(description="The generated text, without the prompt and without the token that ended it.")
     messages: list[NPSteerChatMessage] | None = Field(
         default=None, description="For a chat: its messages with the answer; null for a text."
     )

@@ -317,13 +317,13 @@ def test_want_of_a_host_s_memory_is_known_by_what_torch_says() -> None:
 
 def test_a_float16_overflow_without_steering_is_never_blamed_on_the_strength() -> None:
     """Logits beyond 65504, of weights that float32 can multiply: the row without steering says so for both."""
-    built = copy.deepcopy(models.model(FAMILY))
+    built: Any = copy.deepcopy(models.model(FAMILY))
     head: Any = built.get_output_embeddings()
     head.weight.mul_(30_000 / head.weight.abs().max())
     steered, plain = rows()[0], RowSpec(rows()[0].prompt_ids, rows()[0].sampling)
     said = {}
     for dtype in (torch.float32, torch.float16):
-        served = ModelEngine(built.to(dtype), model_id="wide", name="wide", stop_ids=())
+        served = ModelEngine(built.to(dtype=dtype), model_id="wide", name="wide", stop_ids=())
         overflows = dtype == torch.float16
         assert ("float16 overflows" in served.unmerged_because) == overflows, "the probe says so too"
         with running(served) as worker:

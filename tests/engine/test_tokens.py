@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from functools import cache
 from typing import Literal
 
@@ -12,7 +14,10 @@ from tokenizers import Tokenizer, decoders, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from neuronpedia_inference.domain import ChatMessage
+from neuronpedia_inference.domain import ChatMessage, Written
+from neuronpedia_inference.engine.completions import Completions
+from neuronpedia_inference.engine.protocol import RowId, RowStep
+from neuronpedia_inference.engine.roles import COMMON
 from neuronpedia_inference.engine.tokens import MOST_HELD, TextCodec, TextStream
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from tests import models
@@ -139,6 +144,24 @@ def test_a_run_of_broken_bytes_is_not_held_back_for_ever() -> None:
     assert max(map(len, said)) == MOST_HELD
 
 
+@pytest.mark.parametrize("cut", [b"", "€".encode()[:2]])
+def test_the_token_that_stops_a_row_is_told_apart_from_its_text(cut: bytes) -> None:
+    """Also where a character was left half written before it; a row cut off by its length has no such token."""
+    ids = [260, *(4 + byte for byte in "é".encode() + cut), 0]
+    said = "aé" + "\ufffd" * len(cut)
+
+    def written(reason: str) -> Written:
+        completions = Completions(FALLBACK, 1)
+        steps = [RowStep(RowId(1, 0), i) for i in ids]
+        steps[-1] = replace(steps[-1], finish_reason=reason)
+        (row,) = asyncio.run(completions.written(steps))
+        assert row.token_ids == tuple(ids)
+        return row
+
+    assert (written("stop").text, written("stop").ending) == (said, "<s>")
+    assert (written("length").text, written("length").ending) == (said + "<s>", "")
+
+
 def _ids_of(source: TextCodec, word: str) -> list[int]:
     known = source._tokenizer.get_vocab()
     return [known[word]] if word in known else [4 + byte for byte in word.encode()]
@@ -172,6 +195,34 @@ def test_a_template_that_refuses_is_the_callers_mistake() -> None:
     picky = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InvalidRequest, match="roles must alternate"):
         codec("plain", picky).render_chat([ChatMessage("user", "hi")], limit=50)
+
+
+CHATML_LIKE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+KNOWS_MORE = (
+    "{% for m in messages %}{% set role = m.role %}{% if role in ['available_tools', 'tool'] %}T{% endif %}"
+    "{% if (m['role'] == 'ipython') != (loop.index0 % 2 == 0) %}I{% endif %}"
+    "{% if m.content == 'wizard' %}{% continue %}{% endif %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "role", "is_known"),
+    [
+        *((template, role, True) for template in (CHATML_LIKE, KNOWS_MORE) for role in COMMON),
+        *((template, role, False) for template in (CHATML_LIKE, KNOWS_MORE) for role in ("wizard", "", "User", "role")),
+        *((KNOWS_MORE, role, True) for role in ("available_tools", "ipython")),
+        *((CHATML_LIKE, role, False) for role in ("available_tools", "ipython")),
+    ],
+)
+def test_a_role_that_the_template_does_not_know_is_refused(template: str, role: str, is_known: bool) -> None:
+    """A template that renders any word would have the model read one that it knows nothing of."""
+    messages = [ChatMessage("user", "hi"), ChatMessage(role, "ho")]
+    if is_known:
+        assert "ho" in codec("plain", template).render_chat(messages, limit=99)[0]
+        return
+    with pytest.raises(InvalidRequest, match=f"Unknown role '{role}'.* Available: assistant, .*sent as a text"):
+        codec("plain", template).render_chat(messages, limit=99)
 
 
 @pytest.mark.parametrize(

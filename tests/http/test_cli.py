@@ -330,14 +330,23 @@ def test_the_demo_is_in_colour_on_a_terminal(runtime: Runtime, monkeypatch: pyte
     assert "38;2;" not in shown(runtime, force_terminal=True, color_system="truecolor")
 
 
+def test_a_variable_that_is_nearly_a_setting_is_told_and_the_command_goes_on() -> None:
+    env = surroundings(TOKEN_LIMT="7")
+    ran = subprocess.run([*COMMAND, "sae", SOURCE, "--json"], env=env, capture_output=True, text=True, check=True)
+    assert ran.stderr.splitlines() == ["neuronpedia-inference: TOKEN_LIMT is ignored: did you mean TOKEN_LIMIT?"]
+    assert json.loads(ran.stdout)
+
+
 def test_a_strip_wraps_and_shows_every_token() -> None:
     tokens = ["<s>", "\n", " a\tb", *[f" word{n}" for n in range(40)]]
     feature = {"label": None, "source": SOURCE, "index": 1, "values": [0.0] * 42 + [3.0]}
-    result = {"tokens": tokens, "features": [feature | {"max_value": 3.0, "max_value_index": 42}]}
+    peak = {"max_value": 3.0, "max_value_index": 42}
+    result = {"tokens": tokens, "has_bos": True, "features": [feature | peak]}
     page = Console(file=io.StringIO(), width=60)
     page.print(demo.heat_strip(result))
     text = page.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert all(f"word{n}" in text for n in range(40))
     assert "⏎" in text
     assert "█" in text
+    assert "<s>" not in text, "what nobody wrote"
     assert max(len(line) for line in text.splitlines()) <= 60

@@ -31,6 +31,7 @@ from served import (
 from neuronpedia_inference.errors import EngineFailed, NotReady
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.web.body import BODIES_AT_ONCE
+from neuronpedia_inference.web.connections import MAX_FRAMING
 from tests.documented import documented_errors
 
 SINGLE = {"prompt": TEXT, "model": MODEL, "source": SOURCE, "index": "5"}
@@ -127,7 +128,7 @@ WAYS: dict[str, Callable[[Here], httpx.Response]] = {
     "conflict": lambda here: here.asked("/initialize"),
     "body_too_large": lambda here: here.asked(padding=[[]] * 20_001),
     "invalid_body": lambda here: here.asked(prompt=5),
-    "head_too_large": lambda here: sent(here.server, b"GET /health HTTP/1.1\r\nX-Long: " + b"y" * 70_000 + b"\r\n\r\n"),
+    "head_too_large": lambda here: sent(here.server, HEAD + b"X-Long: " + b"y" * 2 * MAX_FRAMING + b"\r\n\r\n"),
     "engine_failed": lambda here: here.failing(EngineFailed("The model gave a value that is not finite")),
     "internal": lambda here: here.failing(ZeroDivisionError("nobody should read this")),
     "not_ready": not_ready,

@@ -223,7 +223,7 @@ class FakeRuntime:
 
     def _feature(self, tokens: Tokens, source: Source, index: int, dfa_from: int) -> FeatureActivations:
         values = self.column(tokens, index)
-        if not source.has_dfa:
+        if not source.has_dfa or len(values) <= dfa_from:
             return FeatureActivations(np.array(values))
         target = max(range(dfa_from, len(values)), key=lambda place: (values[place], -place))
         shares = [50.0 if place == 0 else place / 10 for place in range(len(values))]
@@ -328,6 +328,7 @@ def _at_once(steps: Sequence[tuple[Written, ...]]) -> tuple[Written, ...]:
             tuple(i for one in row for i in one.token_ids),
             tuple(p for one in row for p in one.logprobs),
             row[-1].finish_reason,
+            ending="".join(one.ending for one in row),
         )
         for row in zip(*steps, strict=True)
     )

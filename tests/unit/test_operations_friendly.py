@@ -21,7 +21,8 @@ def test_activations_need_no_more_than_a_prompt():
     answer = ask("activations", {"prompt": "one two"}, runtime)
     assert runtime.called("ranked_features") == ([s.name for s in RES], Ranking(limit=25, ignore_first=True))
     [result] = answer["results"]
-    assert result["tokens"] == ["<s>", "one", " two"]
+    assert (result["tokens"], result["has_bos"]) == (["<s>", "one", " two"], True)
+    assert result["features"]
     for feature in result["features"]:
         assert feature["label"] == runtime.label(feature["source"], feature["index"])
         assert len(feature["values"]) == 3
@@ -45,14 +46,65 @@ def test_a_list_of_prompts_gives_a_result_for_each():
     assert both == alone
 
 
-def test_an_index_shows_one_feature():
+@pytest.mark.parametrize("has_bos", [True, False])
+@pytest.mark.parametrize("ignore_bos", [True, False])
+@pytest.mark.parametrize("source", ["3-att", "1-res", "1"])
+def test_an_index_shows_one_feature_just_as_the_ranking_does(source: str, ignore_bos: bool, has_bos: bool):
+    """One coordinate system: the same feature at the same positions of the same tokens, BOS among them."""
+    runtime = FakeRuntime(has_bos=has_bos)
+    body = {"prompt": "one two three", "source": source, "ignore_bos": ignore_bos}
+    [ranked] = ask("activations", body, runtime)["results"]
+    assert ranked["tokens"] == [*["<s>"] * has_bos, "one", " two", " three"]
+    assert ranked["has_bos"] is has_bos
+    assert len(ranked["features"]) >= 3
+    for feature in ranked["features"]:
+        [alone] = ask("activations", {**body, "index": feature["index"]}, runtime)["results"]
+        [found] = alone["features"]
+        assert {**alone, "features": None} == {**ranked, "features": None}
+        shared = {key: value for key, value in feature.items() if not key.startswith("dfa")}
+        assert {key: found[key] for key in shared} == shared
+        assert found["values"][found["max_value_index"]] == found["max_value"]
+        assert (found["values"][0] == 0.0) is (has_bos and ignore_bos) or not has_bos
+
+
+def test_what_does_not_fire_is_left_out_unless_it_is_asked_for_by_its_index():
+    """At a token alone (position 1 behind BOS) the formula is zero for feature 1 only."""
     runtime = FakeRuntime(sources=ONE_SOURCE)
-    answer = ask("activations", {"prompt": "one two", "index": 2}, runtime)
-    [result] = answer["results"]
-    [feature] = result["features"]
-    assert result["tokens"] == ["one", " two"]
-    assert (feature["source"], feature["index"], feature["label"]) == ("3-att", 2, "3-att means 2")
-    assert len(feature["values"]) == len(feature["dfa_values"]) == 2
+    [ranked] = ask("activations", {"prompt": "one"}, runtime)["results"]
+    assert sorted(feature["index"] for feature in ranked["features"]) == [0, 2, 3, 4, 5]
+    [alone] = ask("activations", {"prompt": "one", "index": 1}, runtime)["results"]
+    [feature] = alone["features"]
+    assert (feature["values"], feature["max_value"], feature["max_value_index"]) == ([0.0, 0.0], 0.0, 0)
+    assert (feature["dfa_values"], feature["dfa_target_index"]) == (None, None)
+    [per_token] = ask("top_k", {"prompt": "one", "top_k": 6}, runtime)["results"]
+    assert sorted(one["feature_index"] for one in per_token["positions"][1]["top_features"]) == [0, 2, 3, 4, 5]
+    nothing = ask("activations", {"prompt": "one"}, FakeRuntime(sources=ONE_SOURCE, value=0.0))
+    assert nothing["results"][0]["features"] == []
+
+
+@pytest.mark.parametrize("name", ["activations", "top_k", "steer"])
+@pytest.mark.parametrize("has_bos", [True, False])
+def test_an_empty_text_is_refused(name: str, has_bos: bool):
+    runtime = FakeRuntime(sources=ONE_SOURCE, has_bos=has_bos)
+    fields: dict[str, Any] = {"steer": {"features": []}}.get(name, {})
+    with pytest.raises(InvalidRequest, match="prompt: the text is empty, .* Send at least one character"):
+        ask(name, {"prompt": "", **fields}, runtime)
+    assert ask(name, {"prompt": " ", **fields}, runtime)
+    if name != "steer":
+        with pytest.raises(InvalidRequest, match="prompt: text 2 of 3 is empty"):
+            ask(name, {"prompt": ["one", "", "two"]}, runtime)
+
+
+def test_a_text_that_is_only_bos_has_a_token_at_which_nothing_counts():
+    runtime = FakeRuntime(sources=ONE_SOURCE)
+    for body in ({}, {"index": 2}):
+        [result] = ask("activations", {"prompt": "<s>", **body}, runtime)["results"]
+        assert (result["tokens"], result["has_bos"]) == (["<s>"], True)
+        assert [feature["values"] for feature in result["features"]] == ([[0.0]] if body else [])
+    [position] = ask("top_k", {"prompt": "<s>"}, runtime)["results"][0]["positions"]
+    assert (position["token"], position["top_features"]) == ("<s>", [])
+    [counted] = ask("activations", {"prompt": "<s>", "index": 2, "ignore_bos": False}, runtime)["results"]
+    assert counted["features"][0]["max_value"] > 0
 
 
 @pytest.mark.parametrize(
@@ -100,21 +152,18 @@ def test_an_open_choice_of_nothing_says_so():
         ask("top_k", {"prompt": "one"}, FakeRuntime(sources=()))
 
 
-def test_one_feature_with_bos_is_refused():
-    with pytest.raises(InvalidRequest, match="ignore_bos"):
-        ask("activations", {"prompt": "one", "source": "1-res", "index": 1, "ignore_bos": False})
-
-
+@pytest.mark.parametrize("ignore_bos", [True, False])
 @pytest.mark.parametrize("prompt", ["one two", ["one two", "three"]])
-def test_top_k_labels_features(prompt: str | list[str]):
+def test_top_k_labels_features_at_places_of_its_own_tokens(prompt: str | list[str], ignore_bos: bool):
     runtime = FakeRuntime(sources=ONE_SOURCE)
-    answer = ask("top_k", {"prompt": prompt, "top_k": 2}, runtime)
+    answer = ask("top_k", {"prompt": prompt, "top_k": 2, "ignore_bos": ignore_bos}, runtime)
     assert len(answer["results"]) == (1 if isinstance(prompt, str) else 2)
     result = answer["results"][0]
-    assert (result["source"], result["tokens"]) == ("3-att", ["one", " two"])
-    assert [row["token_position"] for row in result["positions"]] == [1, 2]
-    for row in result["positions"]:
-        assert len(row["top_features"]) == 2
+    assert (result["source"], result["has_bos"], result["tokens"]) == ("3-att", True, ["<s>", "one", " two"])
+    assert [row["token_position"] for row in result["positions"]] == [0, 1, 2]
+    assert [row["token"] for row in result["positions"]] == result["tokens"]
+    for place, row in enumerate(result["positions"]):
+        assert len(row["top_features"]) == (0 if place == 0 and ignore_bos else 2)
         for one in row["top_features"]:
             assert one["label"] == runtime.label("3-att", one["feature_index"])
 

@@ -286,6 +286,34 @@ def told(*tokens: str) -> list[tuple[Written, ...]]:
     return steps
 
 
+def test_the_token_that_stops_a_text_ends_the_wire_s_and_not_our_own():
+    """Contract 3.5 for the wire; nothing of it is in any event of ours, and all else is the same."""
+    steps = [(Written("a", (1,)),), (Written("b", (2,), (), "stop", ending="<|im_end|>"),)]
+    for stream in (False, True):
+        shown: dict[str, Any] = {}
+        bodies: dict[str, dict[str, Any]] = {
+            "steer_completion": completion(types=["STEERED"]),
+            "steer_completion_chat": chat(types=["STEERED"]),
+            "steer": {"prompt": "one", "features": [], "compare": False},
+            "steer of a chat": {"prompt": [HELLO], "features": [], "compare": False},
+            "deltas": {"prompt": "one", "features": [], "compare": False, "deltas": True, "stream": True},
+        }
+        for name, body in bodies.items():
+            operation = name if name.startswith("steer_") else "steer"
+            if stream or name == "deltas":
+                shown[name] = events_of(operation, body, FakeRuntime(completions=steps))
+            else:
+                shown[name] = [ask(operation, body, FakeRuntime(completions=steps))]
+        assert shown["steer_completion"][-1]["outputs"][0]["output"] == "ab<|im_end|>"
+        assert shown["steer_completion_chat"][-1]["outputs"][0]["raw"].endswith("ab<|im_end|>")
+        for name in ("steer", "steer of a chat"):
+            assert shown[name][-1]["steered"]["text"] == "ab"
+            assert all("<|im_end|>" not in event["steered"]["text"] for event in shown[name])
+            assert shown[name][-1]["steered"]["finish_reason"] == "stop"
+        assert shown["steer of a chat"][-1]["steered"]["messages"][-1]["content"] == "ab"
+        assert [event["steered"]["text"] for event in shown["deltas"]] == ["a", "b"]
+
+
 DELTAS = {"prompt": [HELLO], "features": [], "n_logprobs": 2, "deltas": True, "stream": True}
 
 
