@@ -5,10 +5,13 @@ Importing this package imports neither torch nor transformers. The model's weigh
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+
+import numpy as np
 
 from neuronpedia_inference.annotations import SourceAnnotations
 
@@ -19,6 +22,7 @@ SOURCES = ("10-res-4k", "15-res-4k", "20-res-4k")
 _HERE = Path(__file__).resolve().parent
 SAES_DIR = _HERE / "saes"
 LABELS_DIR = _HERE / "labels"
+FEATURES_DIR = _HERE / "features"
 STEERING_EXAMPLES = _HERE / "steering_examples.json"
 
 
@@ -50,8 +54,20 @@ def labels(source: str) -> tuple[str, ...]:
 
 @cache
 def source_annotations(source: str) -> SourceAnnotations:
-    """What is known of the features of `source`: their labels."""
-    return SourceAnnotations.of_labels(labels(source))
+    """What is known of the features of `source`: labels, how often and how strongly they fire, and where.
+
+    Measured on the texts that MODEL_CARD.md lists, position 0 and attention sinks left out.
+    """
+    stored = json.loads((FEATURES_DIR / f"{_known(source)}.json").read_text(encoding="utf-8"))
+    density, maximum, mean = (np.array(stored[name], np.float64) for name in ("density", "max", "mean"))
+    return SourceAnnotations(labels(source), density, maximum, mean, read_contexts=partial(_contexts, source))
+
+
+def _contexts(source: str) -> dict[int, bytes]:
+    """From lines `{"index":12,"contexts":[...]}`, whose lists are kept as they are."""
+    with gzip.open(FEATURES_DIR / f"{source}.jsonl.gz") as lines:
+        parts = (line.strip()[len(b'{"index":') : -1].partition(b',"contexts":') for line in lines)
+        return {int(index): contexts for index, _, contexts in parts}
 
 
 @cache

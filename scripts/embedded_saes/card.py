@@ -1,4 +1,4 @@
-"""The model card, rendered from `metrics.json` and `steering_examples.json`."""
+"""The model card, rendered from `metrics.json`, `steering_examples.json` and `features/about.json`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from neuronpedia_inference import embedded
 
 from .chats import TOPICS
+from .contexts import HELD_OUT_OF, N_CONTEXTS
 from .sources import PACKAGE_SOURCES
 from .text import CHAT_LICENCE, CONTEXT, load
 
@@ -66,6 +67,10 @@ def render(metrics: dict[str, Any]) -> str:
     return TEMPLATE.read_text(encoding="utf-8").format(
         numbers=numbers_table(metrics["sources"]),
         data=data_table(metrics["data"]),
+        contexts=contexts_table(about_contexts()),
+        annotated_tokens=sum(row["tokens"] for row in about_contexts()),
+        n_contexts=N_CONTEXTS,
+        held_out_of=HELD_OUT_OF,
         train_tokens=sum(row["train_tokens"] for row in metrics["data"]),
         held_out_tokens=sum(row["held_out_tokens"] for row in metrics["data"]),
         steering=steering_section(),
@@ -88,6 +93,17 @@ def data_table(data: list[dict[str, Any]]) -> str:
     rows = [
         [r["title"], r["package"], r["licence"], f"{r['train_tokens']:,}", f"{r['held_out_tokens']:,}"] for r in data
     ]
+    return table(header, rows)
+
+
+def about_contexts() -> list[dict[str, Any]]:
+    """One row per kind of text that the annotations are from."""
+    return json.loads((embedded.FEATURES_DIR / "about.json").read_text(encoding="utf-8"))
+
+
+def contexts_table(about: list[dict[str, Any]]) -> str:
+    header = ["text", "package", "licence", "documents", "tokens"]
+    rows = [[r["title"], r["package"], r["licence"], f"{r['documents']:,}", f"{r['tokens']:,}"] for r in about]
     return table(header, rows)
 
 

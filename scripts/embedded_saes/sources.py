@@ -8,7 +8,7 @@ import json
 import random
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ textwrap threading timeit traceback typing unittest/case urllib/parse uuid weakr
 zipfile
 """
 PYTHON_MODULES = tuple(_PYTHON_MODULES.split())
+WORDNET_PARTS = ("noun", "verb", "adj", "adv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +58,14 @@ def wikipedia(packages: Path) -> list[Document]:
 def wordnet(packages: Path) -> list[Document]:
     """Entries with an example sentence, `words: meaning. "Example."`, 40 to a document in file order."""
     files = archives.deb_files(packages, "wordnet-base")
+    return wordnet_documents({part: files[f"usr/share/wordnet/data.{part}"] for part in WORDNET_PARTS})
+
+
+def wordnet_documents(files: Mapping[str, bytes]) -> list[Document]:
+    """As `wordnet`, from the contents of WordNet's `data.PART` files by part of speech."""
     documents: list[Document] = []
-    for part in ("noun", "verb", "adj", "adv"):
-        lines = files[f"usr/share/wordnet/data.{part}"].decode("latin-1").splitlines()
+    for part, data in files.items():
+        lines = data.decode("latin-1").splitlines()
         entries = [entry for line in lines if not line.startswith(" ") for entry in _wordnet_entry(line, part)]
         for start in range(0, len(entries), 40):
             documents.append(Document(f"{part}-{start}", "\n".join(entries[start : start + 40])))

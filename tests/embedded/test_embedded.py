@@ -186,3 +186,58 @@ def test_first_steering_example_is_reproduced(model: Any, tokenizer: Any, saes: 
     assert example.steered.startswith(steered)
     assert example.plain.startswith(plain)
     assert not example.steered.startswith(plain)
+
+
+@pytest.mark.parametrize("source", embedded.SOURCES)
+def test_annotations_agree_with_each_other(source: str) -> None:
+    known = embedded.source_annotations(source)
+    assert len(known) == 4096
+    fires = known.density > 0
+    assert fires.mean() > 0.99
+    assert (known.density[fires] < 1).all()
+    assert (known.mean[fires] <= known.maximum[fires]).all()
+    assert (known.maximum[~fires] == 0).all()
+    for index in range(0, 4096, 64):
+        contexts = known.contexts(index)
+        assert bool(contexts) == bool(fires[index])
+        peaks = [max(one.values) for one in contexts]
+        assert peaks == sorted(peaks, reverse=True)
+        assert not contexts or peaks[0] == pytest.approx(known.maximum[index], rel=5e-3)  # of three digits
+        assert all(len(one.tokens) == len(one.values) <= 16 and one.origin for one in contexts)
+
+
+@needs_weights
+@pytest.mark.parametrize("source", embedded.SOURCES)
+def test_features_fire_on_their_contexts(model: Any, tokenizer: Any, saes: dict[str, Any], source: str) -> None:
+    """Read again by Hugging Face and SAELens. The text before a context is missing, so not all can."""
+    again = 0
+    indices = range(5, 4096, 128)
+    for index in indices:
+        context = embedded.source_annotations(source).contexts(index)[0]
+        peak = max(range(len(context.values)), key=context.values.__getitem__)
+        ids = tokenizer("".join(context.tokens[: peak + 1]), add_special_tokens=False)["input_ids"]
+        with torch.inference_mode():
+            states = model(torch.tensor([[tokenizer.bos_token_id, *ids]]), output_hidden_states=True).hidden_states
+            again += float(saes[source].encode(states[_layer(source) + 1][0, -1])[index]) > 0
+    assert again >= 0.7 * len(indices), f"{again} of {len(indices)}"
+
+
+def test_the_card_names_every_text_of_the_contexts_with_its_licence() -> None:
+    card = (PACKAGE / "MODEL_CARD.md").read_text(encoding="utf-8")
+    about = json.loads((embedded.FEATURES_DIR / "about.json").read_text(encoding="utf-8"))
+    for row in about:
+        assert f"| {row['title']} | {row['package']} | {row['licence']} |" in card
+    notice = (embedded.FEATURES_DIR / "NOTICE.md").read_text(encoding="utf-8")
+    assert "WordNet 3.1 Copyright 2011 by Princeton University" in notice
+    assert "CC BY-SA 3.0" in notice
+    kinds = (
+        "Wikipedia, ",
+        "The World Factbook, ",
+        "WordNet 3.1, ",
+        "Python standard library, ",
+        "Python language reference, ",
+    )
+    assert len(kinds) == len(about)
+    for source in embedded.SOURCES:
+        known = embedded.source_annotations(source)
+        assert all(str(one.origin).startswith(kinds) for index in range(0, 4096, 16) for one in known.contexts(index))

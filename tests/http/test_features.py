@@ -53,6 +53,17 @@ def test_documented_features_are_found_by_words_of_their_labels(http: httpx.Clie
     assert [one["score"] for one in found] == sorted((one["score"] for one in found), reverse=True)
 
 
+def test_features_are_found_by_words_of_their_contexts(http: httpx.Client) -> None:
+    [one] = get(http, "/v1/features", q="economy", source=SOURCE, limit=1)["features"]
+    context = one["context"]
+    assert len(context["tokens"]) == len(context["values"])
+    assert max(context["values"]) == pytest.approx(one["max"], rel=1e-2)  # of three digits
+    words = [word for word in "".join(context["tokens"]).split() if word.isalpha() and len(word) > 3]
+    again = get(http, "/v1/features", q=" ".join(words), source=SOURCE, limit=10)["features"]
+    assert one["index"] in [other["index"] for other in again]
+    assert all(other["source"] == SOURCE for other in again)
+
+
 def test_what_a_feature_s_weights_say(http: httpx.Client, weights: dict[str, Tensor]) -> None:
     source, index = ECONOMY
     found = get(http, f"/v1/features/{source}/{index}")
@@ -82,6 +93,18 @@ def test_tokens_that_a_feature_promotes(
         assert [one["token_id"] for one in found[name]] == best.indices.tolist()
         assert [sign * one["logit"] for one in found[name]] == pytest.approx(best.values.tolist(), rel=1e-3)
     assert found["no_tokens_because"] is None
+
+
+def test_what_is_known_beside_the_weights(http: httpx.Client) -> None:
+    source, index = ECONOMY
+    found = get(http, f"/v1/features/{source}/{index}")
+    assert found["label"] == embedded.labels(source)[index] == found["labels"][0]
+    assert 0 < found["density"] < 0.1
+    assert 0 < found["mean"] < found["max"]
+    assert [max(one["values"]) for one in found["contexts"]] == sorted(
+        (max(one["values"]) for one in found["contexts"]), reverse=True
+    )
+    assert all(one["origin"] for one in found["contexts"])
 
 
 def test_a_neuronpedia_address_names_the_model_too(http: httpx.Client) -> None:
@@ -216,6 +239,15 @@ def test_a_contrast_s_numbers_are_those_of_the_activations(http: httpx.Client) -
     assert found["mean_b"] == pytest.approx(sum(means_b) / len(b), rel=1e-3, abs=1e-4)
     assert found["share_a"] == sum(value > 0 for value in means_a) / len(a)
     assert found["share_b"] == sum(value > 0 for value in means_b) / len(b)
+
+
+def test_dense_features_are_left_out(http: httpx.Client) -> None:
+    body = {"a": TOPICS["moon"], "b": TOPICS["cooking"], "source": SOURCE, "limit": 50}
+    few = http.post("/v1/contrast", json={**body, "max_density": 0.001}).json()
+    many = http.post("/v1/contrast", json={**body, "max_density": 1.0}).json()
+    assert all(one["density"] <= 0.001 for side in "ab" for one in few[side])
+    assert any(one["density"] > 0.001 for side in "ab" for one in many[side])
+    assert few["n_dense"] > many["n_dense"] == 0
 
 
 @pytest.mark.parametrize(
