@@ -14,6 +14,7 @@ from neuronpedia_inference.operations.features import known_numbers, source_name
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.questions.contrast import Contrast
+from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.schemas.contrast import ContrastRequest, ContrastResponse, SeparatingFeature
 from neuronpedia_inference.schemas.features import FeatureName
 
@@ -30,7 +31,8 @@ async def contrast(request: ContrastRequest, rt: Runtime) -> ContrastResponse:
         raise LimitExceeded(f"limit is {request.limit}, the most is {most}. Ask for fewer or raise MAX_RESULTS.")
     sources = _sources(request, rt)
     a, b = ([rt.tokenize(text, "once") for text in texts] for texts in (request.a, request.b))
-    found = await rt.ask(Contrast(a, b, sources, request.limit, _dense(sources, request.max_density, rt)))
+    with reproducibly(request.reproducible):
+        found = await rt.ask(Contrast(a, b, sources, request.limit, _dense(sources, request.max_density, rt)))
     return ContrastResponse(
         a=[_separating(group, rt) for group in found.a],
         b=[_separating(group, rt) for group in found.b],

@@ -6,7 +6,16 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from neuronpedia_inference.schemas.common import AtMost, Many, MaybeModelName, Ours, Reply, SourceSetName, examples
+from neuronpedia_inference.schemas.common import (
+    AtMost,
+    Many,
+    MaybeModelName,
+    Ours,
+    Reply,
+    Reproducible,
+    SourceSetName,
+    examples,
+)
 from neuronpedia_inference.schemas.features import AnySource, FeatureName
 
 MAX_TEXTS = 64
@@ -32,6 +41,7 @@ class ContrastRequest(Ours):
         description="Features that fire on a larger share of tokens are left out; where densities are unknown, those "
         "that fire on more than half of the tokens sent.",
     )
+    reproducible: Reproducible = False
     model: MaybeModelName = None
 
     model_config = ConfigDict(

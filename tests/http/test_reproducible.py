@@ -31,7 +31,7 @@ def requests() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "/v1/steer", {"prompt": CHAT, "features": [FEATURE], "temperature": 0.7, **SHORT}
     yield "/v1/steer", {"prompt": TEXT, "features": [FEATURE], "stream": True, "deltas": False, **SHORT}
     yield "/v1/steer", {"prompt": TEXT, "features": [FEATURE], "method": "ORTHOGONAL_DECOMP", **SHORT}
-    yield "/v1/activations", {"prompt": " ".join([TEXT] * 5)}
+    yield "/v1/contrast", {"a": [TEXT, "A dog ran."], "b": ["It rains in Rome.", "The bank was closed."], "limit": 5}
 
 
 def ask(http: httpx.Client, path: str, body: dict[str, Any]) -> bytes:
