@@ -41,7 +41,7 @@ BATCH_SHARE = 4
 """Each prompt of a batch may have this fraction of TOKEN_LIMIT."""
 PASS_TOKENS = {"cpu": 512, "gpu": 4096}
 """Tokens of several requests in one forward pass. On a CPU more gain nothing (docs/experiments.md)."""
-REUSE_SHARE = 8
+REUSE_SHARE = 32
 """This fraction of the memory of requests is for what is kept to be used again."""
 QUEUE_SHARE = 4
 """Completions may wait or run up to this many times MAX_ROWS."""

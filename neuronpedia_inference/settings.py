@@ -129,7 +129,7 @@ class Settings(BaseSettings):
         None,
         ge=0,
         description="GiB of what was computed of recent prompts, kept for whoever asks of them again; 0 keeps nothing. "
-        "Unset: an eighth of the memory of requests, at most 1 GiB.",
+        "Unset: a thirty-second of the memory of requests, at most 1 GiB.",
     )
     reproducible: bool = Field(
         False,
