@@ -1,7 +1,8 @@
 """What a request takes, in numbers that admission can add up. Arithmetic over sizes; no tensors.
 
 generation   the pass over its prompt, and 512 + 400 × log-probabilities for every new token on its way to the caller,
-             and 96 for every number of the vectors that came with it
+             and 96 for every number of the vectors that came with it and every number that is read while it runs;
+             and the reduction of the largest source that is read whole for that
 all of them  1.2 × slots × columns × cache bytes of a position: rows of different requests lie in one grid, as wide as
              the longest of them may become. So a long request makes room for every row that is inside with it
              slots     all rows and one more, in steps of a quarter of a power of two
@@ -39,7 +40,8 @@ KEPT_SHARE = 1.4
 TOKEN_BYTES, LOGPROB_BYTES = 512, 400
 """Of a new token, and of each candidate reported with it, as steps, as text and as JSON."""
 NUMBER_BYTES = 96
-"""Of a number that a caller sent: in the body, as it is read and checked, and in a tensor."""
+"""Of a number that a caller sent: in the body, as it is read and checked, and in a tensor; or of one that was read for
+it: in a tensor, as a number and as JSON."""
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of a number, by precision."""
 BLOCK_ELEMENTS = 2**22
@@ -163,14 +165,17 @@ class Costs:
         *,
         n_logprobs: int = 0,
         n_numbers: int = 0,
+        n_read: int = 0,
+        read_whole: Sequence[Source] = (),
         pattern: bool,
     ) -> Demand:
-        """Rows that share a prompt. n_numbers: of the vectors that came with the request."""
-        told = n_rows * n_new_tokens * (TOKEN_BYTES + n_logprobs * LOGPROB_BYTES)
-        taken = told + n_numbers * NUMBER_BYTES + self._pass([n_prompt_tokens] * n_rows, pattern=pattern)
-        return Demand(
-            rows=n_rows, tokens=n_rows * n_prompt_tokens, bytes=taken, positions=n_prompt_tokens + n_new_tokens
-        )
+        """Rows that share a prompt. n_numbers: of the vectors that came with the request. n_read: numbers that are read
+        while they run. read_whole: sources all of whose features are computed for that."""
+        tokens = n_rows * n_prompt_tokens
+        told = n_rows * n_new_tokens * (TOKEN_BYTES + n_logprobs * LOGPROB_BYTES) + n_read * NUMBER_BYTES
+        read = max((peak_bytes(source, tokens) for source in read_whole), default=0)
+        taken = told + n_numbers * NUMBER_BYTES + read + self._pass([n_prompt_tokens] * n_rows, pattern=pattern)
+        return Demand(rows=n_rows, tokens=tokens, bytes=taken, positions=n_prompt_tokens + n_new_tokens)
 
     def capture(
         self, lengths: Sequence[int], widths: Sequence[int], reduce_bytes: int, *, pattern: bool, n_patterns: int = 0

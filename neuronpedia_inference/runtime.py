@@ -6,6 +6,8 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from neuronpedia_inference import reproducible
@@ -14,7 +16,7 @@ from neuronpedia_inference.costs import NO_GRID, RECORDED_GRID, Costs, Demand
 from neuronpedia_inference.domain import ChatMessage, Sampling, Tokens, Written
 from neuronpedia_inference.engine.completions import Completions, Writing
 from neuronpedia_inference.engine.points import PATTERN, Point
-from neuronpedia_inference.engine.protocol import ModelInfo
+from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
 from neuronpedia_inference.engine.tokens import BosRule
 from neuronpedia_inference.errors import LimitExceeded, NotReady
 from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n_threads
@@ -32,6 +34,8 @@ from neuronpedia_inference.scheduler.worker import Worker
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.steering.plan import SteerPlan
 from neuronpedia_inference.steering.resolve import SteerResolver
+from neuronpedia_inference.watches.plan import WatchPlan
+from neuronpedia_inference.watches.resolve import WatchResolver
 
 T = TypeVar("T")
 
@@ -57,6 +61,7 @@ class Runtime:
         self._codec = loaded.codec
         self.shelf = Shelf(loaded.store, loaded.engine, loaded.annotations)
         self._steering = SteerResolver(loaded.engine, self.shelf)
+        self.watches = WatchResolver(loaded.engine, self.shelf, max_top_k=settings.max_top_k)
         self._costs = Costs(loaded.info)
         self.metrics = Metrics()
         loaded.engine.recent.budget_bytes = _reuse_bytes(settings, loaded.request_bytes)
@@ -159,19 +164,33 @@ class Runtime:
         """Raises LimitExceeded, InvalidRequest, UnknownSource or UnknownPoint unless the plan can be honoured."""
         await paced(self._steering.checks(plan))
 
+    def edited(self, plan: SteerPlan | None) -> set[Point]:
+        """Where a checked plan steers."""
+        return set() if plan is None else self._steering.points(plan)
+
     def generate(
-        self, prompt: Tokens, plans: Sequence[SteerPlan | None], sampling: Sampling, *, stream: bool
+        self,
+        prompt: Tokens,
+        plans: Sequence[SteerPlan | None],
+        sampling: Sampling,
+        *,
+        watches: WatchPlan | None = None,
+        stream: bool,
     ) -> AsyncIterator[tuple[Written, ...]]:
         """One row per plan, all in one batch; None generates unsteered. Plans have passed `check_steering`.
+
+        What is watched comes with every row, twice where that row is steered.
 
         Checks and admits at once: every 4xx and 503 is raised by the call itself. With `stream` what is new in every
         row, as often as there is something and the reader asks; without, everything at once at the end. Closing the
         iterator frees the rows.
         """
         self._check_room(prompt, sampling)
+        n_read = self._n_read(prompt, plans, sampling, watches)
         steered = [plan for plan in plans if plan is not None]
+        held = ExitStack()
         work = GenerateWork(
-            lambda: self._steering.rows(prompt, plans, sampling),
+            lambda: self._rows(prompt, plans, sampling, watches, held),
             n_rows=len(plans),
             n_prompt_tokens=len(prompt),
             n_positions=len(prompt) + sampling.max_new_tokens,
@@ -186,9 +205,11 @@ class Runtime:
             sampling.max_new_tokens,
             n_logprobs=sampling.n_logprobs,
             n_numbers=sum(plan.n_numbers for plan in steered),
+            n_read=n_read,
+            read_whole=() if watches is None else watches.whole,
             pattern=pattern,
         )
-        events = TicketEvents(lambda put: self._submit(work, demand, on_event=put), at_the_end=not stream)
+        events = TicketEvents(lambda put: self._submit(work, demand, on_event=put, held=held), at_the_end=not stream)
         return Writing(events, Completions(self._codec, len(plans)))
 
     async def with_model(self, run: Callable[[Any], T]) -> T:
@@ -216,6 +237,47 @@ class Runtime:
     def _is_reproducible(self) -> bool:
         return reproducible.is_wanted() or self.settings.reproducible
 
+    def _n_read(
+        self, prompt: Tokens, plans: Sequence[SteerPlan | None], sampling: Sampling, watches: WatchPlan | None
+    ) -> int:
+        """Numbers that watching gives. Raises LimitExceeded where they are too many, or the text is too long for it."""
+        if watches is None:
+            return 0
+        n_positions = len(prompt) + sampling.max_new_tokens
+        self.watches.check(watches, n_positions)
+        n_read = n_positions * sum(watches.n_numbers(self.edited(plan)) for plan in plans)
+        most = self.settings.max_result_values
+        if n_read > most:
+            raise LimitExceeded(
+                f"watch: up to {n_positions} tokens have {n_read} numbers in all, the most in one answer is {most}. "
+                "Watch less, ask for fewer tokens, or raise MAX_RESULT_VALUES."
+            )
+        return n_read
+
+    def _rows(
+        self,
+        prompt: Tokens,
+        plans: Sequence[SteerPlan | None],
+        sampling: Sampling,
+        watches: WatchPlan | None,
+        held: ExitStack,
+    ) -> Steps:
+        """-> list[RowSpec], one per plan, good until `held` is closed. Runs on the worker."""
+        rows: list[RowSpec] = yield from self._steering.rows(prompt, plans, sampling)
+        if watches is None:
+            return rows
+        read = yield from self.watches.readings(watches, held)
+        edited = [self.edited(plan) for plan in plans]
+        return [
+            replace(
+                row,
+                watches=tuple(
+                    self._engine.watch(one.point, read[one], before=one.point in points) for one in watches.reads
+                ),
+            )
+            for row, points in zip(rows, edited, strict=True)
+        ]
+
     def _check_room(self, prompt: Tokens, sampling: Sampling) -> None:
         check_prompts([prompt], self.model.vocab_size)
         most = max_tokens(self.settings, self.model)
@@ -226,13 +288,23 @@ class Runtime:
                 "Shorten the prompt, ask for fewer tokens, or start a new conversation."
             )
 
-    def _submit(self, work: Work, demand: Demand, *, on_event: Callable[[Any], None] | None = None) -> Ticket:
+    def _submit(
+        self,
+        work: Work,
+        demand: Demand,
+        *,
+        on_event: Callable[[Any], None] | None = None,
+        held: ExitStack | None = None,
+    ) -> Ticket:
+        """`held` is closed on the worker when the work has ended."""
         permit = self._admission.permit(demand)
         try:
             ticket = self._worker.submit(work, on_event=on_event)
         except NotReady:
             permit.release()
             raise
+        if held is not None:
+            ticket.future.add_done_callback(lambda _: held.close())
         at_the_end(ticket.future, permit.release)
         return ticket
 

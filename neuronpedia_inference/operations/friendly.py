@@ -94,12 +94,12 @@ async def _steered(request: SteerRequest, rt: Runtime, *, stream: bool) -> Async
     """Raises every 4xx before it returns."""
     if request.deltas and not stream:
         raise InvalidRequest("deltas: goes with stream, whose events it makes smaller")
-    wire = _steer_wire(request, rt)
+    wire, watch = _steer_wire(request, rt), request.watch or ()
     with reproducibly(request.reproducible):
         if isinstance(wire, SteerCompletionRequest):
-            chat, story = None, await story_of(wire, rt, stream=stream, keeps_ending=False)
+            chat, story = None, await story_of(wire, rt, stream=stream, keeps_ending=False, watch=watch)
         else:
-            chat, story = await chat_story_of(wire, rt, stream=stream, keeps_ending=False)
+            chat, story = await chat_story_of(wire, rt, stream=stream, keeps_ending=False, watch=watch)
     if request.deltas:
         return Events(story, lambda news: _side_by_side([_new(chat, story, *pair) for pair in enumerate(news)]))
     return Events(story, lambda _: _side_by_side([_so_far(chat, row) for row in story.rows]))
@@ -109,8 +109,10 @@ def _so_far(chat: Chat | None, row: Transcript) -> SteerText:
     return SteerText.model_construct(
         text=row.text,
         messages=None if chat is None else chat.with_answer(row),
+        tokens=row.tokens,
         logprobs=row.logprobs,
         finish_reason=row.finish_reason,
+        watch=None if row.watched is None else row.watched.so_far(),
     )
 
 
@@ -120,8 +122,10 @@ def _new(chat: Chat | None, story: Story, place: int, written: Written) -> Steer
     return SteerText.model_construct(
         text=written.text,
         messages=None if chat is None or not story.has_ended else chat.with_answer(row),
+        tokens=list(written.tokens),
         logprobs=None if row.logprobs is None else [logprob_reply(one) for one in written.logprobs],
         finish_reason=row.finish_reason,
+        watch=None if row.watched is None else row.watched.newest(),
     )
 
 

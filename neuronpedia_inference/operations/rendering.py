@@ -74,8 +74,8 @@ class Rendered(Protocol):
         ...
 
 
-def json_pieces(reply: BaseModel, spelling: Spelling, *, omit_null: bool) -> Iterator[bytes]:
-    """The reply's JSON in UTF-8, in pieces of 16 to 64 KiB; one piece if it is small.
+def json_pieces(reply: Any, spelling: Spelling, *, omit_null: bool) -> Iterator[bytes]:
+    """The JSON of an answer, or of any part of one, in UTF-8, in pieces of 16 to 64 KiB; one piece if it is small.
 
     Raises EngineFailed where a number is NaN or infinite, which JSON cannot say.
     """
@@ -89,8 +89,8 @@ def json_pieces(reply: BaseModel, spelling: Spelling, *, omit_null: bool) -> Ite
         yield bytes(piece)
 
 
-def plain_pieces(reply: BaseModel, spelling: Spelling, *, omit_null: bool) -> Generator[None, None, dict[str, Any]]:
-    """The same answer as a dictionary of JSON-ready values, with a yield between small steps of the work.
+def plain_pieces(reply: Any, spelling: Spelling, *, omit_null: bool) -> Generator[None, None, Any]:
+    """The same as JSON-ready values, an answer as a dictionary, with a yield between small steps of the work.
 
     Raises EngineFailed like `json_pieces`.
     """

@@ -13,6 +13,7 @@ from neuronpedia_inference.operations.chat import open_reasoning, read_answer, w
 from neuronpedia_inference.operations.operation import Events, Operation, last
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.story import Story, Transcript
+from neuronpedia_inference.operations.watching import Watched, watch_plan
 from neuronpedia_inference.schemas.steer import (
     NPSteerChatMessage,
     NPSteerChatResult,
@@ -23,6 +24,7 @@ from neuronpedia_inference.schemas.steer import (
     SteerCompletionResponse,
     SteerFields,
 )
+from neuronpedia_inference.schemas.watch import SteerWatch
 from neuronpedia_inference.steering.plan import Steer, SteerFeature, SteerMethod, SteerPlan, SteerVector
 
 if TYPE_CHECKING:
@@ -85,18 +87,30 @@ class Chat:
         return [*self.messages, *([NPSteerChatMessage(role="assistant", content=content)] if content else [])]
 
 
-async def story_of(request: SteerCompletionRequest, rt: Runtime, *, stream: bool, keeps_ending: bool = True) -> Story:
-    """A row per requested type, in request order. Raises every 4xx before it returns.
+async def story_of(
+    request: SteerCompletionRequest,
+    rt: Runtime,
+    *,
+    stream: bool,
+    keeps_ending: bool = True,
+    watch: Sequence[SteerWatch] = (),
+) -> Story:
+    """A row per requested type, in request order, each watched. Raises every 4xx before it returns.
 
     keeps_ending: whether texts end in the token that stopped them, as the wire's do.
     """
     plan = await _checked_plan(request, rt)
     rows = _rows(request, "", keeps_ending=keeps_ending)
-    return _generate(request, rt.tokenize(request.prompt, "once"), rows, plan, rt, stream=stream)
+    return _generate(request, rt.tokenize(request.prompt, "once"), rows, plan, rt, stream=stream, watch=watch)
 
 
 async def chat_story_of(
-    request: SteerCompletionChatRequest, rt: Runtime, *, stream: bool, keeps_ending: bool = True
+    request: SteerCompletionChatRequest,
+    rt: Runtime,
+    *,
+    stream: bool,
+    keeps_ending: bool = True,
+    watch: Sequence[SteerWatch] = (),
 ) -> tuple[Chat, Story]:
     """As `story_of`, for the answers to a chat."""
     plan = await _checked_plan(request, rt, skip_special_tokens=not request.steer_special_tokens)
@@ -106,7 +120,7 @@ async def chat_story_of(
     rendered, prompt = rt.render_chat(messages)
     chat = Chat(request.prompt, rt.decode(prompt.ids), open_reasoning(rendered))
     rows = _rows(request, chat.raw, keeps_ending=keeps_ending)
-    return chat, _generate(request, prompt, rows, plan, rt, stream=stream)
+    return chat, _generate(request, prompt, rows, plan, rt, stream=stream, watch=watch)
 
 
 def _rows(request: SteerFields, raw: str, *, keeps_ending: bool) -> list[Transcript]:
@@ -122,6 +136,7 @@ def _generate(
     rt: Runtime,
     *,
     stream: bool,
+    watch: Sequence[SteerWatch],
 ) -> Story:
     if not prompt.ids:
         raise InvalidRequest("Prompt is empty")
@@ -133,7 +148,11 @@ def _generate(
         n_logprobs=request.n_logprobs or 0,
     )
     plans = [plan if kind == "STEERED" else None for kind in request.types]
-    return Story(rt.generate(prompt, plans, sampling, stream=stream), rows)
+    watches = watch_plan(watch, rt) if watch else None
+    if watches is not None:
+        for row, of_row in zip(rows, plans, strict=True):
+            row.watched = Watched(watch, watches, rt.edited(of_row), prompt.strings, rt.shelf.label)
+    return Story(rt.generate(prompt, plans, sampling, watches=watches, stream=stream), rows)
 
 
 async def _checked_plan(request: SteerFields, rt: Runtime, *, skip_special_tokens: bool = False) -> SteerPlan | None:

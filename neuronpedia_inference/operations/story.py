@@ -1,70 +1,17 @@
-"""What a generation has said so far. Every event of a stream shows it again: it is rendered once, and then copied."""
+"""What a generation has said so far."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
-
-from pydantic import BaseModel
-from pydantic_core import to_json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from neuronpedia_inference.domain import TokenLogprob, Written
-from neuronpedia_inference.operations.rendering import Spelling, json_pieces, plain_pieces
+from neuronpedia_inference.operations.growing import GrowingList, GrowingText
+from neuronpedia_inference.operations.watching import Watched
 from neuronpedia_inference.schemas.steer import NPLogprob, NPLogprobTop
 
-T = TypeVar("T")
 LEAST_LOGPROB = -100.0
-
-
-class GrowingText:
-    """A text that is only added to. A `rendering.Rendered`."""
-
-    def __init__(self, text: str = "") -> None:
-        self.text = ""
-        self._json = bytearray()
-        self.add(text)
-
-    def add(self, text: str) -> None:
-        """`text` holds whole characters."""
-        self.text += text
-        self._json += to_json(text)[1:-1]
-
-    def parts(self, spelling: Spelling) -> Iterator[bytes]:
-        yield b'"%b"' % self._json
-
-    def plain(self, spelling: Spelling) -> Generator[None, None, str]:
-        yield from ()
-        return self.text
-
-
-class GrowingList(Generic[T]):
-    """A list that is only added to; an item is made and rendered when it is first shown. A `rendering.Rendered`."""
-
-    def __init__(self, make: Callable[[T], BaseModel]) -> None:
-        self._make = make
-        self._items: list[T] = []
-        self._json: dict[Spelling, bytearray] = {}
-        self._n_json: dict[Spelling, int] = {}
-        self._plain: dict[Spelling, list[Any]] = {}
-
-    def add(self, items: Iterable[T]) -> None:
-        self._items.extend(items)
-
-    def parts(self, spelling: Spelling) -> Iterator[bytes]:
-        kept = self._json.setdefault(spelling, bytearray())
-        for item in self._items[self._n_json.get(spelling, 0) :]:
-            kept += b"," if kept else b""
-            kept += b"".join(json_pieces(self._make(item), spelling, omit_null=False))
-            self._n_json[spelling] = self._n_json.get(spelling, 0) + 1
-            yield b""
-        yield b"[%b]" % kept
-
-    def plain(self, spelling: Spelling) -> Generator[None, None, list[Any]]:
-        kept = self._plain.setdefault(spelling, [])
-        for item in self._items[len(kept) :]:
-            kept.append((yield from plain_pieces(self._make(item), spelling, omit_null=False)))
-        return list(kept)
 
 
 class Transcript:
@@ -76,6 +23,9 @@ class Transcript:
         self.raw = GrowingText(prompt)
         """Prompt and text."""
         self.logprobs = GrowingList(logprob_reply) if has_logprobs else None
+        self.tokens = GrowingList[str](lambda token: token)
+        """Of the text, without the prompt's."""
+        self.watched: Watched | None = None
         self.finish_reason: str | None = None
         self._keeps_ending = keeps_ending
 
@@ -85,6 +35,9 @@ class Transcript:
         self.raw.add(text)
         if self.logprobs is not None:
             self.logprobs.add(written.logprobs)
+        self.tokens.add(written.tokens)
+        if self.watched is not None:
+            self.watched.add(written)
         self.finish_reason = written.finish_reason or self.finish_reason
 
 

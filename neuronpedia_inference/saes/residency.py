@@ -246,6 +246,10 @@ class Residency:
         guests = [self._places[guest] for guest in self._guests if not self._places[guest].is_idle]
         return self._fits(len(guests) + 2, sum(guest.n_bytes for guest in guests) + n_bytes + needed)
 
+    def holds(self, sizes: Sequence[int]) -> bool:
+        """Whether so many, of these bytes, have room beside each other."""
+        return self._fits(len(sizes), sum(sizes))
+
     def _fits(self, count: int, n_bytes: int) -> bool:
         return (self._max_count is None or count <= self._max_count) and (
             self._max_bytes is None or n_bytes <= self._max_bytes

@@ -12,7 +12,7 @@ from neuronpedia_inference.annotations import Found, Searcher, SourceAnnotations
 from neuronpedia_inference.domain import Source, TokenEffects
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.points import ATTN_OUT, MLP_OUT, MLP_POST, RESID_MID, RESID_POST, RESID_PRE, Point
-from neuronpedia_inference.errors import InvalidRequest, UnknownSource
+from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownSource
 from neuronpedia_inference.saes.encode import NeuronReader
 from neuronpedia_inference.saes.residency import FreeLease
 from neuronpedia_inference.saes.store import SaeStore
@@ -100,6 +100,15 @@ class Shelf:
         fails as `SaeStore.decoder_row`."""
         _check_has_weights(source)
         return self._store.decoder_row(source.name, index)
+
+    def check_together(self, sources: Sequence[Source]) -> None:
+        """Raises LimitExceeded unless the weights of these, each named once, have room beside each other."""
+        names = [source.name for source in sources if not source.is_neurons]
+        if not self._store.has_room_for(names):
+            raise LimitExceeded(
+                f"The sources {', '.join(names)} are needed whole at the same time, and have no room together. "
+                "Ask for fewer of them at once, or raise SAE_MEMORY_GIB or MAX_LOADED_SAES."
+            )
 
     def stats(self) -> dict[str, int]:
         """What is in memory, and how often it had to be brought there."""

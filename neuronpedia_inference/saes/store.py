@@ -171,6 +171,10 @@ class SaeStore:
                 left_bytes, left = left_bytes - about.n_bytes, left - 1
                 self.request(name).result().release()
 
+    def has_room_for(self, names: Sequence[str]) -> bool:
+        """Whether these sources, each named once, may be whole on the device at the same time."""
+        return self._residency.holds([self._described[name].n_bytes for name in names])
+
     def stats(self) -> dict[str, int]:
         with self._lock:
             masters = self._masters

@@ -25,6 +25,8 @@ from neuronpedia_inference.schemas.common import (
     Wire,
     examples,
 )
+from neuronpedia_inference.schemas.watch import SteerWatch, SteerWatched
+from neuronpedia_inference.watches.plan import MAX_WATCHES
 
 MAX_MESSAGES = 1024
 """Messages of a chat."""
@@ -263,6 +265,9 @@ class SteerRequest(Ours):
     freq_penalty: FreqPenalty = 0.0
     seed: Seed = Field(default=16, description="Starts the random draws; fractions are cut off.")
     n_logprobs: NLogprobs = 0
+    watch: Annotated[Many[SteerWatch], AtMost(MAX_WATCHES)] | None = Field(
+        default=None, description="What to read at every token of prompt and text, in both texts."
+    )
     compare: bool = Field(default=True, description="Also generate the same without steering.")
     steer_special_tokens: SteerSpecialTokens = False
     stream: Stream = False
@@ -280,6 +285,7 @@ class SteerRequest(Ours):
                 "prompt": "I think that",
                 "features": [{"source": "15-res-4k", "index": 42, "strength": 60}],
                 "max_new_tokens": 16,
+                "watch": [{"source": "15-res-4k", "index": 42}, {"source": "15-res-4k", "top_k": 3}],
             },
             {
                 "prompt": [{"role": "user", "content": "What is the capital of France?"}],
@@ -297,7 +303,9 @@ class SteerText(Reply):
     messages: list[NPSteerChatMessage] | None = Field(
         default=None, description="For a chat: its messages with the answer; null for a text."
     )
+    tokens: list[str] = Field(default=[], description="Its tokens, the one that ended it included.")
     logprobs: Annotated[list[NPLogprob] | None, Field(description="Null unless asked for.")] = None
+    watch: SteerWatched | None = Field(default=None, description="What `watch` has read; null unless asked for.")
     finish_reason: Literal["stop", "length"] | None = Field(
         default=None,
         description="Why it ended: `stop` at the model's end-of-sequence token, `length` at `max_new_tokens`. "

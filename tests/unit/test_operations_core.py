@@ -25,8 +25,8 @@ from neuronpedia_inference.operations import (
     by_name,
     validate,
 )
+from neuronpedia_inference.operations.growing import GrowingList, GrowingText
 from neuronpedia_inference.operations.rendering import Entries, Rows
-from neuronpedia_inference.operations.story import GrowingList, GrowingText
 from neuronpedia_inference.schemas.tokenize import TokenizeRequest
 
 from .test_operations_fake import FakeRuntime, ask, client_reads

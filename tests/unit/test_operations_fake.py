@@ -56,6 +56,7 @@ from neuronpedia_inference.questions import (
 from neuronpedia_inference.questions.contrast import Contrast, Contrasted
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.steering.plan import SteerPlan
+from neuronpedia_inference.watches.plan import WatchPlan
 
 BOS = "<s>"
 SPECIAL = (BOS, "<|im_start|>", "<|im_end|>")
@@ -279,8 +280,17 @@ class FakeRuntime:
     async def check_steering(self, plan: SteerPlan) -> None:
         self.calls.append(("check_steering", plan))
 
+    def edited(self, plan: SteerPlan | None) -> set[Any]:
+        return set()
+
     def generate(
-        self, prompt: Tokens, plans: Sequence[SteerPlan | None], sampling: Sampling, *, stream: bool
+        self,
+        prompt: Tokens,
+        plans: Sequence[SteerPlan | None],
+        sampling: Sampling,
+        *,
+        watches: WatchPlan | None = None,
+        stream: bool,
     ) -> AsyncIterator[tuple[Written, ...]]:
         self.calls.append(("generate", (prompt, list(plans), sampling, stream)))
         if sampling.max_new_tokens > self.settings.max_tokens:
@@ -317,7 +327,7 @@ def _said(plan: SteerPlan | None, sampling: Sampling) -> Written:
     text = " plain" if plan is None else " steered"
     top = tuple((f"t{i}", -1.0 - i if i else float("-inf")) for i in range(sampling.n_logprobs))
     logprobs = (TokenLogprob(text, -0.5, top),) if top else ()
-    return Written(text=text, token_ids=(1,), logprobs=logprobs, finish_reason="length")
+    return Written(text=text, token_ids=(1,), logprobs=logprobs, finish_reason="length", tokens=(text,))
 
 
 def _at_once(steps: Sequence[tuple[Written, ...]]) -> tuple[Written, ...]:
@@ -329,6 +339,7 @@ def _at_once(steps: Sequence[tuple[Written, ...]]) -> tuple[Written, ...]:
             tuple(p for one in row for p in one.logprobs),
             row[-1].finish_reason,
             ending="".join(one.ending for one in row),
+            tokens=tuple(token for one in row for token in one.tokens),
         )
         for row in zip(*steps, strict=True)
     )

@@ -175,9 +175,10 @@ def test_steer_compares_by_default():
     assert prompt.strings == ("<s>", "one")
     assert plans == [SteerPlan((SteerFeature("3-att", 2, 3.0),)), None]
     assert sampling == Sampling(32, seed=16)
+    nothing_else = {"messages": None, "logprobs": None, "watch": None, "finish_reason": "length"}
     assert answer == {
-        "steered": {"text": " steered", "messages": None, "logprobs": None, "finish_reason": "length"},
-        "default": {"text": " plain", "messages": None, "logprobs": None, "finish_reason": "length"},
+        "steered": {"text": " steered", "tokens": [" steered"], **nothing_else},
+        "default": {"text": " plain", "tokens": [" plain"], **nothing_else},
     }
 
 

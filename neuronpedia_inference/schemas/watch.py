@@ -1,0 +1,58 @@
+"""What may be read while a text is generated, and how it is answered."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from neuronpedia_inference.schemas.common import Name, Ours, Reply, SourceName
+
+
+class SteerWatch(Ours):
+    """Something to read at every token: one feature (`index`) or the strongest (`top_k`) of a source, or a `hook`."""
+
+    source: SourceName | None = Field(
+        default=None, description="Source of the features; may be left out when only one is loaded."
+    )
+    index: int | None = Field(default=None, description="The activation of this feature.")
+    top_k: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="The strongest features, so many; the server's MAX_TOP_K is the most."
+    )
+    hook: Name | None = Field(
+        default=None, description='The vector that passes there, such as "blocks.15.hook_resid_post".'
+    )
+
+
+class WatchedFeature(Reply):
+    """A feature that fires at a token."""
+
+    index: int = Field(description="Index of the feature in its source.")
+    value: float = Field(description="Its activation.")
+    label: str | None = Field(default=None, description="What it is called, if it has been named.")
+
+
+Watched = float | list[WatchedFeature] | list[float]
+
+
+class WatchValues(Reply):
+    """What one watch has read, a value for every token."""
+
+    watch: SteerWatch = Field(description="As it was asked for.")
+    before: list[Watched] | None = Field(
+        default=None, description="What came to that place, where this text is steered there; null where it is not."
+    )
+    after: list[Watched] = Field(
+        description="What the rest of the model read: the activation of `index`, the features of `top_k`, strongest "
+        "first, or the vector at `hook`. The value at a token is the one where that token is the input, as "
+        "`activations` gives on the finished text."
+    )
+
+
+class SteerWatched(Reply):
+    """What was read of one text."""
+
+    tokens: list[str] = Field(
+        description="The tokens of prompt and text whose values are known; all of them once the text has ended."
+    )
+    values: list[WatchValues] = Field(description="One entry per watch, in the order of the request.")

@@ -1,0 +1,137 @@
+"""What a request wants watched, as plain numbers, and where each answer lies among the numbers of a position."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from neuronpedia_inference.domain import Source
+from neuronpedia_inference.engine.points import Point
+
+MAX_WATCHES = 64
+"""Watches of one request: each costs a little at every step of decoding."""
+
+
+@dataclass(frozen=True, slots=True)
+class WatchFeature:
+    """The activation of a feature."""
+
+    source: Source
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class FeaturesRead:
+    """Features of one source, read together: a number each."""
+
+    source: Source
+    indices: tuple[int, ...]
+
+    @property
+    def point(self) -> Point:
+        return Point.parse(self.source.hook)
+
+    @property
+    def n_numbers(self) -> int:
+        return len(self.indices)
+
+
+@dataclass(frozen=True, slots=True)
+class TopRead:
+    """The k strongest features of a source, strongest first: k indices and their k activations."""
+
+    source: Source
+    k: int
+
+    @property
+    def point(self) -> Point:
+        return Point.parse(self.source.hook)
+
+    @property
+    def n_numbers(self) -> int:
+        return 2 * self.k
+
+
+@dataclass(frozen=True, slots=True)
+class VectorRead:
+    """What passes at a point, whole."""
+
+    point: Point
+    width: int
+
+    @property
+    def n_numbers(self) -> int:
+        return self.width
+
+
+Read = FeaturesRead | TopRead | VectorRead
+Watch = WatchFeature | TopRead | VectorRead
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the numbers of one watch lie, among those of a position."""
+
+    behind: slice
+    """What the rest of the model reads."""
+    before: slice | None
+    """What came there; None where nothing edits it."""
+
+
+@dataclass(frozen=True, slots=True)
+class WatchPlan:
+    """All watches of a request: equal ones are read once, and features of one source together."""
+
+    watches: tuple[Watch, ...]
+    reads: tuple[Read, ...]
+
+    @classmethod
+    def of(cls, watches: Sequence[Watch]) -> WatchPlan:
+        features: dict[Source, dict[int, None]] = {}
+        for one in watches:
+            if isinstance(one, WatchFeature):
+                features.setdefault(one.source, {})[one.index] = None
+        together = [FeaturesRead(source, tuple(indices)) for source, indices in features.items()]
+        others = dict.fromkeys(one for one in watches if not isinstance(one, WatchFeature))
+        return cls(tuple(watches), (*together, *others))
+
+    def n_numbers(self, edited: Collection[Point]) -> int:
+        """Of one position of a text that is edited at these points: they are read twice."""
+        return sum(_n_numbers(read, edited) for read in self.reads)
+
+    def places(self, edited: Collection[Point]) -> list[Place]:
+        """Of every watch, in the row of one position of such a text."""
+        starts = accumulate((_n_numbers(read, edited) for read in self.reads), initial=0)
+        start_of: dict[Read, int] = dict(zip(self.reads, starts, strict=False))
+        return [self._place(one, start_of, edited) for one in self.watches]
+
+    @property
+    def whole(self) -> list[Source]:
+        """Sources all of whose features are computed, each once."""
+        needing = [
+            read.source
+            for read in self.reads
+            if isinstance(read, TopRead) or (isinstance(read, FeaturesRead) and not read.source.is_read_by_column)
+        ]
+        return list(dict.fromkeys(needing))
+
+    @property
+    def held(self) -> list[Source]:
+        """Those among them whose weights are needed until the text has ended."""
+        return [source for source in self.whole if not source.is_neurons]
+
+    def _place(self, one: Watch, start_of: dict[Read, int], edited: Collection[Point]) -> Place:
+        if isinstance(one, WatchFeature):
+            read = next(r for r in self.reads if isinstance(r, FeaturesRead) and r.source == one.source)
+            first, n = start_of[read] + read.indices.index(one.index), 1
+        else:
+            read, first, n = one, start_of[one], one.n_numbers
+        if read.point not in edited:
+            return Place(slice(first, first + n), None)
+        behind = first + read.n_numbers
+        return Place(slice(behind, behind + n), slice(first, first + n))
+
+
+def _n_numbers(read: Read, edited: Collection[Point]) -> int:
+    return read.n_numbers * (2 if read.point in edited else 1)

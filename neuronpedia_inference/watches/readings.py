@@ -1,0 +1,88 @@
+"""A few numbers of every position, from what passes at a point: `engine.protocol.Reading`s."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neuronpedia_inference.costs import BLOCK_ELEMENTS
+from neuronpedia_inference.saes.encode import FeatureReader
+from neuronpedia_inference.saes.feature import Columns, FeatureWeights, normalised
+from neuronpedia_inference.saes.order import merge_topk, stable_topk
+
+
+@dataclass(frozen=True, eq=False)
+class VectorReading:
+    """What passes, whole."""
+
+    n_numbers: int
+
+    @property
+    def key(self) -> Hashable:
+        return ("vector", self.n_numbers)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return hidden.float()
+
+
+class ColumnsReading:
+    """Features of one source that do not depend on others, with copies of their weights."""
+
+    def __init__(self, features: Sequence[FeatureWeights]) -> None:
+        first = features[0]
+        self.n_numbers = len(features)
+        self.key: Hashable = ("columns", first.source.name, tuple(one.index for one in features))
+        self._like = first
+        self._columns = Columns(
+            torch.stack([one.encoder for one in features], dim=1),
+            torch.stack([one.bias for one in features]),
+            *(_stacked([getattr(one, name) for one in features]) for name in ("threshold", "r_mag", "b_mag")),
+        )
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        inputs = normalised(hidden.to(self._like.encoder.device, self._like.encoder.dtype), self._like.normalisation)
+        if self._like.b_dec is not None:
+            inputs = inputs - self._like.b_dec
+        return self._columns(inputs).float()
+
+
+class FeaturesReading:
+    """Features of a source whose features depend on each other, or of a layer's neurons. The weights must stay."""
+
+    def __init__(self, reader: FeatureReader, indices: Sequence[int]) -> None:
+        self.n_numbers = len(indices)
+        self.key: Hashable = ("features", reader.source.name, tuple(indices))
+        self._reader = reader
+        self._indices = tuple(indices)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self._reader.encode_features(hidden, self._indices)
+
+
+class TopReading:
+    """The k strongest features of a source: their indices, exact in float32 below 2²⁴, and their activations."""
+
+    def __init__(self, reader: FeatureReader, k: int) -> None:
+        self.n_numbers = 2 * k
+        self.key: Hashable = ("top", reader.source.name, k)
+        self._reader = reader
+        self._k = k
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        best: tuple[Tensor, Tensor] | None = None
+        for first, acts in self._reader.blocks(hidden, max(256, BLOCK_ELEMENTS // len(hidden))):
+            values, indices = stable_topk(acts, min(self._k, acts.shape[1]))
+            found = (values, indices + first)
+            best = found if best is None else merge_topk(best, found, self._k)
+            del acts  # or two blocks would be held while the next is made
+        assert best is not None, self._reader.source
+        return torch.cat([best[1].float(), best[0]], dim=1)
+
+
+def _stacked(numbers: Sequence[Tensor | None]) -> Tensor | None:
+    """[] of every feature -> [feature]; None where these features have none."""
+    there = [number for number in numbers if number is not None]
+    return torch.stack(there) if there else None
