@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+import signal
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from fastapi.routing import APIRoute
 from typer.testing import CliRunner
 
+from neuronpedia_inference import exits
 from neuronpedia_inference.cli import app as cli
 from neuronpedia_inference.errors import NotReady
 from neuronpedia_inference.operations import OPERATIONS, Operation, by_name, validate
@@ -57,6 +59,12 @@ def test_every_error_code_is_explained(render_docs: ModuleType) -> None:
     by_http = {code for code, explained in render_docs.EXPLAINED.items() if explained.status is not None}
     assert set(render_docs.EXPLAINED) == by_class | by_http
     assert by_http == {"not_found", "method_not_allowed"}
+
+
+def test_every_exit_code_is_explained() -> None:
+    explained = re.findall(r"^\| (\d+) \|", (ROOT / "docs" / "operating.md").read_text(encoding="utf-8"), re.MULTILINE)
+    codes = (exits.STOPPED, exits.FAILED, exits.WRONG_USAGE, exits.ENGINE_DIED, exits.by_signal(signal.SIGINT))
+    assert explained == [str(code) for code in codes]
 
 
 def test_operations_are_the_client_s_methods_and_the_friendly_ones() -> None:

@@ -376,6 +376,12 @@ class TestLocalFolder:
     def test_names_that_are_no_sources(self, tmp_path: Path, bad: str) -> None:
         assert repr(str(tmp_path / bad)) in refused(model_id="m", local_sae_dir=folder_of(tmp_path, "2-res-x", bad))
 
+    def test_the_folder_of_one_sae_is_that_one(self, tmp_path: Path) -> None:
+        """Where the folder around it was meant, its files would be looked for in folders that they do not have."""
+        folder = folder_of(tmp_path, "2-res-x", "3-res-x")
+        found = asked(model_id="m", local_sae_dir=folder / "2-res-x")
+        assert (names(found), found.specs[0].folder) == (["2-res-x"], folder / "2-res-x")
+
     def test_missing_and_empty_folders(self, tmp_path: Path) -> None:
         assert "there is no folder" in refused(model_id="m", local_sae_dir=tmp_path / "none")
         assert "holds no SAE folder" in refused(model_id="m", local_sae_dir=tmp_path)
