@@ -176,7 +176,9 @@ class Settings(BaseSettings):
     # Server
     server_host: str = Field("127.0.0.1", description="Address to bind; others than loopback need a SECRET.")
     server_port: int = Field(5002, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
-    secret: SecretStr | None = Field(None, description="Value that X-SECRET-KEY must have; unset or empty: open.")
+    secret: SecretStr | None = Field(
+        None, description="Value that `X-SECRET-KEY`, or `Authorization: Bearer`, must have; unset or empty: open."
+    )
     allowed_hosts: JsonList = Field(
         (),
         description="Names by which callers may reach the server (the `Host` of requests, without port; "

@@ -1,4 +1,4 @@
-"""`X-SECRET-KEY`."""
+"""The secret, as `X-SECRET-KEY` or as `Authorization: Bearer`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from neuronpedia_inference.errors import Unauthorized
 
 HEADER = "X-SECRET-KEY"
+BEARER = "bearer "
 OPEN_PATHS = frozenset({"/health", "/ready"})
 
 
@@ -28,11 +29,24 @@ class SecretGate:
         await self.app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
-        given = Headers(scope=scope).get(HEADER, "").encode("latin-1")
-        # Digests have one length and every one is compared, so the time tells nothing about the secret.
-        matches = [compare_digest(sha256(given).digest(), digest) for digest in self._accepted]
-        if not any(matches):
+        matches = [self._is_right(one) for one in _given(Headers(scope=scope)) or [b""]]
+        if not all(matches):
             raise Unauthorized(f"Invalid or missing {HEADER} header")
+
+    def _is_right(self, given: bytes) -> bool:
+        """Digests have one length and every one is compared, so the time tells nothing about the secret."""
+        matches = [compare_digest(sha256(given).digest(), digest) for digest in self._accepted]
+        return any(matches)
+
+
+def _given(headers: Headers) -> list[bytes]:
+    """Every secret that was sent: all of them must be right. Other kinds of authorization are somebody else's."""
+    bearers = [value[len(BEARER) :].strip() for value in headers.getlist("Authorization") if _is_bearer(value)]
+    return [value.encode("latin-1") for value in (*headers.getlist(HEADER), *bearers)]
+
+
+def _is_bearer(value: str) -> bool:
+    return value[: len(BEARER)].lower() == BEARER
 
 
 def _digests(secret: str) -> tuple[bytes, ...]:

@@ -14,7 +14,7 @@ from neuronpedia_inference.schemas.service import Capabilities, ErrorBody, Healt
 from neuronpedia_inference.web.auth import HEADER
 
 TITLE = "Neuronpedia inference"
-SECURITY = "SimpleSecretAuth"
+SECURITY, BEARER = "SimpleSecretAuth", "BearerAuth"
 MEANINGS = {
     400: "The request cannot be honoured as asked",
     401: "Missing or wrong secret",
@@ -39,9 +39,12 @@ def document() -> dict[str, Any]:
         "paths": {**_service_paths(refs), **paths},
         "components": {
             "schemas": definitions["$defs"],
-            "securitySchemes": {SECURITY: {"type": "apiKey", "in": "header", "name": HEADER}},
+            "securitySchemes": {
+                SECURITY: {"type": "apiKey", "in": "header", "name": HEADER},
+                BEARER: {"type": "http", "scheme": "bearer"},
+            },
         },
-        "security": [{SECURITY: []}],
+        "security": [{SECURITY: []}, {BEARER: []}],
     }
 
 

@@ -94,6 +94,34 @@ def test_a_wrong_secret(locked_server: Served, wrong: bytes) -> None:
         assert client.get("/v1/capabilities", headers={b"X-SECRET-KEY": wrong}).status_code == 401
 
 
+RIGHT = SECRET.encode()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([(b"Authorization", b"Bearer " + RIGHT)], 200),
+        ([(b"authorization", b"bearer  " + RIGHT)], 200),
+        ([(b"Authorization", b"Bearer " + SECRET.encode("latin-1"))], 200),
+        ([(b"Authorization", b"Bearer wrong")], 401),
+        ([(b"Authorization", b"Bearer")], 401),
+        ([(b"Authorization", b"Basic " + RIGHT)], 401),
+        ([(b"Authorization", RIGHT)], 401),
+        ([(b"X-SECRET-KEY", RIGHT), (b"Authorization", b"Bearer " + RIGHT)], 200),
+        ([(b"X-SECRET-KEY", RIGHT), (b"Authorization", b"Bearer wrong")], 401),
+        ([(b"X-SECRET-KEY", b"wrong"), (b"Authorization", b"Bearer " + RIGHT)], 401),
+        ([(b"X-SECRET-KEY", RIGHT), (b"X-SECRET-KEY", b"wrong")], 401),
+        ([(b"X-SECRET-KEY", RIGHT), (b"Authorization", b"Basic of-a-proxy")], 200),
+    ],
+)
+def test_the_secret_as_a_bearer_token(locked_server: Served, headers: list[tuple[bytes, bytes]], status: int) -> None:
+    """Whatever is sent must be right; other kinds of authorization are somebody else's."""
+    with locked_server.client() as client:
+        answer = client.get("/v1/capabilities", headers=httpx.Headers(headers))
+    assert answer.status_code == status
+    assert ("sources" in answer.json()) == (status == 200)
+
+
 def test_the_secret_comes_before_the_body(locked_server: Served) -> None:
     with locked_server.client() as client:
         assert client.post("/v1/tokenize", content=b"{").status_code == 401

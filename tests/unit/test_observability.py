@@ -174,7 +174,7 @@ class FakeRuntime:
 
 def call(settings: Settings, exc: Exception) -> int:
     client = TestClient(create_app(settings, lambda: FakeRuntime(exc)), raise_server_exceptions=False)  # pyright: ignore[reportArgumentType]
-    headers = {"X-SECRET-KEY": SECRET, "Authorization": f"Bearer {TOKEN}", "X-Request-Id": "id-9"}
+    headers = {"X-SECRET-KEY": SECRET, "Authorization": f"Basic {TOKEN}", "X-Request-Id": "id-9"}
     client.cookies.set("session", "cookie-value")
     body = {"model": "m", "text": PROMPT}
     return client.post(f"/v1/tokenize?key={TOKEN}", json=body, headers=headers).status_code
