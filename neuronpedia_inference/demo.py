@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 SENTENCE = "The judge told the court that the army had burned the old church."
 SOURCE = "15-res-4k"
 FEATURES_PER_TOKEN = 2
-STRONGEST = 40
 BAR = 6
 
 
@@ -29,26 +28,13 @@ async def show(console: Console, runtime: Runtime, *, n_tokens: int) -> None:
     """Print the three views."""
     top = await _ask(runtime, "top_k", prompt=SENTENCE, source=SOURCE, top_k=FEATURES_PER_TOKEN)
     console.print(top_features(top["results"][0]))
-    n_strongest = min(STRONGEST, runtime.settings.max_results)
-    strongest = await _ask(runtime, "activations", prompt=SENTENCE, source=SOURCE, num_results=n_strongest)
-    index = _worth_looking_at(strongest["results"][0])
-    one = await _ask(runtime, "activations", prompt=SENTENCE, source=SOURCE, index=index)
+    one = await _ask(runtime, "activations", prompt=SENTENCE, source=SOURCE, num_results=1, rank_by="relative")
     console.print(heat_strip(one["results"][0]))
     console.print(
         _heading("The same prompt, plain and steered", "a feature's direction is added while the model writes")
     )
     for example in steering_examples()[:3]:
         console.print(side_by_side(example, await _steered(runtime, example, n_tokens)))
-
-
-def _worth_looking_at(result: dict[str, Any]) -> int:
-    """A feature that fires strongly, on few tokens, and most on a word; features of position or full stops do not."""
-
-    def selectivity(feature: dict[str, Any]) -> float:
-        is_word = result["tokens"][feature["max_value_index"]].strip().isalpha()
-        return is_word * feature["max_value"] ** 2 / sum(feature["values"])
-
-    return max(result["features"], key=selectivity)["index"]
 
 
 async def _ask(runtime: Runtime, name: str, **body: Any) -> dict[str, Any]:

@@ -217,6 +217,8 @@ class Ranking:
     """Set position 0 to zero for every feature before anything else."""
     weights: Mapping[int, int] = field(default_factory=dict)
     """Position → how often it counts in the sum that ranks; without any, the maximum ranks."""
+    scales: Mapping[str, Numbers] = field(default_factory=dict)
+    """Source → [feature]: by what the number that ranks is multiplied; by 1 for sources that are not there."""
 
 
 @dataclass(frozen=True, slots=True)

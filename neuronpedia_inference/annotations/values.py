@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Column = NDArray[np.float64]
+LAST = 1e-12
+"""Peculiarity of features of which too little is known: less than any other, but not nothing."""
 Stored = Mapping[int, bytes]
 """Contexts by feature, as the JSON list that `stored_contexts` makes: read only when somebody asks."""
 
@@ -65,6 +67,22 @@ class SourceAnnotations:
             Context(tuple(one["tokens"]), tuple(one["values"]), one.get("from"))
             for one in json.loads(self._stored.get(index, b"[]"))
         )
+
+    @cached_property
+    def peculiarity(self) -> Column:
+        """[feature]: −log10(density) / maximum. Times an activation it says how near the feature is to its own maximum,
+        weighed by how rare it is: a full activation counts one for every tenfold rarer.
+
+        LAST where density or maximum is unknown or zero: such features come behind all others that fire.
+        """
+        known = (self.density > 0) & (self.density < 1) & (self.maximum > 0)
+        density, maximum = np.where(known, self.density, 0.5), np.where(known, self.maximum, 1)
+        return np.where(known, -np.log10(density) / maximum, LAST).astype(np.float64)
+
+    def peculiarity_of(self, index: int) -> float | None:
+        """Of one feature; None where too little is known of it."""
+        value = float(self.peculiarity[index])
+        return value if value > LAST else None
 
     @cached_property
     def has_contexts(self) -> bool:

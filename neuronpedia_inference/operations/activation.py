@@ -7,10 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from neuronpedia_inference.domain import (
     ActiveFeatures,
     Dfa,
     FeatureActivations,
+    Numbers,
     RankedFeature,
     RankedFeatures,
     Ranking,
@@ -159,8 +162,13 @@ async def _all(request: RankingFields, prompts: Sequence[str], rt: Runtime) -> l
     ]
 
 
-async def rankings(request: RankingFields, prompts: Sequence[str], rt: Runtime) -> list[tuple[Tokens, RankedFeatures]]:
-    """Each prompt with its strongest features, values at full-prompt positions. Raises as `activation_all_batch`."""
+async def rankings(
+    request: RankingFields, prompts: Sequence[str], rt: Runtime, *, relative: bool = False
+) -> list[tuple[Tokens, RankedFeatures]]:
+    """Each prompt with its strongest features, values at full-prompt positions. Raises as `activation_all_batch`.
+
+    relative: ranked by `SourceAnnotations.peculiarity` times the largest activation.
+    """
     check_model(request.model, rt)
     sources = _selected(request, rt)
     batch = tokenize_prompts(rt, prompts, "once")
@@ -169,11 +177,26 @@ async def rankings(request: RankingFields, prompts: Sequence[str], rt: Runtime) 
         limit=min(rt.settings.max_results, DEFAULT_NUM_RESULTS if request.num_results is None else request.num_results),
         ignore_first=request.ignore_bos and batch[0].has_bos,
         weights=Counter(request.sort_by_token_indexes),
+        scales=_peculiarities(sources, rt) if relative else {},
     )
     check_size(min(ranking.limit, sum(source.n_features for source in sources)), batch, "features", rt)
     if ranking.limit == 0:
         return [(tokens, RankedFeatures.none(len(tokens))) for tokens in batch]
     return list(zip(batch, await rt.ask(Strongest(batch, sources, ranking)), strict=True))
+
+
+def _peculiarities(sources: Sequence[Source], rt: Runtime) -> dict[str, Numbers]:
+    """Raises InvalidRequest for a source of which nothing is known."""
+    found: dict[str, Numbers] = {}
+    for source in sources:
+        known = rt.shelf.annotations(source.name)
+        if known is None or np.isnan(known.maximum).all() or np.isnan(known.density).all():
+            raise InvalidRequest(
+                f"rank_by: nothing is known of the maxima and densities of {source.name}, so its features cannot be "
+                "ranked relative to them. Rank by activation, or give them in LABELS_DIR."
+            )
+        found[source.name] = known.peculiarity
+    return found
 
 
 def _selected(request: RankingFields, rt: Runtime) -> tuple[Source, ...]:

@@ -41,6 +41,8 @@ async def activations(request: ActivationsRequest, rt: Runtime) -> ActivationsRe
     with reproducibly(request.reproducible):
         if request.index is None:
             return await _strongest(request, texts, rt)
+        if request.rank_by != "activation":
+            raise InvalidRequest("rank_by: goes without index, whose feature stands alone")
         return await _one_feature(request, request.index, texts, rt)
 
 
@@ -91,6 +93,7 @@ def _choose_set(request: ActivationsRequest, rt: Runtime) -> tuple[str, list[str
 
 async def _strongest(request: ActivationsRequest, texts: list[str], rt: Runtime) -> ActivationsResponse:
     source_set, selected = _choose_set(request, rt)
+    relative = request.rank_by == "relative"
     most, wanted = rt.settings.max_results, request.num_results
     if "num_results" in request.model_fields_set and wanted is not None and wanted > most:
         raise LimitExceeded(f"num_results is {wanted}, the most is {most}. Ask for fewer or raise MAX_RESULTS.")
@@ -106,20 +109,28 @@ async def _strongest(request: ActivationsRequest, texts: list[str], rt: Runtime)
     return ActivationsResponse.model_construct(
         results=[
             ActivationsResult.model_construct(
-                tokens=list(tokens.strings), has_bos=tokens.has_bos, features=_firing(found, rt)
+                tokens=list(tokens.strings), has_bos=tokens.has_bos, features=_firing(found, rt, relative=relative)
             )
-            for tokens, found in await rankings(wire, texts, rt)
+            for tokens, found in await rankings(wire, texts, rt, relative=relative)
         ]
     )
 
 
-def _firing(found: RankedFeatures, rt: Runtime) -> Rows[LabelledFeature]:
+def _firing(found: RankedFeatures, rt: Runtime, *, relative: bool) -> Rows[LabelledFeature]:
     rows = found.firing.tolist()
-    return Rows(len(rows), lambda place: _labelled(found[rows[place]], rt))
+    return Rows(len(rows), lambda place: _labelled(found[rows[place]], rt, relative=relative))
 
 
-def _labelled(one: RankedFeature, rt: Runtime) -> LabelledFeature:
+def _relative(one: RankedFeature, rt: Runtime) -> float | None:
+    """Its largest activation times its peculiarity; None where that is unknown."""
+    known = rt.shelf.annotations(one.source)
+    peculiarity = None if known is None else known.peculiarity_of(one.index)
+    return None if peculiarity is None else one.max_value * peculiarity
+
+
+def _labelled(one: RankedFeature, rt: Runtime, *, relative: bool = False) -> LabelledFeature:
     return LabelledFeature(
+        relative=_relative(one, rt) if relative else None,
         source=one.source,
         index=one.index,
         label=rt.shelf.label(one.source, one.index),

@@ -102,8 +102,8 @@ def _by_first_firing(indices: Tensor, positions: Tensor, values: Tensor) -> Acti
 class FeatureRanker:
     """Ranks sources as they come, so that each may leave memory before the next arrives.
 
-    Order: by the weighted sum over positions, or the maximum where no position has a weight, descending; ties keep
-    the order of the sources, then of the features. Zeros are ranked too.
+    Order: by the weighted sum over positions, or the maximum where no position has a weight, times the feature's scale
+    where there are scales, descending; ties keep the order of the sources, then of the features. Zeros are ranked too.
     """
 
     def __init__(self, ranking: Ranking) -> None:
@@ -118,11 +118,13 @@ class FeatureRanker:
         """Take in one source: x [pos, width], the same number of positions each time."""
         self._names.append(reader.source.name)
         self._offsets.append(self._n_features)
+        scales = self.ranking.scales.get(reader.source.name)
         for first, acts in reader.blocks(x, block_of(x)):
             kept = torch.cat((torch.zeros_like(acts[:1]), acts[1:])) if self.ranking.ignore_first else acts
             require_finite(kept, reader)
             del acts
-            self._add_block(self._n_features + first, kept)
+            scale = None if scales is None else torch.as_tensor(scales[first : first + kept.shape[1]])
+            self._add_block(self._n_features + first, kept, scale)
             del kept
             yield
         self._n_features += reader.source.n_features
@@ -141,9 +143,13 @@ class FeatureRanker:
             sum_values=on_host(keys if self.ranking.weights else torch.zeros_like(keys)),
         )
 
-    def _add_block(self, place: int, acts: Tensor) -> None:
-        """Merge the winners of acts [pos, block], whose first feature has this place among all features."""
-        keys, indices = stable_topk(self._keys(acts), min(self.ranking.limit, acts.shape[1]))
+    def _add_block(self, place: int, acts: Tensor, scale: Tensor | None) -> None:
+        """Merge the winners of acts [pos, block], whose first feature has this place among all features.
+
+        scale: [block]; None for ones.
+        """
+        keys = self._keys(acts) if scale is None else self._keys(acts) * scale.to(acts.device, acts.dtype)
+        keys, indices = stable_topk(keys, min(self.ranking.limit, acts.shape[1]))
         rows = acts[:, indices].T
         if self._best is None:
             self._best, self._rows = (keys, indices + place), rows

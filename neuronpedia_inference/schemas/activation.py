@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -301,6 +301,12 @@ class ActivationsRequest(Ours):
         default=25, description="Features returned at most; null means 25. More than MAX_RESULTS are refused."
     )
     ignore_bos: bool = Field(default=True, description="Count activations on a leading BOS token as zero.")
+    rank_by: Literal["activation", "relative"] = Field(
+        default="activation",
+        description="What comes first: what fires most, or what is peculiar to the text. `relative` is the largest "
+        "activation as a share of the feature's known maximum, times -log10 of its known density; features of which "
+        "these are unknown come last. Goes without `index`.",
+    )
     reproducible: Reproducible = False
     model: MaybeModelName = None
 
@@ -316,6 +322,9 @@ class LabelledFeature(ActivationValues, FeatureId):
     """A feature, with its label where one is known."""
 
     label: str | None = Field(default=None, description="What the feature stands for; null if unknown.")
+    relative: float | None = Field(
+        default=None, description="The number that ranks by `relative`; null without it, and where it is unknown."
+    )
 
 
 class ActivationsResult(Reply):

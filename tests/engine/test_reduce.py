@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,7 +56,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven features at a time, so that every result is merged from many blocks."""
-    monkeypatch.setattr(reduce, "_block", lambda x: 7)
+    monkeypatch.setattr(reduce, "block_of", lambda x: 7)
 
 
 def reader_of(name: str, n_features: int) -> NeuronReader:
@@ -114,7 +115,8 @@ def naive_ranking(pairs: Sequence[tuple[str, Tensor]], ranking: Ranking) -> list
             if ranking.ignore_first:
                 values[0] = 0.0
             chosen = [times * values[position] for position, times in ranking.weights.items()]
-            rows.append((name, index, values, math.fsum(chosen) if chosen else max(values)))
+            scale = float(ranking.scales[name][index]) if name in ranking.scales else 1.0
+            rows.append((name, index, values, scale * (math.fsum(chosen) if chosen else max(values))))
     return sorted(rows, key=lambda row: -row[3])[: ranking.limit]
 
 
@@ -132,11 +134,13 @@ def test_ranking_equals_a_full_sort(
 ) -> None:
     """Values are quarters, so that sums are exact and ties are real."""
     columns = data.draw(st.lists(st.integers(0, n_pos - 1), max_size=5))
-    ranking = Ranking(limit, ignore_first, Counter(columns))
     acts = [(f"{n}-t", sparse(n_pos, size, seed + n)) for n, size in enumerate(sizes)]
+    scaled = data.draw(st.sets(st.sampled_from([name for name, _ in acts])))
+    powers = {name: np.arange(a.shape[1]) % 7 * 0.5 for name, a in acts if name in scaled}
+    ranking = Ranking(limit, ignore_first, Counter(columns), powers)
     block = data.draw(st.integers(1, 50))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reduce, "_block", lambda x: block)
+        patch.setattr(reduce, "block_of", lambda x: block)
         found = rank_features(((reader_of(name, a.shape[1]), a) for name, a in acts), ranking)
     expected = naive_ranking(acts, ranking)
     assert [(row.source, row.index, row.values.tolist()) for row in found] == [row[:3] for row in expected]

@@ -308,7 +308,7 @@ def test_reductions_in_blocks_equal_those_of_the_whole(
 ) -> None:
     sae, x = load(saved(tmp_path, build(kind))), activations()
     whole = sae.encode(x)
-    monkeypatch.setattr(reduce, "_block", lambda x: 7)
+    monkeypatch.setattr(reduce, "block_of", lambda x: 7)
     expected = whole.sort(dim=1, descending=True, stable=True)
     found = result_of(top_features(sae, x, 6))
     assert found.indices.tolist() == expected.indices[:, :6].tolist()

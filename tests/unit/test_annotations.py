@@ -202,3 +202,11 @@ def test_the_documented_row_is_read(tmp_path: Path) -> None:
     one = read_folder(tmp_path, {row["source"]: 4096}, (), {})[row["source"]]
     assert (one.labels[1113], one.density[1113]) == (row["label"], row["density"])
     assert one.contexts(1113)[0].tokens == tuple(row["contexts"][0]["tokens"])
+
+
+def test_what_is_peculiar_by_hand() -> None:
+    density = np.array([0.01, 0.1, np.nan, 0.01, 0.0, 1.0], np.float64)
+    maximum = np.array([50.0, 50.0, 50.0, np.nan, 50.0, 50.0], np.float64)
+    one = SourceAnnotations([""] * 6, density, maximum, maximum)
+    assert one.peculiarity[:2].tolist() == pytest.approx([2 / 50, 1 / 50])
+    assert one.peculiarity[2:].tolist() == pytest.approx([1e-12] * 4)

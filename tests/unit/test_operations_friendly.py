@@ -36,6 +36,7 @@ def test_activations_need_no_more_than_a_prompt():
             "dfa_values",
             "dfa_target_index",
             "dfa_max_value",
+            "relative",
         }
 
 
