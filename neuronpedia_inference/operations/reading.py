@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from neuronpedia_inference.domain import FeatureActivations, RankedFeature, RankedFeatures, Tokens, TopFeatures
-from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
+from neuronpedia_inference.domain import FeatureActivations, RankedFeature, RankedFeatures, Source, Tokens, TopFeatures
+from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownSource
 from neuronpedia_inference.operations.activation import dfa_fields, rankings
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model, choose_source, counted_from, tokenize_prompts
@@ -143,8 +143,9 @@ def _labelled(one: RankedFeature, rt: Runtime, *, relative: bool = False) -> Lab
 
 async def _one_feature(request: ActivationsRequest, index: int, texts: list[str], rt: Runtime) -> ActivationsResponse:
     check_model(request.model or rt.model.id, rt)
-    candidates = rt.shelf.sources if request.source_set is None else rt.shelf.source_set(request.source_set)
-    source = rt.shelf.source(choose_source(request.source, candidates))
+    if "num_results" in request.model_fields_set:
+        raise InvalidRequest("num_results: goes without index, which asks for a single feature")
+    source = _source_of_one(request, rt)
     batch = tokenize_prompts(rt, texts, "once")
     first = counted_from(batch[0], ignore_bos=request.ignore_bos)
     found = await rt.ask(OneFeature(batch, source, index, dfa_from=first))
@@ -158,6 +159,17 @@ async def _one_feature(request: ActivationsRequest, index: int, texts: list[str]
             for tokens, one in zip(batch, found, strict=True)
         ]
     )
+
+
+def _source_of_one(request: ActivationsRequest, rt: Runtime) -> Source:
+    """Raises UnknownSource for a source that is not of the set named, and InvalidRequest for an open choice."""
+    if request.source_set is None:
+        return rt.shelf.source(choose_source(request.source, rt.shelf.sources))
+    members = {source.name: source for source in rt.shelf.source_set(request.source_set)}
+    name = choose_source(request.source, list(members.values()))
+    if name not in members:
+        raise UnknownSource.named(f"source of set {request.source_set!r}:", name, members)
+    return members[name]
 
 
 def _counted(found: FeatureActivations, source: str, index: int, first: int) -> RankedFeature:

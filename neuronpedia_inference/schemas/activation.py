@@ -298,7 +298,8 @@ class ActivationsRequest(Ours):
     )
     index: int | None = Field(default=None, description="Show this feature only, also where it does not fire.")
     num_results: Annotated[int, Field(ge=0)] | None = Field(
-        default=25, description="Features returned at most; null means 25. More than MAX_RESULTS are refused."
+        default=25,
+        description="Features returned at most; null means 25. More than MAX_RESULTS are refused. Not with `index`.",
     )
     ignore_bos: bool = Field(default=True, description="Count activations on a leading BOS token as zero.")
     rank_by: Literal["activation", "relative"] = Field(

@@ -261,3 +261,5 @@ def test_chatml_only_behind_the_option() -> None:
     fallback = TextCodec(models.tokenizer(), chatml_fallback=True)
     text, _ = fallback.render_chat([ChatMessage("user", "hi")], limit=99)
     assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(InvalidRequest, match="Unknown role 'wizard'"):
+        fallback.render_chat([ChatMessage("wizard", "hi")], limit=99)

@@ -123,9 +123,17 @@ def test_sources_may_be_named(choice: dict[str, str], looked_at: list[str]):
     assert runtime.called("ranked_features")[0] == looked_at
 
 
-def test_a_source_outside_the_named_set_is_refused():
-    with pytest.raises(UnknownSource):
-        ask("activations", {"prompt": "one", "source_set": "res", "source": "3-att"})
+@pytest.mark.parametrize("index", [{}, {"index": 1}])
+def test_a_source_outside_the_named_set_is_refused(index: dict[str, int]):
+    with pytest.raises(UnknownSource, match="Unknown source of set 'res': '3-att'.* Available: 1-res, 2-res, 12-res"):
+        ask("activations", {"prompt": "one", "source_set": "res", "source": "3-att", **index})
+    [result] = ask("activations", {"prompt": "one", "source_set": "res", "source": "2-res", **index})["results"]
+    assert {feature["source"] for feature in result["features"]} == {"2-res"}
+
+
+def test_a_number_of_results_with_an_index_is_refused():
+    with pytest.raises(InvalidRequest, match="num_results: goes without index"):
+        ask("activations", {"prompt": "one", "source": "1-res", "index": 1, "num_results": 1})
 
 
 def test_a_set_with_one_source_settles_the_choice_for_an_index():
