@@ -18,13 +18,19 @@ SECURITY, BEARER = "SimpleSecretAuth", "BearerAuth"
 MEANINGS = {
     400: "The request cannot be honoured as asked",
     401: "Missing or wrong secret",
+    403: "A web page that may not call, or a name that is not the server's",
+    408: "The body did not come in time",
     409: "The server's state forbids it",
     413: "The body is too large",
     422: "The body is not JSON, or does not fit the schema",
+    431: "The headers are too large",
     500: "A fault of the server",
     503: "Loading, full or out of memory; see Retry-After",
 }
-FAILURES = (400, 401, 413, 422, 500, 503)
+ANYWHERE = (403, 431)
+"""What every request may be answered, whatever it asks."""
+WITHOUT_A_BODY = (400, 401, 422, 500, 503)
+FAILURES = (*WITHOUT_A_BODY, 408, 413)
 Refs = dict[Any, dict[str, Any]]
 
 
@@ -63,12 +69,13 @@ def _operation(operation: Operation[Any], refs: Refs) -> dict[str, Any]:
     if operation.stream is not None:
         note = "With `stream`: events `data: {json}`, each holding the whole answer so far."
         content["text/event-stream"] = {"schema": {"type": "string", "description": note}}
+    failures = FAILURES if operation.method == "POST" else WITHOUT_A_BODY
     return {
         "operationId": operation.name,
         "summary": operation.summary,
         "tags": [operation.path.split("/")[2]],
         **_asked(operation, refs),
-        "responses": {"200": {"description": "The answer", "content": content}, **_failures(refs, *FAILURES)},
+        "responses": {"200": {"description": "The answer", "content": content}, **_failures(refs, *failures)},
     }
 
 
@@ -132,7 +139,7 @@ def _metrics(refs: Refs) -> dict[str, Any]:
 
 def _failures(refs: Refs, *codes: int) -> dict[str, Any]:
     body = _json(refs[ErrorBody, "serialization"])
-    return {str(code): {"description": MEANINGS[code], "content": body} for code in codes}
+    return {str(code): {"description": MEANINGS[code], "content": body} for code in sorted({*codes, *ANYWHERE})}
 
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from neuronpedia_inference.settings import Settings, variable
 from neuronpedia_inference.web.app import create_app
 from neuronpedia_inference.web.fields import example_of, fields_of
 from neuronpedia_inference.web.openapi import document, openapi_path
+from tests.documented import documented_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -59,6 +60,17 @@ def test_every_error_code_is_explained(render_docs: ModuleType) -> None:
     by_http = {code for code, explained in render_docs.EXPLAINED.items() if explained.status is not None}
     assert set(render_docs.EXPLAINED) == by_class | by_http
     assert by_http == {"not_found", "method_not_allowed"}
+
+
+def test_openapi_has_every_status_of_an_error() -> None:
+    """404 and 405 are of paths that are not there; 409 is of one that is no operation."""
+    documented = {str(status) for status in documented_errors().values()}
+    paths = document()["paths"]
+    asked = [paths[openapi_path(operation)][operation.method.lower()] for operation in OPERATIONS]
+    of_operations = {status for about in asked for status in about["responses"]}
+    everywhere = {status for item in paths.values() for about in item.values() for status in about["responses"]}
+    assert of_operations == documented - {"404", "405", "409"} | {"200"}
+    assert everywhere == of_operations | {"409"}
 
 
 def test_every_exit_code_is_explained() -> None:
