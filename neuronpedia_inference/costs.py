@@ -3,6 +3,8 @@
 generation   the pass over its prompt, and 512 + 400 × log-probabilities for every new token on its way to the caller,
              and 96 for every number of the vectors that came with it and every number that is read while it runs;
              and the reduction of the largest source that is read whole for that
+             edits     48 × d_model + 32 × prompt tokens for each, and 24 × d_model × prompt tokens where there are any:
+                       their vectors in two tables, numbers and weights by position, and states in float32
 all of them  1.2 × slots × columns × cache bytes of a position: rows of different requests lie in one grid, as wide as
              the longest of them may become. So a long request makes room for every row that is inside with it
              slots     all rows and one more, in steps of a quarter of a power of two
@@ -165,16 +167,19 @@ class Costs:
         *,
         n_logprobs: int = 0,
         n_numbers: int = 0,
+        n_edits: int = 0,
         n_read: int = 0,
         read_whole: Sequence[Source] = (),
         pattern: bool,
     ) -> Demand:
-        """Rows that share a prompt. n_numbers: of the vectors that came with the request. n_read: numbers that are read
-        while they run. read_whole: sources all of whose features are computed for that."""
+        """Rows that share a prompt. n_numbers: of the vectors that came with the request. n_edits: of all rows. n_read:
+        numbers that are read while they run. read_whole: sources all of whose features are computed for that."""
         tokens = n_rows * n_prompt_tokens
         told = n_rows * n_new_tokens * (TOKEN_BYTES + n_logprobs * LOGPROB_BYTES) + n_read * NUMBER_BYTES
         read = max((peak_bytes(source, tokens) for source in read_whole), default=0)
-        taken = told + n_numbers * NUMBER_BYTES + read + self._pass([n_prompt_tokens] * n_rows, pattern=pattern)
+        edited = n_edits * (48 * self.model.d_model + 32 * n_prompt_tokens) + n_numbers * NUMBER_BYTES
+        edited += 24 * self.model.d_model * tokens if n_edits else 0
+        taken = told + read + edited + self._pass([n_prompt_tokens] * n_rows, pattern=pattern)
         return Demand(rows=n_rows, tokens=tokens, bytes=taken, positions=n_prompt_tokens + n_new_tokens)
 
     def capture(

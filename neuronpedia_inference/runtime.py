@@ -14,6 +14,8 @@ from neuronpedia_inference import reproducible
 from neuronpedia_inference.capabilities import describe, max_tokens, token_limit
 from neuronpedia_inference.costs import NO_GRID, RECORDED_GRID, Costs, Demand
 from neuronpedia_inference.domain import ChatMessage, Sampling, Tokens, Written
+from neuronpedia_inference.edits.plan import Plan
+from neuronpedia_inference.edits.resolve import EditResolver
 from neuronpedia_inference.engine.completions import Completions, Writing
 from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
@@ -32,8 +34,6 @@ from neuronpedia_inference.scheduler.policy import Limits
 from neuronpedia_inference.scheduler.stay import at_the_end
 from neuronpedia_inference.scheduler.worker import Worker
 from neuronpedia_inference.settings import Settings
-from neuronpedia_inference.steering.plan import SteerPlan
-from neuronpedia_inference.steering.resolve import SteerResolver
 from neuronpedia_inference.watches.plan import WatchPlan
 from neuronpedia_inference.watches.resolve import WatchResolver
 
@@ -60,7 +60,7 @@ class Runtime:
         self._engine = loaded.engine
         self._codec = loaded.codec
         self.shelf = Shelf(loaded.store, loaded.engine, loaded.annotations)
-        self._steering = SteerResolver(loaded.engine, self.shelf)
+        self._edits = EditResolver(loaded.engine, self.shelf, loaded.codec.special_ids)
         self.watches = WatchResolver(loaded.engine, self.shelf, max_top_k=settings.max_top_k)
         self._costs = Costs(loaded.info)
         self.metrics = Metrics()
@@ -160,18 +160,18 @@ class Runtime:
 
     # Generation
 
-    async def check_steering(self, plan: SteerPlan) -> None:
+    async def check_steering(self, plan: Plan) -> None:
         """Raises LimitExceeded, InvalidRequest, UnknownSource or UnknownPoint unless the plan can be honoured."""
-        await paced(self._steering.checks(plan))
+        await paced(self._edits.checks(plan))
 
-    def edited(self, plan: SteerPlan | None) -> set[Point]:
+    def edited(self, plan: Plan | None) -> set[Point]:
         """Where a checked plan steers."""
-        return set() if plan is None else self._steering.points(plan)
+        return set() if plan is None else self._edits.written(plan)
 
     def generate(
         self,
         prompt: Tokens,
-        plans: Sequence[SteerPlan | None],
+        plans: Sequence[Plan | None],
         sampling: Sampling,
         *,
         watches: WatchPlan | None = None,
@@ -188,6 +188,8 @@ class Runtime:
         self._check_room(prompt, sampling)
         n_read = self._n_read(prompt, plans, sampling, watches)
         steered = [plan for plan in plans if plan is not None]
+        for plan in steered:
+            self._edits.check_selections(plan, prompt, sampling)
         held = ExitStack()
         work = GenerateWork(
             lambda: self._rows(prompt, plans, sampling, watches, held),
@@ -197,7 +199,7 @@ class Runtime:
             streams=stream,
             reproducible=self._is_reproducible,
         )
-        points = {point for plan in steered for point in self._steering.points(plan)}
+        points = {point for plan in steered for point in self._edits.points(plan)}
         pattern = self._engine.makes_pattern(points)
         demand = self._costs.generation(
             work.n_rows,
@@ -207,6 +209,7 @@ class Runtime:
             n_numbers=sum(plan.n_numbers for plan in steered),
             n_read=n_read,
             read_whole=() if watches is None else watches.whole,
+            n_edits=sum(len(plan.edits) for plan in steered),
             pattern=pattern,
         )
         events = TicketEvents(lambda put: self._submit(work, demand, on_event=put, held=held), at_the_end=not stream)
@@ -238,7 +241,7 @@ class Runtime:
         return reproducible.is_wanted() or self.settings.reproducible
 
     def _n_read(
-        self, prompt: Tokens, plans: Sequence[SteerPlan | None], sampling: Sampling, watches: WatchPlan | None
+        self, prompt: Tokens, plans: Sequence[Plan | None], sampling: Sampling, watches: WatchPlan | None
     ) -> int:
         """Numbers that watching gives. Raises LimitExceeded where they are too many, or the text is too long for it."""
         if watches is None:
@@ -257,13 +260,13 @@ class Runtime:
     def _rows(
         self,
         prompt: Tokens,
-        plans: Sequence[SteerPlan | None],
+        plans: Sequence[Plan | None],
         sampling: Sampling,
         watches: WatchPlan | None,
         held: ExitStack,
     ) -> Steps:
         """-> list[RowSpec], one per plan, good until `held` is closed. Runs on the worker."""
-        rows: list[RowSpec] = yield from self._steering.rows(prompt, plans, sampling)
+        rows: list[RowSpec] = yield from self._edits.rows(prompt, plans, sampling)
         if watches is None:
             return rows
         read = yield from self.watches.readings(watches, held)

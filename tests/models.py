@@ -223,10 +223,10 @@ def formula(method: str, vector: Tensor, coefficient: float) -> Edit:
     projector = torch.outer(unit, unit)
 
     def edit(h: Tensor) -> Tensor:
-        if method == "SIMPLE_ADDITIVE":
+        if method == "add":
             return h + coefficient * vector
         along = h @ projector
-        if method == "ORTHOGONAL_DECOMP":
+        if method == "orthogonal":
             return (h - along) + coefficient * along
         size = h @ unit
         return h + torch.outer((size.clamp(max=coefficient) - size).flatten(), unit).view_as(h)

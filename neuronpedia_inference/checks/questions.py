@@ -20,11 +20,11 @@ from neuronpedia_inference.checks import features, plain
 from neuronpedia_inference.checks.plain import METHODS, PlainSteer
 from neuronpedia_inference.checks.report import Check, Report, about
 from neuronpedia_inference.domain import Numbers, Sampling, Source, Tokens, Written
+from neuronpedia_inference.edits.plan import BY_METHOD, Direction, Edit, Plan
 from neuronpedia_inference.errors import InferenceError, StartupError
 from neuronpedia_inference.questions import Projection, TopPerToken
 from neuronpedia_inference.saes.catalogue import resolve
 from neuronpedia_inference.settings import EMBEDDED_MODEL_ID
-from neuronpedia_inference.steering.plan import SteerMethod, SteerPlan, SteerVector
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
@@ -221,7 +221,7 @@ class _Asked:
         amounts = {"SIMPLE_ADDITIVE": size, "ORTHOGONAL_DECOMP": 3.0, "PROJECTION_CAP": along - size}
         return PlainSteer(self._layer, method, amounts[method], self._vector)
 
-    def _generate(self, prompt: Tokens, plans: Sequence[SteerPlan | None], *, stream: bool) -> AsyncIterator[Any]:
+    def _generate(self, prompt: Tokens, plans: Sequence[Plan | None], *, stream: bool) -> AsyncIterator[Any]:
         sampling = Sampling(self._n_tokens, n_logprobs=N_CANDIDATES)
         return self._runtime.generate(prompt, plans, sampling, stream=stream)
 
@@ -306,10 +306,10 @@ async def _whole(events: AsyncIterator[tuple[Written, ...]]) -> list[Written]:
     ]
 
 
-def _plan(steer: PlainSteer, coefficient: float | None = None) -> SteerPlan:
+def _plan(steer: PlainSteer, coefficient: float | None = None) -> Plan:
     hook = f"blocks.{steer.layer}.hook_resid_post"
     amount = steer.coefficient if coefficient is None else coefficient
-    return SteerPlan((SteerVector(hook, tuple(steer.vector), amount),), SteerMethod(steer.method))
+    return Plan((Edit(BY_METHOD[steer.method], Direction(hook, tuple(steer.vector)), amount),))
 
 
 def _direction(width: int) -> list[float]:

@@ -16,14 +16,14 @@ from neuronpedia_inference.engine.cache import MaskForm, windows
 from neuronpedia_inference.engine.decoder import Decoder
 from neuronpedia_inference.engine.generation import FIXED_POSITIONS, Lane, SoloLane
 from neuronpedia_inference.engine.linear import torch_products
-from neuronpedia_inference.engine.places import adopt, rms_normalized
+from neuronpedia_inference.engine.places import adopt
 from neuronpedia_inference.engine.points import MLP_POST, NORMALIZED, PATTERN, READABLE, WRITABLE, Point
 from neuronpedia_inference.engine.probe import probe
 from neuronpedia_inference.engine.prompts import CapturePass
 from neuronpedia_inference.engine.protocol import Captured, ModelInfo, Reading, Watch
 from neuronpedia_inference.engine.readout import token_effects
 from neuronpedia_inference.engine.static import as_cuda_graph
-from neuronpedia_inference.engine.tree import Tree
+from neuronpedia_inference.engine.tree import Tree, rms_normalized
 from neuronpedia_inference.engine.verdict import Finding, Verdict, VerdictFile
 from neuronpedia_inference.errors import UnknownPoint
 from neuronpedia_inference.recent import Recent

@@ -30,6 +30,7 @@ from neuronpedia_inference.engine.sampling import Drawn, Sampler, draw
 from neuronpedia_inference.engine.slots import Slots
 from neuronpedia_inference.engine.static import Record, Recordings, StaticStep
 from neuronpedia_inference.engine.steered import steering_edits
+from neuronpedia_inference.engine.where import Span, begun
 from neuronpedia_inference.errors import EngineFailed, InvalidRequest
 from neuronpedia_inference.recent import Recent
 
@@ -74,6 +75,8 @@ class Lane:
     """Of every row, what the last pass has read."""
     _n_columns: int = field(default=0, init=False)
     """Positions that there is room for."""
+    _span: Span = field(default=Span((), torch.empty(0, 0, dtype=torch.long)), init=False)
+    """What the step under way runs."""
 
     @classmethod
     def merging(
@@ -177,6 +180,7 @@ class Lane:
             return self.recorded.logits(ids, lengths, self._specs)
         if self.memory.is_outdated(lengths[0]):
             return self._run_again()
+        self._span = Span(lengths, ids)
         with self.memory.decode(lengths) as inputs:
             self._reads.begin([1] * len(lengths))
             logits = self.decoder.forward(ids, inputs, self._changes, ends([1] * len(lengths)))
@@ -186,7 +190,7 @@ class Lane:
     def _run_again(self) -> Tensor:
         """As `logits` for one row's newest token, from the whole text, which takes the place of what was kept."""
         (row,) = self._decoding
-        text = replace(row.spec, prompt_ids=(*row.spec.prompt_ids, *row.generated))
+        text = replace(row.spec, prompt_ids=(*row.spec.prompt_ids, *row.generated), n_generated=len(row.generated))
         prompts = PromptPass(self.decoder, [text], self.memory.prompts(len(text.prompt_ids)))
         prompts.advance(prompts.width)
         self.memory.put(prompts.cache, [0], [prompts.width], 0)
@@ -212,7 +216,7 @@ class Lane:
         self._specs = [row.spec for row in self._decoding]
         self._reads = Reads(self._specs)
         self._numbers = [None] * len(self._specs)
-        self._changes = steering_edits(self._specs, reads=self._reads)
+        self._changes = steering_edits(self._specs, lambda: self._span, self._reads)
         self._is_settled = True
 
     def _keep_what_leaves(self) -> None:
@@ -301,7 +305,8 @@ class Joining:
         self.lane = lane
         fresh: list[_Row] = []
         self._passes: list[tuple[Sequence[_Row], PromptPass]] = []
-        for id_, spec in rows:
+        for id_, asked in rows:
+            spec = begun(asked, lane.decoder.model.device)
             row = _Row(id_, spec, Sampler(spec.sampling, spec.prompt_ids))
             is_read = bool(spec.watches)  # its prompt has to pass
             known = lane.prefixes.find(spec) if lane.memory.in_pieces and not is_read else None
@@ -435,7 +440,7 @@ def _of(logits: Tensor, places: Sequence[int]) -> Tensor:
 
 def _not_finite(spec: RowSpec, dtype: torch.dtype) -> Exception:
     name = str(dtype).removeprefix("torch.")
-    if not spec.steering:
+    if not spec.edits:
         return EngineFailed(
             f"The model's output is not finite although nothing steers it: {name} overflows on this text. "
             "Another MODEL_DTYPE may help."

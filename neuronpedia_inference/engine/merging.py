@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.edits.plan import Do
+from neuronpedia_inference.edits.rows import RowEdit
 from neuronpedia_inference.engine.agreement import logits_agree, overflow
 from neuronpedia_inference.engine.cache import SLIDING, MaskForm, windows
 from neuronpedia_inference.engine.decoder import Decoder
@@ -19,9 +21,8 @@ from neuronpedia_inference.engine.faults import in_short, trial_failure
 from neuronpedia_inference.engine.generation import Lane, NewRows
 from neuronpedia_inference.engine.points import RESID_POST, Point
 from neuronpedia_inference.engine.prompts import CapturePass
-from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep, Steering
+from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
 from neuronpedia_inference.engine.static import Record
-from neuronpedia_inference.steering.plan import SteerMethod
 
 _WINDOW = 4
 """Positions, while merging is tried: a text of a few tokens then passes the window."""
@@ -91,7 +92,7 @@ def _rows(decoder: Decoder, ids: Sequence[int]) -> list[RowSpec]:
     embedding: Any = decoder.model.get_input_embeddings()
     width = embedding.weight.shape[1]
     vector = torch.ones(width, device=decoder.model.device)
-    steering = (Steering(Point(0, RESID_POST), vector, 1.0, SteerMethod.SIMPLE_ADDITIVE),)
+    steering = (RowEdit(Point(0, RESID_POST), vector, 1.0, Do.ADD),)
     return [
         RowSpec(tuple(ids[:7]), Sampling(8)),
         RowSpec(tuple(ids[1:3]), Sampling(8), steering),

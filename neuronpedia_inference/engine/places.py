@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.edits.plan import Do
+from neuronpedia_inference.edits.rows import RowEdit
 from neuronpedia_inference.engine.agreement import agree, error, overflow
 from neuronpedia_inference.engine.faults import trial_failure
 from neuronpedia_inference.engine.hooks import Edit, edits
@@ -29,11 +31,10 @@ from neuronpedia_inference.engine.points import (
     WRITABLE,
     Point,
 )
-from neuronpedia_inference.engine.protocol import RowSpec, Steering
+from neuronpedia_inference.engine.protocol import RowSpec
 from neuronpedia_inference.engine.steered import steering_edits
-from neuronpedia_inference.engine.tree import CANDIDATES, IN, ModuleSide, Tree
+from neuronpedia_inference.engine.tree import CANDIDATES, IN, ModuleSide, Tree, rms_normalized
 from neuronpedia_inference.engine.verdict import Finding
-from neuronpedia_inference.steering.plan import SteerMethod
 
 ABSENT = "this block has no such tensor"
 _LN = {"ln1.hook_normalized": ("ln1.hook_in", "ln1.hook_out"), "ln2.hook_normalized": ("ln2.hook_in", "ln2.hook_out")}
@@ -194,12 +195,6 @@ def _normalized(layer: _Layer, rms_eps: float) -> Iterator[tuple[str, Finding]]:
         yield place, Finding(0 if because or resid is None else resid.shape[-1], 0, because)
 
 
-def rms_normalized(resid: Tensor, eps: float) -> Tensor:
-    """[..., width] -> the same before a norm's gain, float32: x / sqrt(mean(x²) + eps)."""
-    wide = resid.float()
-    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-
-
 def _attention(tree: Tree, prompt: Tensor, layers: Sequence[_Layer]) -> tuple[dict[Point, Finding], int]:
     """Pattern and values, offered where the values weighted by the pattern are what the heads give."""
     seen: dict[Point, Tensor] = {}
@@ -243,8 +238,8 @@ def _written(
     """Steer at a place in all layers that have it, in one pass, and look for the change where it must arrive."""
     points = [Point(n, place) for n in range(tree.n_layers) if not found[Point(n, place)].unread_because]
     vectors = {point: _vector(layers[point.layer], point) for point in points}
-    steering = tuple(Steering(point, vectors[point], 1.0, SteerMethod.SIMPLE_ADDITIVE) for point in points)
-    row = RowSpec(tuple(prompt[0].tolist()), Sampling(1), steering)
+    edits_of = tuple(RowEdit(point, vectors[point], 1.0, Do.ADD) for point in points)
+    row = RowSpec(tuple(prompt[0].tolist()), Sampling(1), edits_of)
     steered = [plain]
     with _collected(tree) as seen_by, edits(tree, steering_edits([row])):
         failure = trial_failure(f"steering {place}", lambda: steered.append(tree.run(prompt, use_cache=False).logits))

@@ -48,6 +48,26 @@ READABLE = (
 )
 """Places with one vector per token."""
 
+IN_ORDER = (
+    RESID_PRE,
+    "ln1.hook_normalized",
+    ATTN_IN,
+    *INSIDE_ATTENTION,
+    HOOK_Z,
+    "attn.hook_out",
+    ATTN_OUT,
+    RESID_MID,
+    "ln2.hook_normalized",
+    MLP_IN,
+    MLP_PRE,
+    MLP_PRE_LINEAR,
+    MLP_POST,
+    "mlp.hook_out",
+    MLP_OUT,
+    RESID_POST,
+)
+"""All places, as a pass comes to them."""
+
 _ALIASES = {"hook_z": HOOK_Z, "hook_mlp_in": MLP_IN, "hook_attn_in": ATTN_IN}
 _NAME = re.compile(r"blocks\.(\d{1,4})\.([\w.]+)")
 
@@ -68,6 +88,11 @@ class Point:
     def is_inside_attention(self) -> bool:
         """Whether reading it makes attention hold its pattern, for every row of the pass."""
         return self.place in INSIDE_ATTENTION
+
+    @property
+    def reached(self) -> tuple[int, int]:
+        """Points that a pass comes to earlier have a lower one."""
+        return self.layer, IN_ORDER.index(self.place)
 
     @classmethod
     def parse(cls, name: str) -> Point:

@@ -1,7 +1,8 @@
 """Keys and values of texts that rows have gone through, for rows whose prompts begin alike: the next turn of a chat.
 
-A position may be taken over where the token is the same, all before it are, and the same steering has touched both or
-neither. Prompt and completion count alike: what a row has written is prompt in the next turn.
+A position may be taken over where the token is the same, all before it are, and the same edits have acted on both, as
+much. Prompt and completion count alike: what a row has written is prompt in the next turn. Rows whose edits wait for
+conditions take no part: what those have seen is kept nowhere else.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
+import numpy as np
 from torch import Tensor
 
-from neuronpedia_inference.engine.protocol import RowSpec, Steering
+from neuronpedia_inference.edits.rows import RowEdit
+from neuronpedia_inference.engine.protocol import RowSpec
 from neuronpedia_inference.recent import Recent
 
 LEAST_POSITIONS = 16
@@ -24,14 +28,14 @@ Layers = Sequence[tuple[Tensor, Tensor] | None]
 
 @dataclass(frozen=True)
 class _Text:
-    steering: tuple[str, ...]
-    """What each steer does, as digests."""
-    positions: tuple[tuple[int, bool], ...]
-    """Token and whether steering touches it."""
+    edits: tuple[str, ...]
+    """What each edit does, as digests."""
+    positions: tuple[tuple[int, tuple[float, ...]], ...]
+    """Token, and how much each edit acts there."""
 
     def n_shared(self, other: _Text) -> int:
         """Positions from the first on that are alike."""
-        if self.steering != other.steering:
+        if self.edits != other.edits:
             return 0
         pairs = zip(self.positions, other.positions, strict=False)
         return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(self.positions), len(other.positions)))
@@ -48,6 +52,8 @@ class Prefixes:
 
     def keep(self, spec: RowSpec, generated: Sequence[int], layers: Layers, n_bytes: int) -> None:
         """What a row leaves, whose keys and values these are; `layers` are views, and copied if there is room."""
+        if spec.triggers:
+            return
         text = _text(spec, generated)
         if len(text.positions) < LEAST_POSITIONS or any(text.is_within(other) for other in self._texts()):
             return
@@ -57,6 +63,8 @@ class Prefixes:
 
     def find(self, spec: RowSpec) -> tuple[Layers, int] | None:
         """What is kept of the longest beginning of a prompt, and its length. The last token has to be run."""
+        if spec.triggers:
+            return None
         text = _text(spec, ())
         most = len(text.positions) - 1
         shared = {other: min(most, text.n_shared(other)) for other in self._texts()}
@@ -71,15 +79,30 @@ class Prefixes:
 
 
 def _text(spec: RowSpec, generated: Sequence[int]) -> _Text:
-    touched, untouched = bool(spec.steering), set(spec.untouched)
-    prompt = tuple((token, touched and place not in untouched) for place, token in enumerate(spec.prompt_ids))
-    return _Text(tuple(map(_digest, spec.steering)), (*prompt, *((token, touched) for token in generated)))
+    tokens = [*spec.prompt_ids, *generated]
+    places, ids = np.arange(len(tokens)), np.array(tokens)
+    selections = list(dict.fromkeys(edit.on for edit in spec.edits))
+    weights = [selection.weights(places, ids, len(spec.prompt_ids)).tolist() for selection in selections]
+    acts = zip(*weights, strict=True) if weights else repeat(())
+    digests = tuple(f"{selections.index(edit.on)} {_digest(edit)}" for edit in spec.edits)
+    return _Text(digests, tuple(zip(tokens, acts, strict=bool(weights))))
 
 
-def _digest(steering: Steering) -> str:
-    vector = steering.vector.detach().float().cpu().numpy().tobytes()
-    said = f"{steering.point.name} {steering.method} {steering.coefficient!r} "
-    return hashlib.sha256(said.encode() + vector).hexdigest()
+def _digest(edit: RowEdit) -> str:
+    """Of all that it does, wherever that is."""
+    found = hashlib.sha256(f"{edit.point.name} {edit.do} {edit.amount!r} {edit.is_dose}".encode())
+    for vector in (edit.vector, edit.other):
+        found.update(b"none" if vector is None else _bytes(vector))
+    for feature in (edit.feature, edit.other_feature):
+        if feature is not None:
+            gauge = feature.gauge
+            numbers = (gauge.shift, gauge.scale, gauge.bias, gauge.gate, gauge.threshold, gauge.least, gauge.norm)
+            found.update(f"{feature.key} {feature.elsewhere} {numbers!r}".encode() + _bytes(gauge.column))
+    return found.hexdigest()
+
+
+def _bytes(vector: Tensor) -> bytes:
+    return vector.detach().float().cpu().numpy().tobytes()
 
 
 def _copied(layers: Layers) -> Layers:

@@ -22,6 +22,7 @@ from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.engine.protocol import RowSpec
 from neuronpedia_inference.engine.reads import Reads
 from neuronpedia_inference.engine.steered import steering_edits
+from neuronpedia_inference.engine.where import Span
 
 
 class PromptPass:
@@ -33,15 +34,14 @@ class PromptPass:
         self.cache = cache
         self._lengths = [len(spec.prompt_ids) for spec in specs]
         self._ids = padded([spec.prompt_ids for spec in specs])
-        self._untouched = _untouched(specs, self.width, decoder.model.device)
         self._n_done = n_done
         self.n_tokens = len(specs) * (self.width - n_done)
         """To run, padding included."""
         self.n_padding = self.n_tokens + len(specs) * n_done - sum(self._lengths)
-        self._piece = slice(0, 0)
+        self._span = Span([n_done] * len(specs), self._ids[:, :0])
         self._reads = Reads(specs)
         self._numbers: list[list[Numbers]] = [[] for _ in specs]
-        self._changes = steering_edits(specs, self._untouched_now, self._reads)
+        self._changes = steering_edits(specs, lambda: self._span, self._reads)
         self._logits: list[Tensor | None] = [None] * len(specs)
 
     @property
@@ -64,12 +64,12 @@ class PromptPass:
 
     def advance(self, n_positions: int) -> int:
         """Run the next positions of every prompt; how many. After an exception the pass is of no more use."""
-        self._piece = slice(self._n_done, min(self._n_done + n_positions, self.width))
-        first, behind = self._piece.start, self._piece.stop
+        first, behind = self._n_done, min(self._n_done + n_positions, self.width)
+        self._span = Span([first] * len(self._lengths), self._ids[:, first:behind])
         wanted = [(row, at - first) for row, at in ends(self._lengths) if first <= at < behind]
         inputs = {"past_key_values": self.cache}
         self._reads.begin([max(0, min(length, behind) - first) for length in self._lengths])
-        logits = self._decoder.forward(self._ids[:, self._piece], inputs, self._changes, wanted)
+        logits = self._decoder.forward(self._span.ids, inputs, self._changes, wanted)
         for (row, _), of_row in zip(wanted, logits, strict=True):
             self._logits[row] = of_row
         for row, numbers in enumerate(self._reads.take()):
@@ -84,9 +84,6 @@ class PromptPass:
     def numbers(self) -> list[Numbers | None]:
         """Of every prompt, [pos, n] as in `RowStep.numbers`; None of those that nobody watches."""
         return [np.concatenate(kept) if kept else None for kept in self._numbers]
-
-    def _untouched_now(self) -> Tensor | None:
-        return None if self._untouched is None else self._untouched[:, self._piece]
 
 
 class CapturePass:
@@ -153,13 +150,3 @@ def padded(prompts: Sequence[Sequence[int]]) -> Tensor:
     """[prompt, pos] ids, zeros on the right."""
     width = max(map(len, prompts))
     return torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], dtype=torch.long)
-
-
-def _untouched(specs: Sequence[RowSpec], width: int, device: torch.device) -> Tensor | None:
-    """[row, pos] of the prompts' positions that steering leaves alone; None where there are none."""
-    if not any(spec.untouched for spec in specs):
-        return None
-    mask = torch.zeros(len(specs), width, dtype=torch.bool)
-    for row, spec in enumerate(specs):
-        mask[row, list(spec.untouched)] = True
-    return mask.to(device)

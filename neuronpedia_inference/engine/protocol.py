@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from neuronpedia_inference.domain import Numbers, Sampling
+from neuronpedia_inference.edits.rows import RowEdit, Trigger
 from neuronpedia_inference.engine.points import Point
-from neuronpedia_inference.steering.plan import SteerMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,17 +45,6 @@ class ModelInfo:
     has_chat_template: bool
     known_names: tuple[str, ...]
     """Names that a request's `model` may use for it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Steering:
-    """One steer of one row, resolved: where, along what, how much."""
-
-    point: Point
-    vector: Tensor
-    """[width] on the engine's device, float32."""
-    coefficient: float
-    method: SteerMethod
 
 
 class Reading(Protocol):
@@ -96,10 +85,22 @@ class RowSpec:
 
     prompt_ids: tuple[int, ...]
     sampling: Sampling
-    steering: tuple[Steering, ...] = ()
-    untouched: tuple[int, ...] = ()
-    """Prompt positions that steering leaves alone."""
+    edits: tuple[RowEdit, ...] = ()
     watches: tuple[Watch, ...] = ()
+    n_generated: int = 0
+    """Of the ids, how many at the end were generated: of a text that is run again."""
+    fired: Tensor | None = None
+    """[trigger, position] of bool: what the conditions of its edits have seen. The row's own, made when it begins."""
+
+    @property
+    def n_prompt(self) -> int:
+        return len(self.prompt_ids) - self.n_generated
+
+    @property
+    def triggers(self) -> list[Trigger]:
+        """What its edits wait for, in the order of `fired`."""
+        gates = [edit.when for edit in self.edits if edit.when is not None]
+        return list(dict.fromkeys(trigger for gate in gates for trigger in gate.triggers.values()))
 
 
 class RowId(NamedTuple):

@@ -3,8 +3,8 @@
 Its inputs are written into tensors that stay where they are: ids, positions, and a table that holds what is added to
 every row before every block and after the last. As many slots run as the rows' bucket has, at the full width of the
 cache; slots without a row compute what nobody reads. So the step can be recorded once per bucket as a CUDA graph and
-replayed, with nothing declared in advance. Additive steering of the residual stream fits the tables; other rows decode
-step by step (`generation.py`).
+replayed, with nothing declared in advance. Additions to the residual stream, the same at every generated position,
+fit the tables; other rows decode step by step (`generation.py`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from neuronpedia_inference.costs import RECORDED_GRID, Grid
+from neuronpedia_inference.edits.plan import Do
+from neuronpedia_inference.edits.rows import RowEdit
 from neuronpedia_inference.engine.cache import RowCache
 from neuronpedia_inference.engine.hooks import Edit, edits
 from neuronpedia_inference.engine.points import RESID_POST, RESID_PRE, Point
 from neuronpedia_inference.engine.protocol import RowSpec
-from neuronpedia_inference.steering.plan import SteerMethod
 
 if TYPE_CHECKING:
     from neuronpedia_inference.engine.decoder import Decoder
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RECORDED = frozenset({RESID_PRE, RESID_POST})
-"""Places whose additive steering fits the table."""
+"""Places at which additions fit the table."""
 
 Step = Callable[[], Tensor]
 Record = Callable[[Step], Step]
@@ -87,8 +88,7 @@ class StaticStep:
     @staticmethod
     def fits(rows: Sequence[RowSpec]) -> bool:
         """Whether tables can hold all that these rows are steered with."""
-        steers = (steering for row in rows for steering in row.steering)
-        return all(s.point.place in RECORDED and s.method is SteerMethod.SIMPLE_ADDITIVE for s in steers)
+        return all(_fits(edit) for row in rows for edit in row.edits)
 
     def logits(self, ids: Tensor, rows: Sequence[RowSpec]) -> Tensor:
         """As `Recordings.logits`; the next step does not overwrite them."""
@@ -102,9 +102,10 @@ class StaticStep:
     def _steer(self, rows: Sequence[RowSpec]) -> None:
         self._added.zero_()
         for slot, row in enumerate(rows):
-            for s in row.steering:
-                place = s.point.layer + (s.point.place == RESID_POST)
-                self._added[place, slot, 0] += (s.coefficient * s.vector).to(self._added.dtype)
+            for edit in row.edits:
+                place = edit.point.layer + (edit.point.place == RESID_POST)
+                amount = edit.amount * (edit.on.weight_when_generated or 0.0)
+                self._added[place, slot, 0] += (amount * edit.vector).to(self._added.dtype)
 
     def _forward(self) -> Tensor:
         """[slot, vocab]; reads nothing but tensors that stay where they are."""
@@ -121,6 +122,11 @@ class StaticStep:
 
     def _adder(self, place: int) -> Edit:
         return lambda hidden: hidden + self._added[place]
+
+
+def _fits(edit: RowEdit) -> bool:
+    is_even = edit.on.weight_when_generated is not None and edit.when is None
+    return edit.point.place in RECORDED and edit.do is Do.ADD and not edit.is_dose and is_even
 
 
 def as_it_is(step: Step) -> Step:

@@ -1,4 +1,4 @@
-"""What steering installs in a module tree for the rows of a batch."""
+"""What edits install in a module tree for the rows of a batch."""
 
 from __future__ import annotations
 
@@ -7,60 +7,66 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from neuronpedia_inference.edits.rows import RowEdit
+from neuronpedia_inference.edits.table import EditTable, Recorder
 from neuronpedia_inference.engine.decoder import Changes
 from neuronpedia_inference.engine.hooks import Edit
-from neuronpedia_inference.engine.points import ATTN_OUT, RESID_MID, RESID_PRE, WRITABLE, Point
-from neuronpedia_inference.engine.protocol import RowSpec, Steering
+from neuronpedia_inference.engine.points import ATTN_OUT, RESID_MID, RESID_PRE, Point
+from neuronpedia_inference.engine.protocol import RowSpec
 from neuronpedia_inference.engine.reads import Reads
-from neuronpedia_inference.steering.apply import SteerTable
-
-Mask = Callable[[], Tensor | None]
-"""[row, pos] of bool for the pass under way: positions that steering leaves alone; None for none."""
+from neuronpedia_inference.engine.where import Passing, Weights
 
 
-def steering_edits(rows: Sequence[RowSpec], untouched: Mask = lambda: None, reads: Reads | None = None) -> Changes:
-    """What to install for these rows, in the order in which a block reaches it; `reads` are taken around what edits.
+def steering_edits(
+    rows: Sequence[RowSpec], passing: Passing | None = None, reads: Reads | None = None, record: Recorder | None = None
+) -> Changes:
+    """What to install for these rows, in the order in which a block reaches it.
 
-    resid_mid is no tensor of its own in most models: it is the sum of resid_pre and attn_out, read by the MLP branch
-    and carried on by the skip connection. What steering adds to it is added to attn_out, so both see it.
+    passing: needed where edits of these rows act on some positions only. `reads` are taken around what edits; `record`
+    is told what edits find and do.
     """
-    by_point: dict[Point, list[list[Steering]]] = defaultdict(lambda: [[] for _ in rows])
+    by_point: dict[Point, list[list[RowEdit]]] = defaultdict(lambda: [[] for _ in rows])
     for row, spec in enumerate(rows):
-        for steering in spec.steering:
-            by_point[steering.point][row].append(steering)
-    changes: list[tuple[Point, Edit]] = []
+        for edit in spec.edits:
+            by_point[edit.point][row].append(edit)
+    weights = Weights(rows, passing)
+    watches = weights.watches()
     reads = reads or Reads(())
-    for point in sorted(by_point.keys() | reads.points, key=_order):
-        if point not in by_point:
+    changes: list[tuple[Point, Edit]] = []
+    shown: list[tuple[Point, Edit]] = []
+    for point in sorted(by_point.keys() | watches.keys() | reads.points, key=lambda point: point.reached):
+        if point in watches:  # before anything is edited there
+            changes += _at(point, watches[point])
+        if point in by_point:
+            table = EditTable(by_point[point], weights.columns)
+            shown += table.elsewhere.items()
+            change = _change(table, by_point[point], weights, record)
+            changes += _at(point, reads.around(point, change) if point in reads.points else change)
+        elif point in reads.points:
             changes.append((point, reads.reader(point)))
-            continue
-        change = _change(SteerTable(by_point[point]), untouched)
-        if point in reads.points:
-            change = reads.around(point, change)
-        if point.place == RESID_MID:
-            changes += _edit_sum(point.layer, change)
-        else:
-            changes.append((point, change))
-    return changes
+    return [*changes, *shown]
 
 
-def _order(point: Point) -> tuple[int, int]:
-    """What is only read comes last in its layer: it is a tensor of its own."""
-    return point.layer, WRITABLE.index(point.place) if point.place in WRITABLE else len(WRITABLE)
+def _change(
+    table: EditTable, edits: Sequence[Sequence[RowEdit]], weights: Weights, record: Recorder | None
+) -> Callable[[Tensor], Tensor]:
+    return lambda hidden: table(hidden, weights.now(edits, hidden.device), record)
 
 
-def _change(table: SteerTable, untouched: Mask) -> Callable[[Tensor], Tensor]:
-    return lambda hidden: table(hidden, untouched())
-
-
-def _edit_sum(layer: int, change: Callable[[Tensor], Tensor]) -> list[tuple[Point, Edit]]:
+def _at(point: Point, change: Edit) -> list[tuple[Point, Edit]]:
+    """resid_mid is no tensor of its own in most models: it is the sum of resid_pre and attn_out, read by the MLP branch
+    and carried on by the skip connection. What is added to it is added to attn_out, so both see it.
+    """
+    if point.place != RESID_MID:
+        return [(point, change)]
     resid_pre: list[Tensor] = []
 
     def remember(tensor: Tensor) -> None:
         resid_pre[:] = [tensor]
 
-    def edit(attn_out: Tensor) -> Tensor:
+    def edit(attn_out: Tensor) -> Tensor | None:
         mid = resid_pre[0] + attn_out
-        return attn_out + (change(mid) - mid)
+        changed = change(mid)
+        return None if changed is None else attn_out + (changed - mid)
 
-    return [(Point(layer, RESID_PRE), remember), (Point(layer, ATTN_OUT), edit)]
+    return [(Point(point.layer, RESID_PRE), remember), (Point(point.layer, ATTN_OUT), edit)]

@@ -67,6 +67,11 @@ class TextCodec:
         return self.bos_id is not None
 
     @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Of all tokens that are no text: begins, ends, turns."""
+        return tuple(sorted(self._special))
+
+    @property
     def has_chat_template(self) -> bool:
         return self._template is not None
 

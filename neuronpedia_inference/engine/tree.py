@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +28,7 @@ from neuronpedia_inference.engine.points import (
     MLP_POST,
     MLP_PRE,
     MLP_PRE_LINEAR,
+    NORMALIZED,
     RESID_MID,
     RESID_POST,
     RESID_PRE,
@@ -114,9 +116,11 @@ class Tree:
         self._sides = {point: side for point, side in sides.items() if side is not None}
 
     def attach(self, point: Point, edit: Edit) -> Remove:
-        """Install `edit` at `point`; the answer removes it. At places inside attention it can only read."""
+        """Install `edit` at `point`; the answer removes it. It only reads inside attention and at computed places."""
         if point.is_inside_attention:
             return self._attention.attach(point.layer, point.place, edit)
+        if point.place in NORMALIZED:
+            return self.hook(self._sides[Point(point.layer, NORMALIZED[point.place])], self._of_normalised(edit))
         return self.hook(self._sides[point], edit)
 
     def hook(self, side: ModuleSide, edit: Edit) -> Remove:
@@ -130,6 +134,12 @@ class Tree:
         self._n_rows = len(ids)
         self.rotation.begin()
         return self.model(input_ids=ids.to(self.model.device), **inputs)
+
+    def _of_normalised(self, edit: Edit) -> Edit:
+        def read(resid: Tensor) -> None:
+            edit(rms_normalized(resid, self.rms_eps))
+
+        return read
 
     def _changed(self, edit: Edit, tensor: Tensor) -> Tensor | None:
         """Some architectures flatten rows and positions into one axis; edits always see [row, pos, ...]."""
@@ -158,6 +168,12 @@ class Tree:
             return self._changed(edit, output)
 
         return hook
+
+
+def rms_normalized(resid: Tensor, eps: float) -> Tensor:
+    """[..., width] -> the same before a norm's gain, float32: x / sqrt(mean(x²) + eps)."""
+    wide = resid.float()
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
 
 
 def _parts(parent: nn.Module, components: Mapping[str, Part], prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

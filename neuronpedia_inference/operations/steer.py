@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from neuronpedia_inference.domain import ChatMessage, Sampling, Tokens
+from neuronpedia_inference.edits.plan import BY_METHOD, Direction, Edit, Feature, Plan
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.chat import open_reasoning, read_answer, without_reasoning
 from neuronpedia_inference.operations.operation import Events, Operation, last
@@ -25,11 +26,11 @@ from neuronpedia_inference.schemas.steer import (
     SteerFields,
 )
 from neuronpedia_inference.schemas.watch import SteerWatch
-from neuronpedia_inference.steering.plan import Steer, SteerFeature, SteerMethod, SteerPlan, SteerVector
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
+Plans = Sequence[Plan | None]
 STEER_RULE = "Invalid request data: exactly one of features or vectors must be provided"
 
 
@@ -60,14 +61,16 @@ async def steer_completion_chat_events(
 async def _complete(
     request: SteerCompletionRequest, rt: Runtime, *, stream: bool
 ) -> AsyncIterator[SteerCompletionResponse]:
-    story = await story_of(request, rt, stream=stream)
+    plans = await _checked_plans(request, rt)
+    story = text_story(request.prompt, plans, sampling_of(request), rt, stream=stream)
     return Events(story, lambda _: _texts(request, story.rows))
 
 
 async def _complete_chat(
     request: SteerCompletionChatRequest, rt: Runtime, *, stream: bool
 ) -> AsyncIterator[SteerCompletionChatResponse]:
-    chat, story = await chat_story_of(request, rt, stream=stream)
+    plans = await _checked_plans(request, rt, skip_special_tokens=not request.steer_special_tokens)
+    chat, story = chat_story(request.prompt, plans, sampling_of(request), rt, stream=stream)
     return Events(story, lambda _: _chats(request, chat, story.rows))
 
 
@@ -87,52 +90,53 @@ class Chat:
         return [*self.messages, *([NPSteerChatMessage(role="assistant", content=content)] if content else [])]
 
 
-async def story_of(
-    request: SteerCompletionRequest,
+def text_story(
+    text: str,
+    plans: Plans,
+    sampling: Sampling,
     rt: Runtime,
     *,
     stream: bool,
     keeps_ending: bool = True,
     watch: Sequence[SteerWatch] = (),
 ) -> Story:
-    """A row per requested type, in request order, each watched. Raises every 4xx before it returns.
+    """A row per plan, in order, each watched. Raises every 4xx and 503 before it returns.
 
     keeps_ending: whether texts end in the token that stopped them, as the wire's do.
     """
-    plan = await _checked_plan(request, rt)
-    rows = _rows(request, "", keeps_ending=keeps_ending)
-    return _generate(request, rt.tokenize(request.prompt, "once"), rows, plan, rt, stream=stream, watch=watch)
+    rows = _rows("", plans, sampling, keeps_ending=keeps_ending)
+    return _generate(rt.tokenize(text, "once"), rows, plans, sampling, rt, stream=stream, watch=watch)
 
 
-async def chat_story_of(
-    request: SteerCompletionChatRequest,
+def chat_story(
+    said: list[NPSteerChatMessage],
+    plans: Plans,
+    sampling: Sampling,
     rt: Runtime,
     *,
     stream: bool,
     keeps_ending: bool = True,
     watch: Sequence[SteerWatch] = (),
 ) -> tuple[Chat, Story]:
-    """As `story_of`, for the answers to a chat."""
-    plan = await _checked_plan(request, rt, skip_special_tokens=not request.steer_special_tokens)
-    messages = without_reasoning([ChatMessage(one.role, one.content) for one in request.prompt])
+    """As `text_story`, for the answers to a chat."""
+    messages = without_reasoning([ChatMessage(one.role, one.content) for one in said])
     if not messages:
         raise InvalidRequest("At least one message with content is required")
     rendered, prompt = rt.render_chat(messages)
-    chat = Chat(request.prompt, rt.decode(prompt.ids), open_reasoning(rendered))
-    rows = _rows(request, chat.raw, keeps_ending=keeps_ending)
-    return chat, _generate(request, prompt, rows, plan, rt, stream=stream, watch=watch)
+    chat = Chat(said, rt.decode(prompt.ids), open_reasoning(rendered))
+    rows = _rows(chat.raw, plans, sampling, keeps_ending=keeps_ending)
+    return chat, _generate(prompt, rows, plans, sampling, rt, stream=stream, watch=watch)
 
 
-def _rows(request: SteerFields, raw: str, *, keeps_ending: bool) -> list[Transcript]:
-    has_logprobs = bool(request.n_logprobs)
-    return [Transcript(raw, has_logprobs=has_logprobs, keeps_ending=keeps_ending) for _ in request.types]
+def _rows(raw: str, plans: Plans, sampling: Sampling, *, keeps_ending: bool) -> list[Transcript]:
+    return [Transcript(raw, has_logprobs=bool(sampling.n_logprobs), keeps_ending=keeps_ending) for _ in plans]
 
 
 def _generate(
-    request: SteerFields,
     prompt: Tokens,
     rows: Sequence[Transcript],
-    plan: SteerPlan | None,
+    plans: Plans,
+    sampling: Sampling,
     rt: Runtime,
     *,
     stream: bool,
@@ -140,14 +144,6 @@ def _generate(
 ) -> Story:
     if not prompt.ids:
         raise InvalidRequest("Prompt is empty")
-    sampling = Sampling(
-        max_new_tokens=request.n_completion_tokens,
-        temperature=request.temperature,
-        freq_penalty=request.freq_penalty,
-        seed=request.seed,
-        n_logprobs=request.n_logprobs or 0,
-    )
-    plans = [plan if kind == "STEERED" else None for kind in request.types]
     watches = watch_plan(watch, rt) if watch else None
     if watches is not None:
         for row, of_row in zip(rows, plans, strict=True):
@@ -155,33 +151,42 @@ def _generate(
     return Story(rt.generate(prompt, plans, sampling, watches=watches, stream=stream), rows)
 
 
-async def _checked_plan(request: SteerFields, rt: Runtime, *, skip_special_tokens: bool = False) -> SteerPlan | None:
-    """What STEERED means in this request; None when it names nothing to steer with."""
+def sampling_of(request: SteerFields) -> Sampling:
+    """How its tokens are drawn."""
+    return Sampling(
+        max_new_tokens=request.n_completion_tokens,
+        temperature=request.temperature,
+        freq_penalty=request.freq_penalty,
+        seed=request.seed,
+        n_logprobs=request.n_logprobs or 0,
+    )
+
+
+async def _checked_plans(request: SteerFields, rt: Runtime, *, skip_special_tokens: bool = False) -> Plans:
+    """One per requested type, in order; None for DEFAULT, and where nothing is named to steer with."""
     check_model(request.model, rt)
     if (request.features is None) == (request.vectors is None):
         raise InvalidRequest(STEER_RULE)
     if len(set(request.types)) < len(request.types):
         raise InvalidRequest("types: each of STEERED and DEFAULT may be given once")
-    steers = _steers(request)
-    if any(not math.isfinite(steer.coefficient) for steer in steers):
+    edits = _edits(request)
+    if any(not math.isfinite(edit.amount) for edit in edits):
         raise InvalidRequest("strength_multiplier × strength is too large to be a number")
-    if not steers:
-        return None
-    plan = SteerPlan(
-        steers=steers,
-        method=SteerMethod(request.steer_method),
-        normalize=request.normalize_steering,
-        skip_special_tokens=skip_special_tokens,
-    )
+    if not edits:
+        return [None for _ in request.types]
+    plan = Plan(edits, skip_special_tokens)
     await rt.check_steering(plan)  # also where only DEFAULT is asked for: what is named must exist
-    return plan
+    return [plan if kind == "STEERED" else None for kind in request.types]
 
 
-def _steers(request: SteerFields) -> tuple[Steer, ...]:
-    factor = request.strength_multiplier
-    by_feature = [SteerFeature(one.source, one.index, factor * one.strength) for one in request.features or ()]
-    by_vector = [SteerVector(one.hook, one.steering_vector, factor * one.strength) for one in request.vectors or ()]
-    return (*by_feature, *by_vector)
+def _edits(request: SteerFields) -> tuple[Edit, ...]:
+    do, factor = BY_METHOD[request.steer_method], request.strength_multiplier
+    features = [(Feature(one.source, one.index), one.strength) for one in request.features or ()]
+    vectors = [(Direction(one.hook, one.steering_vector), one.strength) for one in request.vectors or ()]
+    return tuple(
+        Edit(do, target, factor * strength, normalize=request.normalize_steering)
+        for target, strength in (*features, *vectors)
+    )
 
 
 def _texts(request: SteerFields, rows: Sequence[Transcript]) -> SteerCompletionResponse:

@@ -25,6 +25,7 @@ from neuronpedia_inference.schemas.common import (
     Wire,
     examples,
 )
+from neuronpedia_inference.schemas.edits import MAX_EDITS, SteerEdit
 from neuronpedia_inference.schemas.watch import SteerWatch, SteerWatched
 from neuronpedia_inference.watches.plan import MAX_WATCHES
 
@@ -246,7 +247,7 @@ class SteerByVector(Ours):
 class SteerRequest(Ours):
     """Continue a text or answer a chat, steered, and by default unsteered next to it.
 
-    Give `features` or `vectors`; an empty list steers nothing.
+    `features`, `vectors` and `edits` act in this order; without any of them the model is as it is.
     """
 
     prompt: str | Annotated[Many[NPSteerChatMessage], AtMostMessages] = Field(
@@ -257,6 +258,9 @@ class SteerRequest(Ours):
     )
     vectors: Annotated[Many[SteerByVector], AtMostSteers] | None = Field(
         default=None, description="Vectors to steer with, in order."
+    )
+    edits: Annotated[Many[SteerEdit], AtMost(MAX_EDITS)] | None = Field(
+        default=None, description="Edits, in order, each with a method of its own."
     )
     method: Method = "SIMPLE_ADDITIVE"
     strength_multiplier: StrengthMultiplier = 1.0
@@ -290,6 +294,14 @@ class SteerRequest(Ours):
             {
                 "prompt": [{"role": "user", "content": "What is the capital of France?"}],
                 "vectors": [{"hook": "blocks.15.hook_resid_post", "vector": [0.1] * 576, "strength": 10}],
+                "max_new_tokens": 16,
+            },
+            {
+                "prompt": "The most important thing is",
+                "edits": [
+                    {"do": "clamp", "feature": "15-res-4k/1113", "amount": 60, "on": {"phase": "generated"}},
+                    {"do": "ablate", "feature": {"source": "20-res-4k", "index": 686}},
+                ],
                 "max_new_tokens": 16,
             },
         )

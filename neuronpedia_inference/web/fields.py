@@ -19,9 +19,9 @@ class FieldRow:
 
 
 def fields_of(model: type[Wire]) -> list[FieldRow]:
-    """One row per field, in snake_case; the fields of a nested object follow as `outer.inner`."""
+    """One row per field, in snake_case; the fields of a nested object follow as `outer.inner`, once where it nests."""
     schema = model.model_json_schema(by_alias=False)
-    return _rows(schema, schema.get("$defs", {}), "")
+    return _rows(schema, schema.get("$defs", {}), "", ())
 
 
 def example_of(model: type[Wire]) -> dict[str, Any]:
@@ -30,14 +30,16 @@ def example_of(model: type[Wire]) -> dict[str, Any]:
     return {name: examples[0][name] for name in model.model_fields if name in examples[0]}
 
 
-def _rows(schema: dict[str, Any], known: dict[str, Any], prefix: str) -> list[FieldRow]:
+def _rows(schema: dict[str, Any], known: dict[str, Any], prefix: str, around: tuple[str, ...]) -> list[FieldRow]:
+    """around: names of the objects that this one is inside."""
     required = schema.get("required", [])
     rows: list[FieldRow] = []
     for name, about in schema["properties"].items():
         default = "" if name in required else json.dumps(about.get("default"))
         rows.append(FieldRow(prefix + name, _type(about), default, about.get("description", "")))
         for inner in _objects_in(about, known):
-            rows.extend(_rows(inner, known, f"{prefix}{name}."))
+            if inner not in around:
+                rows.extend(_rows(known[inner], known, f"{prefix}{name}.", (*around, inner)))
     return rows
 
 
@@ -62,8 +64,9 @@ def _bounds(about: dict[str, Any]) -> str:
     return f" ({', '.join(bounds)})" if bounds else ""
 
 
-def _objects_in(about: dict[str, Any], known: dict[str, Any]) -> list[dict[str, Any]]:
+def _objects_in(about: dict[str, Any], known: dict[str, Any]) -> list[str]:
+    """Names of what a field may hold."""
     parts = [about, about.get("items", {}), *about.get("anyOf", [])]
     parts += [part.get("items", {}) for part in about.get("anyOf", [])]
     names = [part["$ref"].rsplit("/", 1)[1] for part in parts if "$ref" in part]
-    return [known[name] for name in dict.fromkeys(names) if "properties" in known[name]]
+    return [name for name in dict.fromkeys(names) if "properties" in known[name]]

@@ -13,13 +13,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "neuronpedia_inference"
 
-# Longest name first wins: `steering.plan` is a fact, the rest of `steering` works on tensors.
+# Longest name first wins: `edits.plan` is a fact, most of `edits` works on tensors.
 LAYERS = {
     "": 0,
     "errors": 0,
     "domain": 0,
     "schemas": 0,
-    "steering.plan": 0,
+    "edits.plan": 0,
+    "edits.rows": 0,
+    "edits.select": 0,
     "watches.plan": 0,
     "scheduler.jobs": 0,
     "scheduler.stay": 0,
@@ -44,7 +46,7 @@ LAYERS = {
     "operations": 2,
     "engine": 3,
     "saes": 3,
-    "steering": 3,
+    "edits": 3,
     "watches": 3,
     "embedded.weights": 3,
     "scheduler": 4,
@@ -68,7 +70,7 @@ KEPT_TO = {
     "torch": (
         "engine",
         "saes",
-        "steering",
+        "edits",
         "watches",
         "scheduler.worker",
         "loading",

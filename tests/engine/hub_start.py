@@ -9,11 +9,11 @@ from dataclasses import asdict
 from typing import Any
 
 from neuronpedia_inference.domain import Ranking, Sampling
+from neuronpedia_inference.edits.plan import Do, Edit, Feature, Plan
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.questions import OneFeature, Strongest
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings
-from neuronpedia_inference.steering.plan import SteerFeature, SteerPlan
 
 PROMPT = "Hello, hub!"
 
@@ -21,7 +21,7 @@ PROMPT = "Hello, hub!"
 async def answers(runtime: Runtime) -> dict[str, Any]:
     prompt = runtime.tokenize(PROMPT, "once")
     source = runtime.shelf.sources[-1]
-    plan = SteerPlan((SteerFeature(source.name, 3, 40.0),))
+    plan = Plan((Edit(Do.ADD, Feature(source.name, 3), 40.0),))
     texts = runtime.generate(prompt, [plan, None], Sampling(8), stream=False)
     [ranked] = await runtime.ask(Strongest([prompt], runtime.shelf.sources, Ranking(4)))
     return {

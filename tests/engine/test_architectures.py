@@ -102,13 +102,13 @@ def test_rows_steered_everywhere_equal_plain_loops(family: str) -> None:
     n_compared = 0
     for row, steps in zip(rows, staggered(lane, rows, 3), strict=True):
         with suppress(models.NearTie):
-            assert ids(steps) == alone(family, row), row.steering
+            assert ids(steps) == alone(family, row), row.edits
             n_compared += 1
-            if ids(steps) != alone(family, replace(row, steering=())):
-                had_effect |= {steer.point.place for steer in row.steering}
+            if ids(steps) != alone(family, replace(row, edits=())):
+                had_effect |= {steer.point.place for steer in row.edits}
     assert n_compared > 0.7 * len(rows)
     # At each place steering must show, but for one at most: some of these models repeat a token whatever is added.
-    assert len(had_effect) >= len({steer.point.place for row in rows for steer in row.steering}) - 1
+    assert len(had_effect) >= len({steer.point.place for row in rows for steer in row.edits}) - 1
 
 
 def test_modules_that_are_named_wrongly_are_refused_and_the_rest_is_right(monkeypatch: pytest.MonkeyPatch) -> None:

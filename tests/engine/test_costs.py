@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 
 from neuronpedia_inference.costs import COLUMNS_AT_ONCE, Costs, Demand, together
 from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.edits.plan import Do
+from neuronpedia_inference.edits.select import Selection
 from neuronpedia_inference.engine.cache import RowCache
 from neuronpedia_inference.engine.generation import Lane
 from neuronpedia_inference.engine.memory import free_bytes
@@ -22,6 +25,7 @@ from neuronpedia_inference.questions.checks import check_vector
 from neuronpedia_inference.web.parsing import parsed
 from tests import models
 from tests.allocation import allocated_at_the_peak
+from tests.edits_by_hand import Hand, sae
 from tests.engine.engines import engine
 
 
@@ -62,6 +66,27 @@ def test_a_generation_stays_within_its_demand(family: str, n_rows: int, n_prompt
     known = costs(family)
     demand = together([known.generation(n_rows, n_prompt, n_new, pattern=pattern)], known.position_bytes)
     assert (demand.rows, demand.tokens) == (n_rows, n_rows * n_prompt)
+    assert allocated_at_the_peak(run) <= demand.bytes
+
+
+@pytest.mark.parametrize(("n_edits", "n_prompt"), [(1, 5), (24, 5), (24, 200), (1, 200)])
+def test_edits_stay_within_their_demand(n_edits: int, n_prompt: int) -> None:
+    """Features that are set, each on positions of its own, so that nothing of them can be shared."""
+    lane = engine("llama").lane
+    of = sae("jumprelu")
+    hands = [Hand(Do.CLAMP, 1, "hook_resid_post", 3.0, of=of, index=n) for n in range(n_edits)]
+    edits = tuple(replace(hand, on=Selection(start=n)).resolved() for n, hand in enumerate(hands))
+    row = RowSpec(prompt(n_prompt), Sampling(9), edits)
+
+    def run() -> None:
+        lane.prefill([(RowId(0, 0), row)])
+        while lane.rows:
+            lane.decode()
+
+    known = costs("llama")
+    pattern = engine("llama").makes_pattern([])
+    asked = known.generation(1, n_prompt, 9, n_edits=n_edits, pattern=pattern)
+    demand = together([asked], known.position_bytes)
     assert allocated_at_the_peak(run) <= demand.bytes
 
 

@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.edits.plan import Do
 from neuronpedia_inference.engine.cache import MaskForm
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.faults import as_inference_error
@@ -29,7 +30,6 @@ from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.scheduler.jobs import CaptureWork, GenerateWork, Steps, Ticket
 from neuronpedia_inference.scheduler.policy import Limits
 from neuronpedia_inference.scheduler.worker import Worker
-from neuronpedia_inference.steering.plan import SteerMethod
 from tests import models
 from tests.engine.engines import engine
 from tests.engine.test_merging import PROMPTS, alone, ids, steering
@@ -57,9 +57,9 @@ class FailsAt(TorchDispatchMode):
 def rows() -> list[RowSpec]:
     """Made before any worker runs: making them runs the model that workers share."""
     return [
-        RowSpec(PROMPTS[0], Sampling(9), (steering(FAMILY, "hook_resid_post", SteerMethod.PROJECTION_CAP, 1, 1),)),
+        RowSpec(PROMPTS[0], Sampling(9), (steering(FAMILY, "hook_resid_post", Do.CAP, 1, 1),)),
         RowSpec(PROMPTS[2], Sampling(12)),
-        RowSpec(PROMPTS[4], SAMPLED, (steering(FAMILY, "hook_resid_pre", SteerMethod.SIMPLE_ADDITIVE, 1, 2),)),
+        RowSpec(PROMPTS[4], SAMPLED, (steering(FAMILY, "hook_resid_pre", Do.ADD, 1, 2),)),
     ]
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
 
 from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.edits.plan import BY_METHOD, Do
+from neuronpedia_inference.edits.rows import RowEdit
+from neuronpedia_inference.edits.select import Selection
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.points import WRITABLE, Point
-from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep, Steering
-from neuronpedia_inference.steering.plan import SteerMethod
+from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
 from tests import models
 from tests.engine.engines import engine
 
+METHODS = tuple(BY_METHOD.values())
 PROMPT = (0, 72, 105, 44, 80, 33, 61)
 N_TOKENS = 24
 LAYER = 1
@@ -42,23 +46,23 @@ def vector(family: str, place: str) -> torch.Tensor:
     return torch.randn(width, generator=torch.Generator().manual_seed(width + len(place)))
 
 
-def coefficient(family: str, place: str, method: SteerMethod, direction: torch.Tensor) -> float:
+def coefficient(family: str, place: str, method: Do, direction: torch.Tensor) -> float:
     """Large against what is there, so that the control differs."""
     hidden = models.read(models.model(family), family, PROMPT, LAYER, place)
     projection = hidden @ (direction / direction.norm())
-    if method is SteerMethod.SIMPLE_ADDITIVE:
+    if method is Do.ADD:
         return 2 * float(hidden.norm(dim=-1).mean() / direction.norm())
-    if method is SteerMethod.ORTHOGONAL_DECOMP:
+    if method is Do.ORTHOGONAL:
         return -40.0
     return float(projection.min()) - 4 * float(hidden.norm(dim=-1).mean())
 
 
 @pytest.mark.parametrize(("family", "place"), models.with_places(WRITABLE))
-@pytest.mark.parametrize("method", list(SteerMethod))
-def test_steering_equals_the_formula_applied_by_hand(family: str, place: str, method: SteerMethod) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_steering_equals_the_formula_applied_by_hand(family: str, place: str, method: Do) -> None:
     direction = vector(family, place)
     size = coefficient(family, place, method, direction)
-    steering = Steering(Point(LAYER, place), direction, size, method)
+    steering = RowEdit(Point(LAYER, place), direction, size, method)
     sampling = Sampling(N_TOKENS)
     steered, plain = run(engine(family), [RowSpec(PROMPT, sampling, (steering,)), RowSpec(PROMPT, sampling)])
     net = models.model(family)
@@ -72,8 +76,8 @@ def test_a_cap_is_a_cap_and_not_an_addition() -> None:
     """Above every projection the cap changes nothing; adding as much would."""
     direction = vector("llama", "hook_resid_post")
     rows = [
-        RowSpec(PROMPT, Sampling(N_TOKENS), (Steering(Point(LAYER, "hook_resid_post"), direction, 1e4, method),))
-        for method in (SteerMethod.PROJECTION_CAP, SteerMethod.SIMPLE_ADDITIVE)
+        RowSpec(PROMPT, Sampling(N_TOKENS), (RowEdit(Point(LAYER, "hook_resid_post"), direction, 1e4, method),))
+        for method in (Do.CAP, Do.ADD)
     ]
     capped, added, plain = run(engine("llama"), [*rows, RowSpec(PROMPT, Sampling(N_TOKENS))])
     assert ids(capped) == ids(plain) != ids(added)
@@ -83,19 +87,19 @@ def test_a_cap_is_a_cap_and_not_an_addition() -> None:
 def test_steers_at_several_points_compose(family: str) -> None:
     """Two at one hook in request order, one at each of the hooks that feed resid_mid, and another layer's."""
     steers = [
-        Steering(Point(1, "hook_resid_post"), vector(family, "hook_resid_post"), 3.0, SteerMethod.SIMPLE_ADDITIVE),
-        Steering(Point(1, "hook_resid_post"), vector(family, "hook_resid_pre"), -2.0, SteerMethod.ORTHOGONAL_DECOMP),
-        Steering(Point(1, "hook_resid_mid"), vector(family, "hook_resid_mid"), -5.0, SteerMethod.ORTHOGONAL_DECOMP),
-        Steering(Point(1, "hook_attn_out"), vector(family, "hook_attn_out"), 2.0, SteerMethod.SIMPLE_ADDITIVE),
-        Steering(Point(1, "hook_resid_pre"), vector(family, "hook_resid_pre"), 2.0, SteerMethod.SIMPLE_ADDITIVE),
-        Steering(Point(0, "hook_mlp_out"), vector(family, "hook_mlp_out"), 1.5, SteerMethod.SIMPLE_ADDITIVE),
+        RowEdit(Point(1, "hook_resid_post"), vector(family, "hook_resid_post"), 3.0, Do.ADD),
+        RowEdit(Point(1, "hook_resid_post"), vector(family, "hook_resid_pre"), -2.0, Do.ORTHOGONAL),
+        RowEdit(Point(1, "hook_resid_mid"), vector(family, "hook_resid_mid"), -5.0, Do.ORTHOGONAL),
+        RowEdit(Point(1, "hook_attn_out"), vector(family, "hook_attn_out"), 2.0, Do.ADD),
+        RowEdit(Point(1, "hook_resid_pre"), vector(family, "hook_resid_pre"), 2.0, Do.ADD),
+        RowEdit(Point(0, "hook_mlp_out"), vector(family, "hook_mlp_out"), 1.5, Do.ADD),
     ]
     got, plain = run(engine(family), [RowSpec(PROMPT, Sampling(12), tuple(steers)), RowSpec(PROMPT, Sampling(12))])
     net = models.model(family)
     # Torch runs hooks of one module in the order of registration: attn_out is edited before it enters resid_mid.
     with ExitStack() as stack:
         for s in (steers[i] for i in (0, 1, 3, 4, 2, 5)):
-            edit = models.formula(s.method, s.vector, s.coefficient)
+            edit = models.formula(s.do, s.vector, s.amount)
             stack.enter_context(models.hooked(net, family, s.point.layer, s.point.place, edit))
         assert ids(got) == models.greedy(net, PROMPT, 12) != ids(plain)
 
@@ -103,11 +107,12 @@ def test_steers_at_several_points_compose(family: str) -> None:
 def test_untouched_prompt_positions_are_left_alone_and_generated_ones_are_not() -> None:
     direction = vector("llama", "hook_resid_post")
     skipped = (0, 3, 4)
-    steering = Steering(Point(LAYER, "hook_resid_post"), direction, 0.7, SteerMethod.SIMPLE_ADDITIVE)
+    elsewhere = Selection(but=(Selection(positions=skipped),))
+    steering = RowEdit(Point(LAYER, "hook_resid_post"), direction, 0.7, Do.ADD)
     masked, full = run(
         engine("llama"),
         [
-            RowSpec(PROMPT, Sampling(N_TOKENS), (steering,), untouched=skipped),
+            RowSpec(PROMPT, Sampling(N_TOKENS), (replace(steering, on=elsewhere),)),
             RowSpec(PROMPT, Sampling(N_TOKENS), (steering,)),
         ],
     )
@@ -126,11 +131,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch() -> None:
         RowSpec(
             PROMPT,
             Sampling(13),
-            (
-                Steering(
-                    Point(0, "hook_resid_post"), vector("gpt2", "hook_resid_post"), 2.0, SteerMethod.SIMPLE_ADDITIVE
-                ),
-            ),
+            (RowEdit(Point(0, "hook_resid_post"), vector("gpt2", "hook_resid_post"), 2.0, Do.ADD),),
         ),
     ]
     together = run(engine("gpt2"), rows)
@@ -145,7 +146,7 @@ def test_a_row_stops_at_a_stop_id_and_the_others_go_on() -> None:
     stop = plain[5]
     first = plain.index(stop)
     direction = vector("llama", "hook_resid_post")
-    steering = Steering(Point(LAYER, "hook_resid_post"), direction, 4.0, SteerMethod.SIMPLE_ADDITIVE)
+    steering = RowEdit(Point(LAYER, "hook_resid_post"), direction, 4.0, Do.ADD)
     stopped, other = run(
         engine("llama", (stop,)),
         [RowSpec(PROMPT, Sampling(N_TOKENS)), RowSpec(PROMPT, Sampling(N_TOKENS), (steering,))],

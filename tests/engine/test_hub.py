@@ -114,7 +114,7 @@ def test_numbers_equal_a_plain_hook_and_saelens(answered: dict[str, Any]) -> Non
 
 def test_steering_with_a_feature_is_its_unit_decoder_row(answered: dict[str, Any]) -> None:
     net, row = models.model("gpt2"), seeded_sae(2).W_dec[3].detach()
-    edit = models.formula("SIMPLE_ADDITIVE", row / row.norm(), 40.0)
+    edit = models.formula("add", row / row.norm(), 40.0)
     with models.hooked(net, "gpt2", 2, "hook_resid_pre", edit):
         assert answered["generated"][0] == models.greedy(net, answered["ids"], 8)
     assert answered["generated"][1] == models.greedy(net, answered["ids"], 8)

@@ -16,17 +16,20 @@ import torch
 
 from neuronpedia_inference.costs import NO_GRID
 from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.edits.plan import BY_METHOD, Do
+from neuronpedia_inference.edits.rows import RowEdit
+from neuronpedia_inference.edits.select import Selection
 from neuronpedia_inference.engine.cache import RowCache
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.generation import Lane, SoloLane
 from neuronpedia_inference.engine.points import WRITABLE, Point
-from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep, Steering
+from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
 from neuronpedia_inference.errors import InvalidRequest
-from neuronpedia_inference.steering.plan import SteerMethod
 from tests import models
 from tests.engine.engines import engine
 from tests.host_reads import HostReads
 
+METHODS = tuple(BY_METHOD.values())
 PROMPTS = [
     (0, 72, 105, 44, 80, 33, 61, 90, 17),
     (0,),
@@ -37,18 +40,18 @@ PROMPTS = [
 ]
 
 
-def steering(family: str, place: str, method: SteerMethod, layer: int, seed: int) -> Steering:
+def steering(family: str, place: str, method: Do, layer: int, seed: int) -> RowEdit:
     """Strong against what is there, so that the control differs."""
     width = engine(family).width(Point(layer, place))
     vector = torch.randn(width, generator=torch.Generator().manual_seed(seed))
     hidden = models.read(models.model(family), family, PROMPTS[0], layer, place)
     scale = float(hidden.norm(dim=-1).mean())
     size = {
-        SteerMethod.SIMPLE_ADDITIVE: 2 * scale / float(vector.norm()),
-        SteerMethod.ORTHOGONAL_DECOMP: -30.0,
-        SteerMethod.PROJECTION_CAP: -4 * scale,
+        Do.ADD: 2 * scale / float(vector.norm()),
+        Do.ORTHOGONAL: -30.0,
+        Do.CAP: -4 * scale,
     }[method]
-    return Steering(Point(layer, place), vector, size, method)
+    return RowEdit(Point(layer, place), vector, size, method)
 
 
 def steered_rows(
@@ -58,7 +61,7 @@ def steered_rows(
 
     strength: times that of `steering`.
     """
-    combinations = [(place, method) for place in places for method in SteerMethod]
+    combinations = [(place, method) for place in places for method in METHODS]
     rows = [
         RowSpec(
             PROMPTS[number % len(PROMPTS)],
@@ -68,8 +71,8 @@ def steered_rows(
         for number, (place, method) in enumerate(combinations)
     ]
     for number, row in enumerate(rows):
-        stronger = (replace(s, coefficient=s.coefficient * strength) for s in row.steering)
-        rows[number] = replace(row, steering=tuple(stronger))
+        stronger = (replace(s, amount=s.amount * strength) for s in row.edits)
+        rows[number] = replace(row, edits=tuple(stronger))
     plain = [RowSpec(PROMPTS[3], Sampling(14)), RowSpec(PROMPTS[1], Sampling(9))]
     return [plain[0], *rows, plain[1]]
 
@@ -78,8 +81,8 @@ def alone(family: str, row: RowSpec) -> list[int]:
     """A plain greedy loop over the whole text, hooks written by hand."""
     net = models.model(family)
     with ExitStack() as stack:
-        for s in row.steering:
-            edit = models.formula(s.method, s.vector, s.coefficient)
+        for s in row.edits:
+            edit = models.formula(s.do, s.vector, s.amount)
             stack.enter_context(models.hooked(net, family, s.point.layer, s.point.place, edit))
         return models.greedy(net, row.prompt_ids, row.sampling.max_new_tokens)
 
@@ -122,23 +125,23 @@ def test_merged_rows_equal_rows_alone(family: str, at_once: int) -> None:
     rows = steered_rows(family, [p for f, p in models.with_places(WRITABLE) if f == family])
     merged = staggered(engine(family).lane, rows, at_once)
     for row, steps in zip(rows, merged, strict=True):
-        assert ids(steps) == alone(family, row), row.steering
-        if row.steering:
-            assert ids(steps) != alone(family, replace(row, steering=()))
+        assert ids(steps) == alone(family, row), row.edits
+        if row.edits:
+            assert ids(steps) != alone(family, replace(row, edits=()))
         assert steps[-1].finish_reason == "length"
 
 
 @pytest.mark.parametrize("family", models.CONFIGS)
 def test_sampled_rows_draw_the_same_merged_as_alone(family: str) -> None:
     """Temperature, penalty, seed and log-probabilities belong to the row."""
-    steer = steering(family, "hook_resid_post", SteerMethod.SIMPLE_ADDITIVE, 1, 5)
+    steer = steering(family, "hook_resid_post", Do.ADD, 1, 5)
     rows = [
         RowSpec(
             PROMPTS[number],
             Sampling(
                 8 + number, temperature=0.7 + 0.1 * number, freq_penalty=0.4 * (number % 2), seed=number, n_logprobs=3
             ),
-            (replace(steer, coefficient=steer.coefficient * number / 4),) if number % 3 else (),
+            (replace(steer, amount=steer.amount * number / 4),) if number % 3 else (),
         )
         for number in range(6)
     ]
@@ -170,15 +173,18 @@ def test_the_host_reads_once_a_step_for_all_rows() -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_positions_left_alone_are_those_of_the_row(family: str) -> None:
     """Rows of a padded prefill with other masks, each against a hand-masked hook."""
-    steer = steering(family, "hook_resid_post", SteerMethod.SIMPLE_ADDITIVE, 1, 3)
+    steer = steering(family, "hook_resid_post", Do.ADD, 1, 3)
     masks = [(0, 3), (0,), (1, 2)]
-    rows = [RowSpec(PROMPTS[n], Sampling(8), (steer,), mask) for n, mask in enumerate(masks)]
+    rows = [
+        RowSpec(PROMPTS[n], Sampling(8), (replace(steer, on=Selection(but=(Selection(positions=mask),))),))
+        for n, mask in enumerate(masks)
+    ]
     merged = staggered(engine(family).lane, rows, 3)
     net = models.model(family)
-    for row, steps in zip(rows, merged, strict=True):
+    for row, mask, steps in zip(rows, masks, merged, strict=True):
         keep = torch.ones(1, 64, 1)
-        keep[0, list(row.untouched)] = 0
-        add = steer.coefficient * steer.vector
+        keep[0, list(mask)] = 0
+        add = steer.amount * steer.vector
         with models.hooked(net, family, 1, "hook_resid_post", lambda h, k=keep, a=add: h + a * k[:, : h.shape[1]]):
             assert ids(steps) == models.greedy(net, row.prompt_ids, 8)
 
@@ -203,7 +209,7 @@ def test_a_row_that_is_dropped_leaves_the_others_as_they_were(family: str) -> No
 
 def test_a_row_that_overflows_ends_alone_and_its_slot_is_clean_for_the_next() -> None:
     built = engine("llama")
-    huge = Steering(Point(1, "hook_resid_post"), torch.full((32,), 1e30), 1e30, SteerMethod.SIMPLE_ADDITIVE)
+    huge = RowEdit(Point(1, "hook_resid_post"), torch.full((32,), 1e30), 1e30, Do.ADD)
     rows = [
         RowSpec(PROMPTS[3], Sampling(9), (huge,)),
         RowSpec(PROMPTS[0], Sampling(9)),

@@ -15,10 +15,10 @@ import transformers as t
 from safetensors.torch import save_file
 
 from neuronpedia_inference.domain import Sampling, Tokens
+from neuronpedia_inference.edits.plan import Direction, Do, Edit, Plan
 from neuronpedia_inference.operations import answer, by_name
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings
-from neuronpedia_inference.steering.plan import SteerMethod, SteerPlan, SteerVector
 from tests import architectures, models
 from tests.rounding import CLOSE
 
@@ -110,7 +110,7 @@ def by_hand(hidden: torch.Tensor) -> torch.Tensor:
     return torch.relu((hidden - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"])
 
 
-async def written(runtime: Runtime, prompt: Tokens, plans: list[SteerPlan | None], n: int) -> list[tuple[int, ...]]:
+async def written(runtime: Runtime, prompt: Tokens, plans: list[Plan | None], n: int) -> list[tuple[int, ...]]:
     rows = await anext(runtime.generate(prompt, plans, Sampling(n), stream=False))
     return [tuple(row.token_ids) for row in rows]
 
@@ -127,11 +127,11 @@ def test_it_starts_answers_and_steers(served: tuple[str, Runtime]) -> None:
     vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1))
     size = float(hidden.norm(dim=-1).mean())
     coefficients = {
-        SteerMethod.SIMPLE_ADDITIVE: 4 * size / float(vector.norm()),
-        SteerMethod.ORTHOGONAL_DECOMP: -90.0,
-        SteerMethod.PROJECTION_CAP: -8 * size,
+        Do.ADD: 4 * size / float(vector.norm()),
+        Do.ORTHOGONAL: -90.0,
+        Do.CAP: -8 * size,
     }
-    plans = [SteerPlan((SteerVector(PLACE, vector.tolist(), c),), method) for method, c in coefficients.items()]
+    plans = [Plan((Edit(method, Direction(PLACE, vector.tolist()), c),)) for method, c in coefficients.items()]
     *steered, plain = asyncio.run(written(runtime, prompt, [*plans, None], 5))
     n_compared = 0
     for tokens, (method, c) in zip([*steered, plain], [*coefficients.items(), (None, 0.0)], strict=True):

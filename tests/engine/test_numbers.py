@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neuronpedia_inference import embedded
 from neuronpedia_inference.domain import Sampling, Tokens
+from neuronpedia_inference.edits.plan import Direction, Do, Edit, Feature, Fires, Plan
 from neuronpedia_inference.embedded.weights import model_folder
-from neuronpedia_inference.engine.points import WRITABLE, Point
+from neuronpedia_inference.engine.points import RESID_POST, WRITABLE, Point
+from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations import answer, by_name
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings
-from neuronpedia_inference.steering.plan import SteerMethod, SteerPlan, SteerVector
 from tests import models
 from tests.engine import seeded_saes
 from tests.rounding import CLOSE
@@ -213,12 +214,12 @@ def test_steered_tokens_of_the_real_model_equal_the_formula_by_hand(runtime: Run
     vector = torch.randn(hidden.shape[1], generator=torch.Generator().manual_seed(1))
     size = float(hidden[1:].norm(dim=-1).mean())
     coefficients = {
-        SteerMethod.SIMPLE_ADDITIVE: 0.9 * size / float(vector.norm()),
-        SteerMethod.ORTHOGONAL_DECOMP: -60.0,
-        SteerMethod.PROJECTION_CAP: -0.9 * size,
+        Do.ADD: 0.9 * size / float(vector.norm()),
+        Do.ORTHOGONAL: -60.0,
+        Do.CAP: -0.9 * size,
     }
     name = Point(layer, place).name
-    plans = [SteerPlan((SteerVector(name, tuple(vector.tolist()), c),), m) for m, c in coefficients.items()]
+    plans = [Plan((Edit(m, Direction(name, tuple(vector.tolist())), c),)) for m, c in coefficients.items()]
     *steered, plain = asyncio.run(generate(runtime, prompt, [*plans, None], n_tokens))
     assert argmaxes(prompt.ids, plain) == plain
     for (method, c), tokens in zip(coefficients.items(), steered, strict=True):
@@ -227,7 +228,49 @@ def test_steered_tokens_of_the_real_model_equal_the_formula_by_hand(runtime: Run
         assert argmaxes(prompt.ids, tokens) != tokens  # without the vector the text would be another
 
 
-async def generate(runtime: Runtime, prompt: Tokens, plans: list[SteerPlan | None], n: int) -> list[tuple[int, ...]]:
+def test_features_that_are_set_on_the_real_model_equal_saelens_by_hand(runtime: Runtime, folder: Path) -> None:
+    """Each row clamps a feature of another SAE everywhere but at the first token; all decode in one batch."""
+    prompt = runtime.tokenize("I think that", "once")
+    clamps = {"15-res-4k": (1113, 90.0), "5-std": (3, 400.0), "6-jump": (4, 500.0), "8-gated": (5, 600.0)}
+    plans = [Plan((Edit(Do.CLAMP, Feature(source, i), to),)) for source, (i, to) in clamps.items()]
+    *steered, plain = asyncio.run(generate(runtime, prompt, [*plans, None], 16))
+    for (source, (index, to)), tokens in zip(clamps.items(), steered, strict=True):
+        sae = _sae(str(embedded.sae_dir(source) if source in embedded.SOURCES else folder / source))
+        norm = _norms(sae)[index]
+
+        def clamped(h: torch.Tensor, sae: Any = sae, norm: Any = norm, index: int = index, to: float = to) -> Any:
+            activation = sae.encode(h)[..., index] * norm
+            change = (to - activation)[..., None] * sae.W_dec[index] / norm
+            return h + torch.cat([torch.zeros_like(change[:, :1]), change[:, 1:]], dim=1)
+
+        with torch.no_grad(), models.hooked(plain_model(), "llama", int(source.split("-")[0]), RESID_POST, clamped):
+            assert argmaxes(prompt.ids, tokens) == tokens, source
+        assert argmaxes(prompt.ids, tokens) != tokens, source
+
+
+@pytest.mark.parametrize(
+    ("edit", "why"),
+    [
+        (Edit(Do.CLAMP, Feature("7-topk", 3), 1.0, field="edits.0"), "edits.0: Source '7-topk' is a topk"),
+        (Edit(Do.CLAMP, Feature("3", 3), 1.0, field="edits.0"), "edits.0: Source '3' is MLP neurons"),
+        (
+            Edit(Do.ADD, Feature("5-std", 3), 1.0, when=Fires(Feature("7-topk", 1), 2.0), field="edits.4"),
+            "edits.4: when: source '7-topk' is of the kind topk",
+        ),
+        (
+            Edit(Do.ADD, Feature("5-std", 3), 1.0, when=Fires(Feature("6-jump", 1), 2.0), field="edits.4"),
+            "edits.4: when: 'blocks.6.hook_resid_post' is reached after 'blocks.5.hook_resid_post'",
+        ),
+    ],
+)
+def test_what_cannot_be_set_is_refused(runtime: Runtime, edit: Edit, why: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        asyncio.run(runtime.check_steering(Plan((edit,))))
+    assert refused.value.message.startswith(why)
+    asyncio.run(runtime.check_steering(Plan((Edit(Do.ADD, Feature("7-topk", 3), 1.0),))))
+
+
+async def generate(runtime: Runtime, prompt: Tokens, plans: list[Plan | None], n: int) -> list[tuple[int, ...]]:
     rows = await anext(runtime.generate(prompt, plans, Sampling(n), stream=False))
     return [row.token_ids for row in rows]
 

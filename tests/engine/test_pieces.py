@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.edits.select import Selection
 from neuronpedia_inference.engine.points import PATTERN, RESID_POST, RESID_PRE, Point
 from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
 from tests import models
@@ -77,9 +78,10 @@ def joined_in_pieces(family: str, rows: Sequence[RowSpec], n_tokens: int) -> lis
 def test_rows_whose_prompts_ran_in_pieces_equal_rows_alone(family: str, n_tokens: int, places: list[str]) -> None:
     """Every method; prompts from 1 to 16 tokens, so that some end in an earlier piece than others."""
     rows = [RowSpec(PROMPTS[0], Sampling(40)), *steered_rows(family, places)]
-    rows[4] = replace(rows[4], untouched=(0, 1))
+    partly = Selection(but=(Selection(positions=(0, 1)),))
+    rows[4] = replace(rows[4], edits=tuple(replace(edit, on=partly) for edit in rows[4].edits))
     for row, steps in zip(rows, joined_in_pieces(family, rows, n_tokens), strict=True):
-        if row.untouched:
+        if any(edit.on is partly for edit in row.edits):
             assert ids(steps) == ids(joined_in_pieces(family, [rows[0], row], 1000)[1])
         else:
-            assert ids(steps) == alone(family, row), row.steering
+            assert ids(steps) == alone(family, row), row.edits

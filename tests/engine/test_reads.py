@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from neuronpedia_inference.domain import Numbers, Sampling
+from neuronpedia_inference.edits.plan import Do
+from neuronpedia_inference.edits.rows import RowEdit
 from neuronpedia_inference.engine.cache import MaskForm
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.generation import Lane, SoloLane
 from neuronpedia_inference.engine.points import RESID_MID, RESID_POST, RESID_PRE, WRITABLE, Point
-from neuronpedia_inference.engine.protocol import NO_TOKEN, RowId, RowSpec, RowStep, Steering, Watch
+from neuronpedia_inference.engine.protocol import NO_TOKEN, RowId, RowSpec, RowStep, Watch
 from neuronpedia_inference.errors import InvalidRequest
-from neuronpedia_inference.steering.plan import SteerMethod
 from tests import models
 from tests.engine.engines import engine
 from tests.engine.test_failures import FailsAt
@@ -128,17 +129,17 @@ def test_rows_that_run_alone_are_read() -> None:
 @pytest.mark.parametrize(("family", "place"), [("llama", place) for place in WRITABLE] + [("gpt2", RESID_MID)])
 def test_a_steered_row_is_read_before_and_behind_what_steers_it(family: str, place: str) -> None:
     """By hand: one hook that reads, one that steers, one that reads; in the layer, and before and behind the next's."""
-    steer = steering(family, place, SteerMethod.ORTHOGONAL_DECOMP, LAYER, 5)
+    steer = steering(family, place, Do.ORTHOGONAL, LAYER, 5)
     next_one = watch(family, RESID_PRE, 8, layer=LAYER + 1)
     row = RowSpec(PROMPTS[0], Sampling(6), (steer,), watches=(watch(family, place, 7, before=True), next_one))
-    plain = replace(row, steering=(), watches=(watch(family, place, 7),))
+    plain = replace(row, edits=(), watches=(watch(family, place, 7),))
     steps, control = staggered(engine(family).lane, [row, plain], 2)
     text = finished(row, steps)
     assert tokens(steps) == alone(family, row) != tokens(control)
     net, seen = models.model(family), defaultdict[str, list[Tensor]](list)
 
     def edit(hidden: Tensor) -> Tensor:
-        edited = models.formula(steer.method, steer.vector, steer.coefficient)(hidden)
+        edited = models.formula(steer.do, steer.vector, steer.amount)(hidden)
         seen["before"].append(hidden[0])
         seen["behind"].append(edited[0])
         return edited
@@ -231,7 +232,7 @@ def test_a_number_that_is_not_finite_ends_its_row_alone() -> None:
         def __call__(self, hidden: Tensor) -> Tensor:
             return super().__call__(hidden) * torch.inf
 
-    steer = Steering(Point(1, RESID_POST), torch.ones(32), 0.5, SteerMethod.SIMPLE_ADDITIVE)
+    steer = RowEdit(Point(1, RESID_POST), torch.ones(32), 0.5, Do.ADD)
     rows = [
         RowSpec(PROMPTS[0], Sampling(4), (steer,), watches=(Watch(Point(1, RESID_POST), Burst(32, 1)),)),
         RowSpec(PROMPTS[2], Sampling(4)),

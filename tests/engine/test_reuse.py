@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.edits.plan import Do
+from neuronpedia_inference.edits.select import Selection
 from neuronpedia_inference.engine.cache import MaskForm
 from neuronpedia_inference.engine.engine import n_bytes
 from neuronpedia_inference.engine.generation import Lane
@@ -22,7 +24,6 @@ from neuronpedia_inference.recent import Recent
 from neuronpedia_inference.scheduler.jobs import CaptureWork, Steps
 from neuronpedia_inference.scheduler.policy import Limits
 from neuronpedia_inference.scheduler.worker import Worker
-from neuronpedia_inference.steering.plan import SteerMethod
 from tests import models
 from tests.engine.engines import engine
 from tests.engine.test_merging import alone, ids, steering
@@ -73,12 +74,14 @@ def test_the_next_turn_runs_only_what_is_new(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_steered_positions_are_taken_over_by_the_same_steering_alone(family: str) -> None:
-    steered = (steering(family, "hook_resid_post", SteerMethod.SIMPLE_ADDITIVE, 1, 1),)
-    stronger = (replace(steered[0], coefficient=2 * steered[0].coefficient),)
+    steered = (steering(family, "hook_resid_post", Do.ADD, 1, 1),)
+    stronger = (replace(steered[0], amount=2 * steered[0].amount),)
     lane = lane_of(family, Recent(BUDGET, n_bytes))
     plain = RowSpec(PROMPT, Sampling(9, n_logprobs=1))
-    rows = [plain, replace(plain, steering=steered), replace(plain, steering=stronger)]
-    rows += [replace(plain, steering=steered, untouched=(4, 20)), replace(plain, steering=steered, untouched=(20,))]
+    rows = [plain, replace(plain, edits=steered), replace(plain, edits=stronger)]
+    for left_out in ((4, 20), (20,)):
+        on = Selection(but=(Selection(positions=left_out),))
+        rows.append(replace(plain, edits=(replace(steered[0], on=on),)))
     expected = [alone(family, row) for row in rows]
     first_logprobs = set()
     n_runs = []
@@ -96,7 +99,7 @@ def test_steered_positions_are_taken_over_by_the_same_steering_alone(family: str
 def test_a_row_that_failed_leaves_nothing() -> None:
     lane = lane_of("llama", recent := Recent(BUDGET, n_bytes))
     with torch.inference_mode():
-        too_strong = replace(steering("llama", "hook_resid_post", SteerMethod.SIMPLE_ADDITIVE, 1, 1), coefficient=1e39)
+        too_strong = replace(steering("llama", "hook_resid_post", Do.ADD, 1, 1), amount=1e39)
         joined = lane.prefill([(RowId(0, 0), RowSpec(PROMPT, Sampling(9), (too_strong,)))])
     assert joined[0].error is not None
     assert not list(recent)
@@ -115,7 +118,7 @@ def test_no_token_changes_whatever_is_kept_and_the_budget_holds(
     program: Sequence[tuple[int, int, list[int], int]], budget: int
 ) -> None:
     """Texts that begin like earlier ones, cut anywhere, steered by one of three or not."""
-    vectors = [steering("llama", "hook_resid_post", SteerMethod.SIMPLE_ADDITIVE, n, n) for n in range(3)]
+    vectors = [steering("llama", "hook_resid_post", Do.ADD, n, n) for n in range(3)]
     recent: Recent[Any, Any] = Recent(budget, n_bytes)
     lane = lane_of("llama", recent)
     text = PROMPT

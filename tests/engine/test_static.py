@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from neuronpedia_inference.costs import Grid
 from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.edits.plan import Do
 from neuronpedia_inference.engine import generation, static
 from neuronpedia_inference.engine.cache import MaskForm
 from neuronpedia_inference.engine.engine import ModelEngine
@@ -23,7 +24,6 @@ from neuronpedia_inference.engine.merging import why_not_record
 from neuronpedia_inference.engine.probe import IDS
 from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
 from neuronpedia_inference.engine.static import Step, as_cuda_graph, as_it_is
-from neuronpedia_inference.steering.plan import SteerMethod
 from tests import models
 from tests.engine.engines import engine
 from tests.engine.test_failures import FailsAt
@@ -35,7 +35,7 @@ def additive_rows(family: str) -> list[RowSpec]:
     rows = []
     for number, prompt in enumerate([*PROMPTS, *PROMPTS]):
         place = ("hook_resid_pre", "hook_resid_post")[number % 2]
-        steers = [steering(family, place, SteerMethod.SIMPLE_ADDITIVE, (number + n) % 3, number + n) for n in range(2)]
+        steers = [steering(family, place, Do.ADD, (number + n) % 3, number + n) for n in range(2)]
         rows.append(RowSpec(prompt, Sampling(5 + 3 * number % 13), tuple(steers[: number % 3])))
     return rows
 
@@ -53,16 +53,16 @@ def test_equals_rows_alone_and_is_recorded_once_per_shape(family: str) -> None:
     lane = Lane.merging(engine(family).decoder, MaskForm.ADDITIVE, record)
     for _ in range(2):
         for row, steps in zip(rows, staggered(lane, rows, 3), strict=True):
-            assert ids(steps) == alone(family, row), row.steering
+            assert ids(steps) == alone(family, row), row.edits
     assert len(recorded) <= 5  # 1, 2, 4, 8 and 16 rows; the second round finds them
-    steered = next(row for row in rows if row.steering)
-    assert alone(family, steered) != alone(family, replace(steered, steering=()))
+    steered = next(row for row in rows if row.edits)
+    assert alone(family, steered) != alone(family, replace(steered, edits=()))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_rows_that_do_not_fit_the_tables_take_the_other_way(family: str) -> None:
     """All rows of a step, while such a row is among them."""
-    capped = steering(family, "hook_resid_post", SteerMethod.PROJECTION_CAP, 1, 3)
+    capped = steering(family, "hook_resid_post", Do.CAP, 1, 3)
     rows = [*additive_rows(family)[:5], RowSpec(PROMPTS[2], Sampling(4), (capped,)), *additive_rows(family)[5:8]]
     lane = Lane.merging(engine(family).decoder, MaskForm.ADDITIVE, as_it_is)
     for row, steps in zip(rows, staggered(lane, rows, 2), strict=True):
@@ -165,13 +165,13 @@ def test_a_recorded_step_replays_right_after_the_batch_has_changed_kind_and_size
         recorded.append(step)
         return taped(step)
 
-    capped = steering(family, "hook_resid_post", SteerMethod.PROJECTION_CAP, 1, 3)
-    added = steering(family, "hook_resid_post", SteerMethod.SIMPLE_ADDITIVE, 1, 4)
+    capped = steering(family, "hook_resid_post", Do.CAP, 1, 3)
+    added = steering(family, "hook_resid_post", Do.ADD, 1, 4)
     rows = [
         RowSpec(PROMPTS[0], Sampling(28), (added,)),
         RowSpec(PROMPTS[2], Sampling(4), (capped,)),
         RowSpec(PROMPTS[3], Sampling(26)),
-        RowSpec(PROMPTS[4], Sampling(70), (replace(added, coefficient=-added.coefficient),)),
+        RowSpec(PROMPTS[4], Sampling(70), (replace(added, amount=-added.amount),)),
         RowSpec(PROMPTS[5], Sampling(5), (capped,)),
     ]
     lane = Lane.merging(engine(family).decoder, MaskForm.ADDITIVE, record)
@@ -186,7 +186,7 @@ def test_a_recorded_step_replays_right_after_the_batch_has_changed_kind_and_size
         found = finished(lane, steps)
     for n, row in enumerate(rows):
         assert found[n] == alone(family, row), n
-    assert alone(family, rows[0]) != alone(family, replace(rows[0], steering=()))
+    assert alone(family, rows[0]) != alone(family, replace(rows[0], edits=()))
     # Two rows, then one of another kind, for which the slots grow; three, and a longer one; those who stay, then fewer.
     assert n_recorded == [1, 2, 3, 5]
 

@@ -20,11 +20,12 @@ from typer.testing import CliRunner
 from neuronpedia_inference.checks import Report, self_test, verify
 from neuronpedia_inference.checks.report import Check
 from neuronpedia_inference.cli import app
+from neuronpedia_inference.edits import resolve, rows, table
+from neuronpedia_inference.edits.plan import Do, Plan, Step
 from neuronpedia_inference.engine import completions, engine, generation, prompts
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings
-from neuronpedia_inference.steering import apply, resolve
 from tests import models
 
 D_SAE = 48
@@ -104,13 +105,12 @@ Break = Callable[[pytest.MonkeyPatch, Runtime], None]
 
 
 def stronger(patch: pytest.MonkeyPatch, _: Runtime) -> None:
-    right = resolve.SteerResolver._steering
+    right = resolve.EditResolver.resolve
 
-    def strong(self: Any, *args: Any) -> Any:
-        made = right(self, *args)
-        return replace(made, coefficient=1.01 * made.coefficient)
+    def strong(self: Any, plan: Plan) -> Any:
+        return right(self, replace(plan, edits=tuple(replace(edit, amount=1.01 * edit.amount) for edit in plan.edits)))
 
-    patch.setattr(resolve.SteerResolver, "_steering", strong)
+    patch.setattr(resolve.EditResolver, "resolve", strong)
 
 
 def dropped(patch: pytest.MonkeyPatch, _: Runtime) -> None:
@@ -124,8 +124,8 @@ def dropped_while_decoding(patch: pytest.MonkeyPatch, _: Runtime) -> None:
 
 def swapped_in_batches(patch: pytest.MonkeyPatch, _: Runtime) -> None:
     """Each row gets its neighbour's steering; a row that is alone has none."""
-    right = apply._stack
-    patch.setattr(apply, "_stack", lambda vectors: right([*vectors[1:], vectors[0]]))
+    right = table._stack
+    patch.setattr(table, "_stack", lambda vectors: right([*vectors[1:], vectors[0]]))
 
 
 def shifted(patch: pytest.MonkeyPatch, _: Runtime) -> None:
@@ -134,13 +134,13 @@ def shifted(patch: pytest.MonkeyPatch, _: Runtime) -> None:
 
 
 def other_cap(patch: pytest.MonkeyPatch, _: Runtime) -> None:
-    right = apply._gain_and_cap
+    right = rows.step_of
 
-    def loose(steer: Any) -> tuple[float, float]:
-        gain, cap = right(steer)
-        return gain, cap + 0.1
+    def loose(do: Do, amount: float) -> Step:
+        step = right(do, amount)
+        return step._replace(hi=step.hi + 0.1)
 
-    patch.setattr(apply, "_gain_and_cap", loose)
+    patch.setattr(rows, "step_of", loose)
 
 
 def unanswered(patch: pytest.MonkeyPatch, _: Runtime) -> None:

@@ -40,6 +40,7 @@ from neuronpedia_inference.domain import (
     TopFeatures,
     Written,
 )
+from neuronpedia_inference.edits.plan import Plan
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownSource
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.operations import answer, by_name
@@ -55,7 +56,6 @@ from neuronpedia_inference.questions import (
 )
 from neuronpedia_inference.questions.contrast import Contrast, Contrasted
 from neuronpedia_inference.settings import Settings
-from neuronpedia_inference.steering.plan import SteerPlan
 from neuronpedia_inference.watches.plan import WatchPlan
 
 BOS = "<s>"
@@ -277,16 +277,16 @@ class FakeRuntime:
         places, values = zip(*(pair for entries in found.values() for pair in entries), strict=True)
         return ActiveFeatures(np.array(list(found)), starts, ends, np.array(places), np.array(values))
 
-    async def check_steering(self, plan: SteerPlan) -> None:
+    async def check_steering(self, plan: Plan) -> None:
         self.calls.append(("check_steering", plan))
 
-    def edited(self, plan: SteerPlan | None) -> set[Any]:
+    def edited(self, plan: Plan | None) -> set[Any]:
         return set()
 
     def generate(
         self,
         prompt: Tokens,
-        plans: Sequence[SteerPlan | None],
+        plans: Sequence[Plan | None],
         sampling: Sampling,
         *,
         watches: WatchPlan | None = None,
@@ -323,7 +323,7 @@ class Steps(AsyncIterator[tuple[Written, ...]]):
         self.runtime.closed += 1
 
 
-def _said(plan: SteerPlan | None, sampling: Sampling) -> Written:
+def _said(plan: Plan | None, sampling: Sampling) -> Written:
     text = " plain" if plan is None else " steered"
     top = tuple((f"t{i}", -1.0 - i if i else float("-inf")) for i in range(sampling.n_logprobs))
     logprobs = (TokenLogprob(text, -0.5, top),) if top else ()

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from neuronpedia_inference.domain import Ranking, Sampling
+from neuronpedia_inference.edits.plan import Direction, Do, Edit, Feature, Plan
+from neuronpedia_inference.edits.select import Phase, Selection
 from neuronpedia_inference.errors import InvalidRequest, UnknownSource
-from neuronpedia_inference.steering.plan import SteerFeature, SteerMethod, SteerPlan, SteerVector
 
 from .test_operations_fake import ATT, RES, FakeRuntime, ask
 
@@ -182,7 +183,7 @@ def test_steer_compares_by_default():
     answer = ask("steer", {"prompt": "one", "features": [{"index": 2, "strength": 3}]}, runtime)
     prompt, plans, sampling, _ = runtime.called("generate")
     assert prompt.strings == ("<s>", "one")
-    assert plans == [SteerPlan((SteerFeature("3-att", 2, 3.0),)), None]
+    assert plans == [Plan((Edit(Do.ADD, Feature("3-att", 2), 3.0),)), None]
     assert sampling == Sampling(32, seed=16)
     nothing_else = {"messages": None, "logprobs": None, "watch": None, "finish_reason": "length"}
     assert answer == {
@@ -208,8 +209,8 @@ def test_steer_without_comparison_and_with_every_option():
     }
     answer = ask("steer", body, runtime)
     _, plans, sampling, _ = runtime.called("generate")
-    steer = SteerVector("blocks.1.hook_resid_post", [1.0, 2.0, 3.0, 4.0], 1.0)
-    assert plans == [SteerPlan((steer,), SteerMethod.ORTHOGONAL_DECOMP)]
+    direction = Direction("blocks.1.hook_resid_post", [1.0, 2.0, 3.0, 4.0])
+    assert plans == [Plan((Edit(Do.ORTHOGONAL, direction, 1.0),))]
     assert sampling == Sampling(3, temperature=0.7, freq_penalty=1.0, seed=5, n_logprobs=1)
     assert answer["default"] is None
     assert answer["steered"]["text"] == " steered"
@@ -224,9 +225,36 @@ def test_steer_leaves_a_chats_special_tokens_alone_by_default():
     assert runtime.called("generate")[1][0].skip_special_tokens is True
 
 
-def test_steer_needs_something_to_steer_with():
-    with pytest.raises(InvalidRequest, match="exactly one of features or vectors"):
-        ask("steer", {"prompt": "one"})
+@pytest.mark.parametrize("body", [{}, {"features": []}, {"vectors": [], "edits": []}])
+def test_steer_without_anything_runs_the_model_as_it_is(body: dict[str, Any]):
+    runtime = FakeRuntime()
+    answer = ask("steer", {"prompt": "one", **body}, runtime)
+    assert runtime.called("generate")[1] == [None, None]
+    assert answer["steered"]["text"] == answer["default"]["text"] == " plain"
+
+
+def test_features_vectors_and_edits_act_in_this_order():
+    runtime = FakeRuntime()
+    on = {"from": 1, "last": 2, "phase": "prompt"}
+    body = {
+        "edits": [{"do": "swap", "feature": "1-res/3", "with": "1-res/4", "on": on}],
+        "vectors": [{"hook": "blocks.1.hook_resid_post", "vector": [1, 2, 3, 4], "strength": 2}],
+        "features": [{"source": "1-res", "index": 5, "strength": 6}],
+        "strength_multiplier": 0.5,
+    }
+    ask("steer", {"prompt": "one", **body}, runtime)
+    [plan, _] = runtime.called("generate")[1]
+    assert plan.edits == (
+        Edit(Do.ADD, Feature("1-res", 5), 3.0),
+        Edit(Do.ADD, Direction("blocks.1.hook_resid_post", [1.0, 2.0, 3.0, 4.0]), 1.0),
+        Edit(
+            Do.SWAP,
+            Feature("1-res", 3),
+            other=Feature("1-res", 4),
+            on=Selection(Phase.PROMPT, start=1, last=2),
+        ),
+    )
+    assert [edit.field for edit in plan.edits] == ["features.0", "vectors.0", "edits.0"]
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuronpedia_inference.domain import ChatMessage, Sampling, TokenLogprob, Written
+from neuronpedia_inference.edits.plan import BY_METHOD, Direction, Do, Edit, Feature, Plan
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from neuronpedia_inference.operations import answer_events, answer_events_json, by_name
 from neuronpedia_inference.operations.chat import open_reasoning, read_answer, without_reasoning
 from neuronpedia_inference.operations.operation import Events
 from neuronpedia_inference.operations.story import logprob_reply
 from neuronpedia_inference.schemas.steer import NPSteerMethod
-from neuronpedia_inference.steering.plan import SteerFeature, SteerMethod, SteerPlan, SteerVector
 
 from .test_operations_fake import FakeRuntime, ask, client_reads
 
@@ -62,7 +62,7 @@ def test_a_completion_is_one_generation_with_a_row_per_type():
     answer = ask("steer_completion", completion(n_logprobs=2, temperature=0.5, freq_penalty=-1), runtime)
     prompt, plans, sampling, stream = runtime.called("generate")
     assert prompt.strings == ("<s>", "one", " two")
-    assert plans == [SteerPlan((SteerFeature("1-res", 3, 10.0),)), None]
+    assert plans == [Plan((Edit(Do.ADD, Feature("1-res", 3), 10.0),)), None]
     assert sampling == Sampling(8, temperature=0.5, freq_penalty=-1.0, seed=16, n_logprobs=2)
     assert stream is False
     assert [(one["type"], one["output"]) for one in answer["outputs"]] == [
@@ -82,18 +82,18 @@ def test_vectors_become_steers():
     runtime = FakeRuntime()
     body = completion(features=None, vectors=[VECTOR], steer_method="PROJECTION_CAP", normalize_steering=True)
     ask("steer_completion", body, runtime)
-    steer = SteerVector("blocks.1.hook_resid_post", [1.0, 0.0, 0.0, 0.0], -5.0)
-    assert runtime.called("generate")[1][0] == SteerPlan((steer,), SteerMethod.PROJECTION_CAP, normalize=True)
+    direction = Direction("blocks.1.hook_resid_post", [1.0, 0.0, 0.0, 0.0])
+    assert runtime.called("generate")[1][0] == Plan((Edit(Do.CAP, direction, -5.0, normalize=True),))
 
 
 def test_a_features_own_vector_is_ignored():
     runtime = FakeRuntime()
     ask("steer_completion", completion(features=[{**FEATURE, "steering_vector": [9.0]}]), runtime)
-    assert runtime.called("generate")[1][0].steers == (SteerFeature("1-res", 3, 10.0),)
+    assert runtime.called("generate")[1][0].edits == (Edit(Do.ADD, Feature("1-res", 3), 10.0),)
 
 
 def test_every_method_has_a_name_on_the_wire():
-    assert [method.value for method in SteerMethod] == list(NPSteerMethod.__args__)
+    assert list(BY_METHOD) == list(NPSteerMethod.__args__)
 
 
 @pytest.mark.parametrize("given_", [{"features": []}, {"features": None, "vectors": []}])

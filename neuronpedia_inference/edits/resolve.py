@@ -1,0 +1,222 @@
+"""From a plan of plain numbers to tensors at points, refusing what cannot be honoured before anything runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neuronpedia_inference.domain import MAX_STEERS, Sampling, Tokens
+from neuronpedia_inference.edits.gauges import gauge_of, norms, unit
+from neuronpedia_inference.edits.plan import Condition, Direction, Edit, Feature, Fires, Plan, Target, Unit, fires_in
+from neuronpedia_inference.edits.rows import FeatureGauge, Gate, Norm, RowEdit, Trigger
+from neuronpedia_inference.edits.select import EVERYTHING, Selection, ordinary, without_special_of_prompt
+from neuronpedia_inference.engine.engine import ModelEngine
+from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.engine.protocol import RowSpec
+from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
+from neuronpedia_inference.questions.checks import check_index, check_vector
+from neuronpedia_inference.saes.shelf import Shelf
+from neuronpedia_inference.scheduler.jobs import Steps
+
+
+class EditResolver:
+    """Knows the model's points, the SAEs' features, and which tokens are special."""
+
+    def __init__(self, engine: ModelEngine, shelf: Shelf, special_ids: Sequence[int]) -> None:
+        self._engine = engine
+        self._shelf = shelf
+        self._ordinary = ordinary(tuple(special_ids))
+        self._without_special = without_special_of_prompt(tuple(special_ids))
+
+    def checks(self, plan: Plan) -> Generator[None, None, None]:
+        """Raises LimitExceeded, InvalidRequest, UnknownSource or UnknownPoint; a yield after each edit. No tensors."""
+        if len(plan.edits) > MAX_STEERS:
+            raise LimitExceeded(f"{len(plan.edits)} edits are too many, the most is {MAX_STEERS}. Send fewer.")
+        for edit in plan.edits:
+            try:
+                self._check(edit)
+            except InvalidRequest as exc:
+                if not edit.field:
+                    raise
+                raise type(exc)(f"{edit.field}: {exc.message}") from exc
+            yield
+
+    def check_selections(self, plan: Plan, prompt: Tokens, sampling: Sampling) -> None:
+        """Raises InvalidRequest for an edit that would act on no position of this prompt and what may follow it."""
+        ids = np.asarray(prompt.ids)
+        places = np.arange(len(prompt) + sampling.max_new_tokens - 1)
+        for edit in plan.edits:
+            selection = edit.on
+            if selection is None or selection.is_everything:
+                continue
+            of_prompt = selection.weights(places[: len(prompt)], ids, len(prompt))
+            generated = selection.weights(places[len(prompt) :], None, len(prompt))
+            if not (of_prompt.any() or generated.any()):
+                raise InvalidRequest(
+                    f"{edit.field}.on: selects none of the {len(prompt)} positions of the prompt and the "
+                    f"{len(generated)} after it. Choose others, or leave `on` out."
+                )
+
+    def points(self, plan: Plan) -> set[Point]:
+        """Where a checked plan reads and writes."""
+        fires = [fires for edit in plan.edits if edit.when is not None for fires in fires_in(edit.when)]
+        targets = [*(edit.target for edit in plan.edits), *(one.feature for one in fires)]
+        return {point for target in targets for point in self._points(target)}
+
+    def written(self, plan: Plan) -> set[Point]:
+        """Where a checked plan writes."""
+        return {self._points(edit.target)[-1] for edit in plan.edits}
+
+    def rows(self, prompt: Tokens, plans: Sequence[Plan | None], sampling: Sampling) -> Steps:
+        """-> list[RowSpec], one per plan; None is not edited. Runs on the worker."""
+        found: list[RowSpec] = []
+        for plan in plans:
+            edits = () if plan is None else (yield from self.resolve(plan))
+            found.append(RowSpec(prompt.ids, sampling, edits))
+        return found
+
+    def resolve(self, plan: Plan) -> Steps:
+        """-> tuple[RowEdit, ...]: the edits as tensors on the engine's device. Runs on the worker."""
+        found: list[RowEdit] = []
+        for edit in plan.edits:
+            vector, feature = yield from self._along(edit.target, edit)
+            other, other_feature = None, None
+            if edit.other is not None:
+                other, other_feature = yield from self._along(edit.other, edit)
+            found.append(
+                RowEdit(
+                    point=self._points(edit.target)[-1],
+                    vector=unit(vector) if edit.normalize else vector,
+                    amount=edit.amount,
+                    do=edit.do,
+                    is_dose=edit.unit is Unit.DOSE,
+                    on=self._selection(edit, plan),
+                    when=None if edit.when is None else (yield from self._gate(edit.when)),
+                    feature=feature,
+                    other=other,
+                    other_feature=other_feature,
+                )
+            )
+        return tuple(found)
+
+    def _gate(self, condition: Condition) -> Steps:
+        """-> Gate"""
+        triggers: dict[Fires, Trigger] = {}
+        for fires in fires_in(condition):
+            source = self._shelf.source(fires.feature.source)
+            with (yield self._shelf.feature(source, fires.feature.index)) as weights:
+                gauge = gauge_of(weights, self._engine.device)
+            point = Point.parse(source.hook)
+            triggers[fires] = Trigger(point, gauge, fires.threshold, fires.is_below, self._ordinary)
+        return Gate(condition, triggers)
+
+    def _selection(self, edit: Edit, plan: Plan) -> Selection:
+        if edit.on is not None:
+            return edit.on
+        if edit.reads_feature or edit.unit is Unit.DOSE or edit.when is not None:
+            return self._ordinary
+        return self._without_special if plan.skip_special_tokens else EVERYTHING
+
+    def _along(self, target: Target, edit: Edit) -> Steps:
+        """-> the vector on the engine's device, and how the feature is read where the edit does."""
+        if isinstance(target, Direction):
+            vector = torch.tensor(target.vector, dtype=torch.float32, device=self._engine.device)
+            self._check_norm(vector, target.hook, edit)
+            return vector, None
+        source = self._shelf.source(target.source)
+        if not edit.reads_feature:
+            with (yield self._shelf.decoder_row(source, target.index)) as row:
+                vector = row.to(self._engine.device)
+            self._check_norm(vector, source.hook, edit)
+            return vector, None
+        with (yield self._shelf.feature(source, target.index)) as weights:
+            assert weights.decoder is not None, source
+            vector = weights.decoder.to(self._engine.device, torch.float32)
+            gauge = gauge_of(weights, self._engine.device)
+        self._check_norm(vector, source.hook, edit)
+        if gauge.norm is not Norm.NONE and (edit.unit is Unit.DOSE or source.is_transcoder):
+            what = "whose features cannot be set" if source.is_transcoder else "so that no dose can be given"
+            raise InvalidRequest(f"{edit.field}: source {source.name!r} normalises what it reads, {what}.")
+        elsewhere = self._points(target)[0] if source.is_transcoder else None
+        return vector, FeatureGauge((source.name, target.index), gauge, elsewhere)
+
+    def _check(self, edit: Edit) -> None:
+        if not math.isfinite(edit.amount):
+            raise InvalidRequest("strength times strength_multiplier is not a finite number. Use smaller values.")
+        for target in edit.targets:
+            if isinstance(target, Feature):
+                self._check_feature(target, edit)
+            else:
+                self._check_direction(target, edit)
+        for fires in [] if edit.when is None else fires_in(edit.when):
+            self._check_trigger(fires, edit)
+        if edit.unit is Unit.OF_MAX:
+            raise InvalidRequest(
+                "unit: no feature's largest activation is known here, so none can be multiplied. "
+                "Give an absolute amount; /v1/activations shows how much features are on a text."
+            )
+
+    def _check_feature(self, feature: Feature, edit: Edit) -> None:
+        source = self._shelf.source(feature.source)
+        if source.is_neurons:
+            raise InvalidRequest(f"Source {source.name!r} is MLP neurons, which have no decoder row to steer with.")
+        check_index(source, feature.index)
+        if source.is_transcoder and not source.hook_out:
+            raise InvalidRequest(
+                f"Source {source.name!r} is a {source.architecture}, which writes elsewhere than it reads, "
+                "and does not say where: its features cannot be steered with. Use a custom vector at the hook you mean."
+            )
+        if edit.reads_feature and not source.is_read_by_column:
+            raise InvalidRequest(
+                f"Source {source.name!r} is a {source.architecture}, whose features are compared with each other: "
+                f"do {edit.do.value!r} would have to compute all of them at every token, which is not served. "
+                "`add` is."
+            )
+        reads, writes = self._points(feature)
+        self._engine.check(reads)
+        self._engine.check(writes, write=True)
+
+    def _check_trigger(self, fires: Fires, edit: Edit) -> None:
+        source = self._shelf.source(fires.feature.source)
+        if source.is_neurons or not source.is_read_by_column:
+            raise InvalidRequest(
+                f"when: source {source.name!r} is of the kind {source.architecture}, whose features cannot be read "
+                "one by one while a text is written. Name a feature of another source."
+            )
+        check_index(source, fires.feature.index)
+        read, written = Point.parse(source.hook), self._points(edit.target)[-1]
+        self._engine.check(read)
+        if fires.n_tokens == 1 and read.reached > written.reached:
+            raise InvalidRequest(
+                f"when: {read.name!r} is reached after {written.name!r}, where the edit acts, so at a token it is not "
+                'known yet whether the feature fires there. Give `for` a number or "from_then_on": then it acts from '
+                "the next generated token on."
+            )
+
+    def _check_direction(self, direction: Direction, edit: Edit) -> None:
+        point = Point.parse(direction.hook)
+        self._engine.check(point, write=True)
+        check_vector(direction.vector, self._engine.width(point), direction.hook)
+        if edit.needs_direction and not any(direction.vector):
+            raise InvalidRequest(
+                f"The steering vector at {direction.hook!r} is zero, which has no direction: "
+                f"{edit.do.value!r}{' with normalize_steering' if edit.normalize else ''} needs one."
+            )
+
+    def _points(self, target: Target) -> tuple[Point, Point]:
+        """Where it is read, and where it is written."""
+        if isinstance(target, Direction):
+            return Point.parse(target.hook), Point.parse(target.hook)
+        source = self._shelf.source(target.source)
+        return Point.parse(source.hook), Point.parse(
+            source.hook_out if source.is_transcoder and source.hook_out else source.hook
+        )
+
+    def _check_norm(self, vector: Tensor, hook: str, edit: Edit) -> None:
+        norm = float(norms(vector))
+        if not math.isfinite(norm) or (edit.needs_direction and norm == 0):
+            raise InvalidRequest(f"The steering vector at {hook!r} has the norm {norm:g} and no direction.")

@@ -1,0 +1,229 @@
+"""Edits as tables: what is done at one point to every row of a batch, in one formula.
+
+An edit has a number a that is read (`gauge.py`), and a vector d. What becomes of a is written along d:
+
+    h ← h + w·(clip(alpha·a + beta, lo, hi) − a)·u·d
+
+w, between 0 and 1, is how much the position is edited (`select.py`); u undoes the normalisation under which a was read.
+What only adds reads nothing: a = 0. A dose multiplies beta, lo and hi by ‖h‖, of h before the point's first edit.
+
+Edits come in groups. All numbers of a group are read from the h that the group found, and what becomes of them is
+written together: h + Σ (xᵢ − aᵢ)·uᵢ·dᵢ. So what an SAE does not explain of h stays: with all its features decoded,
+h' − decode(x) = h − decode(a). Edits of one feature in a group act on one number, one after the other. A run of feature
+edits is a group, a run of additions is one, and every edit of a direction is one of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import zip_longest
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from neuronpedia_inference.edits.gauges import GaugeTable, norms
+from neuronpedia_inference.edits.groups import Cell, Group, Kind, Move, groups_of
+from neuronpedia_inference.edits.plan import STAYS
+from neuronpedia_inference.edits.rows import RowEdit
+from neuronpedia_inference.engine.points import Point
+
+Columns = Sequence[Mapping[RowEdit, int]]
+"""Of every row: which column of the weights belongs to an edit."""
+
+
+class Recorder(Protocol):
+    """Is told what edits find and do; a table that is called without one keeps nothing."""
+
+    def edited(self, row: int, edit: RowEdit, before: Tensor, target: Tensor, after: Tensor) -> None:
+        """Of an edit that reads a number: the number, what was to become of it wherever the edit acts, and what is
+        read again once all edits of the point are done, which need not be that (encoder columns are not decoder rows).
+
+        [pos] each, float32. A transcoder's number is read elsewhere, before its edits, and is not read again.
+        """
+        ...
+
+
+class EditTable:
+    """The edits of every row at one point."""
+
+    def __init__(self, rows: Sequence[Sequence[RowEdit]], columns: Columns | None = None) -> None:
+        """`rows`: the edits of each row, in the order of its request; at least one row has one.
+
+        columns: None where no edit of theirs is ever weighted.
+        """
+        self._needs_norm = any(edit.is_dose for edits in rows for edit in edits)
+        rounds = zip_longest(*map(groups_of, rows), fillvalue=NO_GROUP)
+        self._rounds = [_round(groups, columns) for groups in rounds]
+
+    @property
+    def elsewhere(self) -> Mapping[Point, Callable[[Tensor], None]]:
+        """What must be shown [row, pos, width] of other points before the table is called in the same pass."""
+        points = {point for one in self._rounds for point in one.elsewhere}
+        return {point: partial(self._show, point) for point in sorted(points)}
+
+    def __call__(self, hidden: Tensor, weights: Tensor | None = None, record: Recorder | None = None) -> Tensor:
+        """[row, pos, ...width] -> the same, edited, in the same dtype.
+
+        weights: [row, pos, column], from 0 to 1; None where all are 1.
+        """
+        found = changed = hidden.flatten(2)
+        norm = norms(found) if self._needs_norm else None
+        traces: list[Trace] = []
+        for one in self._rounds:
+            change, trace = one.change(changed, weights, norm)
+            changed = changed + change
+            traces += [] if record is None else [trace]
+        if record is not None:
+            for one, trace in zip(self._rounds, traces, strict=True):
+                one.tell(record, trace, changed)
+        return changed.reshape(hidden.shape)
+
+    def _show(self, point: Point, hidden: Tensor) -> None:
+        for one in self._rounds:
+            if point in one.elsewhere:
+                one.elsewhere[point] = one.read_elsewhere(point, hidden.flatten(2))
+
+
+NO_GROUP = Group(Kind.ADDITIONS, steps=[[]])
+Trace = Sequence[Tensor]
+"""The numbers before, and what was to become of them in each step: [row, pos, cell] each."""
+
+
+class _Added:
+    """A group of every row in which vectors are added everywhere."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.elsewhere: dict[Point, Tensor | None] = {}
+        vectors = [group.cells[0].vector if group.cells else None for group in groups]
+        self._amount = _stack(vectors)
+
+    def change(self, hidden: Tensor, weights: Tensor | None, norm: Tensor | None) -> tuple[Tensor, Trace]:
+        """[row, pos, width] -> what is added to it."""
+        return self._amount.to(hidden.dtype), ()
+
+    def tell(self, record: Recorder, trace: Trace, changed: Tensor) -> None:
+        """Nothing was read."""
+
+    def read_elsewhere(self, point: Point, hidden: Tensor) -> Tensor:
+        raise AssertionError(point)
+
+
+class _Round:
+    """One group of every row."""
+
+    def __init__(self, groups: Sequence[Group], columns: Columns | None) -> None:
+        n_cells = max(len(group.cells) for group in groups)
+        n_steps = max(len(group.steps) for group in groups)
+        vectors = [cell.vector if cell else None for group in groups for cell in _padded(group.cells, n_cells)]
+        self._vectors = _stack(vectors)[:, 0].unflatten(0, (len(groups), n_cells))
+        """[row, cell, width]"""
+        self._groups = groups
+        points = {cell.elsewhere for group in groups for cell in group.cells}
+        self._tables = {point: _reads(groups, n_cells, point) for point in points}
+        self.elsewhere: dict[Point, Tensor | None] = {point: None for point in points if point is not None}
+        """[row, pos, cell] of numbers that are read there, in the pass under way."""
+        steps = [[group.steps[n] if n < len(group.steps) else [] for group in groups] for n in range(n_steps)]
+        self._steps = [_Step(moves, n_cells, columns, self._vectors.device) for moves in steps]
+
+    def change(self, hidden: Tensor, weights: Tensor | None, norm: Tensor | None) -> tuple[Tensor, Trace]:
+        """[row, pos, width] -> what is added to it. norm: [row, pos, 1], where doses need it."""
+        before = numbers = self._read(hidden)
+        targets: list[Tensor] = []
+        for step in self._steps:
+            target, numbers = step(numbers, weights, norm)
+            targets.append(target)
+        change = numbers - before
+        here = self._tables.get(None)
+        if here is not None and here.is_normalised:
+            change = change * here.sizes(hidden)
+        return torch.bmm(change, self._vectors).to(hidden.dtype), (before, *targets)
+
+    def tell(self, record: Recorder, trace: Trace, changed: Tensor) -> None:
+        """After all edits of the point, which made `changed`: [row, pos, width]."""
+        before, *targets = trace
+        after = self._read(changed)
+        for row, group in enumerate(self._groups):
+            for target, moves in zip(targets, group.steps, strict=False):
+                for move in moves:
+                    if group.kind is not Kind.ADDITIONS:
+                        at = row, slice(None), move.cell
+                        record.edited(row, move.edit, before[at], target[at], after[at])
+
+    def read_elsewhere(self, point: Point, hidden: Tensor) -> Tensor:
+        """[row, pos, width] of another point -> [row, pos, cell]"""
+        return self._tables[point](hidden)
+
+    def _read(self, hidden: Tensor) -> Tensor:
+        """Every cell's number, read here or shown before. [row, pos, width] -> [row, pos, cell]"""
+        here = self._tables.get(None)
+        parts = [] if here is None else [here(hidden)]
+        for point, shown in self.elsewhere.items():
+            assert shown is not None, f"nothing was shown of {point.name}"
+            parts.append(shown)
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+class _Step:
+    """At most one move of every cell."""
+
+    def __init__(
+        self, moves: Sequence[Sequence[Move]], n_cells: int, columns: Columns | None, device: torch.device
+    ) -> None:
+        steps = [[STAYS] * n_cells for _ in moves]
+        doses = [[False] * n_cells for _ in moves]
+        places = [[0] * n_cells for _ in moves]
+        gives = torch.zeros(len(moves), n_cells, n_cells)
+        for row, of_row in enumerate(moves):
+            for move in of_row:
+                steps[row][move.cell] = move.step
+                doses[row][move.cell] = move.edit.is_dose
+                places[row][move.cell] = 0 if columns is None else columns[row][move.edit]
+                if move.gives_to is not None:
+                    gives[row, move.cell, move.gives_to] = 1
+        numbers = torch.tensor(steps, dtype=torch.float32, device=device)[:, None]
+        self._alpha, self._beta, self._lo, self._hi = numbers.unbind(-1)
+        """[row, 1, cell]"""
+        self._is_dose = torch.tensor(doses, device=device)[:, None]
+        self._has_doses = any(map(any, doses))
+        self._places = torch.tensor(places, device=device)[:, None]
+        self._gives = gives.to(device) if bool(gives.any()) else None
+
+    def __call__(self, numbers: Tensor, weights: Tensor | None, norm: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[row, pos, cell] -> what was to become of them, and what does."""
+        beta, lo, hi = self._beta, self._lo, self._hi
+        if self._has_doses:
+            assert norm is not None
+            beta, lo, hi = (torch.where(self._is_dose & one.isfinite(), one * norm, one) for one in (beta, lo, hi))
+        target = torch.minimum(torch.maximum(self._alpha * numbers + beta, lo), hi)
+        given = numbers
+        changed = target
+        if weights is not None:
+            weight = weights.gather(2, self._places.expand(*weights.shape[:2], -1))
+            given = numbers * weight
+            changed = torch.where(weight > 0, torch.lerp(numbers, target, weight), numbers)
+        if self._gives is not None:
+            changed = changed + torch.bmm(given, self._gives)
+        return target, changed
+
+
+def _round(groups: Sequence[Group], columns: Columns | None) -> _Added | _Round:
+    return _Added(groups) if all(group.is_plain_addition for group in groups) else _Round(groups, columns)
+
+
+def _reads(groups: Sequence[Group], n_cells: int, point: Point | None) -> GaugeTable:
+    """Of the cells that are read at this point; the others stay 0."""
+    cells = [_padded(group.cells, n_cells) for group in groups]
+    rows = [[one.gauge if one is not None and one.elsewhere == point else None for one in row] for row in cells]
+    return GaugeTable(rows)
+
+
+def _padded(cells: Sequence[Cell], n_cells: int) -> Sequence[Cell | None]:
+    return [*cells, *[None] * (n_cells - len(cells))]
+
+
+def _stack(vectors: Sequence[Tensor | None]) -> Tensor:
+    """Vectors or None -> [row, 1, width], zeros for None."""
+    like = next(vector for vector in vectors if vector is not None)
+    return torch.stack([torch.zeros_like(like) if vector is None else vector for vector in vectors])[:, None]

@@ -1,1 +1,0 @@
-"""What to steer (plan: plain numbers) and how it is done to a tensor (apply)."""
