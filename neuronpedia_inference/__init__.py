@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         connect,
         load,
         modal,
+        read_corpus,
     )
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "connect",
     "load",
     "modal",
+    "read_corpus",
 ]
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from neuronpedia_inference.client.corpus import read_corpus
 from neuronpedia_inference.client.results import (
     ActiveFeature,
     Contrast,
@@ -22,12 +23,11 @@ from neuronpedia_inference.client.results import (
     FoundFeature,
     Result,
     SearchResults,
-    Steered,
-    Sweep,
     TopFeatures,
 )
 from neuronpedia_inference.client.session import AsyncChat, AsyncClient, Chat, Client
 from neuronpedia_inference.client.steering import FeatureName, Steering, Vector
+from neuronpedia_inference.client.written import Steered, Sweep
 
 __all__ = [
     "ActiveFeature",
@@ -53,6 +53,7 @@ __all__ = [
     "connect",
     "load",
     "modal",
+    "read_corpus",
 ]
 
 TIMEOUT_S = 600.0

@@ -11,11 +11,11 @@ from neuronpedia_inference.client.results import (
     Feature,
     Features,
     SearchResults,
-    Steered,
     TopFeature,
     TopFeatures,
 )
 from neuronpedia_inference.client.steering import FeatureName, OfFeature, Steering
+from neuronpedia_inference.client.written import Steered
 
 Answer = Mapping[str, Any]
 Messages = Sequence[Mapping[str, str]]
@@ -76,12 +76,20 @@ def contrast(a: Sequence[str], b: Sequence[str], **fields: Any) -> Call[Contrast
     return Call("contrast", {"a": list(a), "b": list(b), **_given(fields)}, Contrast.read)
 
 
-def steer(prompt: str | Messages, steering: Steering | None, **fields: Any) -> Call[Steered]:
+def steer(
+    prompt: str | Messages, steering: Steering | None, watch: Sequence[OfFeature | Answer] | None = None, **fields: Any
+) -> Call[Steered]:
+    """watch: features, or what `steer` takes for a watch."""
     sent = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
     shown = prompt if isinstance(prompt, str) else "".join(f"{one['role']}: {one['content']}\n" for one in prompt)
     chosen = steering or Steering()
-    body = {"prompt": sent, **(chosen.body() or {"features": []}), **_given(fields)}
+    watched = None if watch is None else [_watch(one) for one in watch]
+    body = {"prompt": sent, **(chosen.body() or {"features": []}), **_given({"watch": watched, **fields})}
     return Call("steer", body, lambda answer: _steered(answer, shown, chosen))
+
+
+def _watch(one: OfFeature | Answer) -> dict[str, Any]:
+    return {"source": one.source, "index": one.index} if isinstance(one, OfFeature) else dict(one)
 
 
 def _steered(answer: Answer, prompt: str, steering: Steering) -> Steered:

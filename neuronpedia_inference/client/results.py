@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import TypeAdapter, ValidationError
 
 from neuronpedia_inference.client import html
-from neuronpedia_inference.client.steering import OfFeature, Steering
+from neuronpedia_inference.client.steering import OfFeature
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +83,7 @@ class Result:
     def __rich__(self) -> RenderableType:
         rows = self.cells()
         head = list(rows[0]) if rows else []
-        return _terminal().table(head, [[_said(cell) for cell in row.values()] for row in rows])
+        return terminal().table(head, [[_said(cell) for cell in row.values()] for row in rows])
 
     def _repr_html_(self) -> str:
         rows = self.cells()
@@ -96,7 +96,8 @@ def _adapter(kind: type) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _terminal() -> Any:
+def terminal() -> Any:
+    """How results are drawn in a terminal; rich is imported when one is."""
     from neuronpedia_inference.client import terminal
 
     return terminal
@@ -178,7 +179,7 @@ class Feature(Result, OfFeature):
         return ", ".join(f"{one.token.strip() or repr(one.token)} {one.logit:+.2f}" for one in effects)
 
     def __rich__(self) -> RenderableType:
-        draw = _terminal()
+        draw = terminal()
         strips = [draw.Strip(one.tokens, one.values, self.max) for one in self.contexts]
         near = [[one.name, one.label or "", f"{one.cosine_similarity:.2f}"] for one in self.neighbours]
         return draw.group(
@@ -318,7 +319,7 @@ class Features(Result):
         ]
 
     def __rich__(self) -> RenderableType:
-        draw = _terminal()
+        draw = terminal()
         parts: list[Any] = []
         for one in self.features[:SHOWN]:
             note = f"max {one.max_value:.4g} on {self.tokens[one.max_value_index].strip()!r}"
@@ -408,70 +409,3 @@ class Contrast(Result):
             for side, features in (("a", self.a), ("b", self.b))
             for one in features
         ]
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text that the model wrote."""
-
-    text: str
-    messages: tuple[dict[str, str], ...] | None = None
-    finish_reason: str | None = None
-
-
-@dataclass(frozen=True, repr=False)
-class Steered(Result):
-    """What the model wrote steered, and what it wrote by itself."""
-
-    prompt: str
-    steered: Text
-    default: Text | None = None
-    steering: Steering | None = None
-
-    def __repr__(self) -> str:
-        return f"Steered({self.steered.text[:60]!r})"
-
-    def __str__(self) -> str:
-        return self.steered.text
-
-    def cells(self) -> Cells:
-        texts = (("plain", self.default), ("steered", self.steered))
-        return [{"text": name, "said": f"{self.prompt}{one.text}"} for name, one in texts if one is not None]
-
-    def __rich__(self) -> RenderableType:
-        draw = _terminal()
-        rows = [[row["text"], row["said"]] for row in self.cells()]
-        return draw.group(draw.heading(repr(self.steering or Steering())), draw.table(("", "text"), rows))
-
-    def _repr_html_(self) -> str:
-        prompt = f'<span style="opacity:0.6">{html.text(self.prompt)}</span>'
-        texts = (("plain", self.default), ("steered", self.steered))
-        parts = [(name, prompt + html.text(one.text)) for name, one in texts if one is not None]
-        return html.page(html.heading(repr(self.steering or Steering())), html.columns(parts))
-
-
-@dataclass(frozen=True)
-class SweepCell:
-    """A text at one strength."""
-
-    strength: float
-    text: str
-
-
-@dataclass(frozen=True, repr=False)
-class Sweep(Result):
-    """The same prompt at several strengths; `default` is what the model writes by itself."""
-
-    prompt: str
-    default: str
-    cells_: tuple[SweepCell, ...]
-
-    def __repr__(self) -> str:
-        return f"Sweep({self.prompt!r}, {len(self.cells_)} strengths)"
-
-    def __iter__(self) -> Iterator[SweepCell]:
-        return iter(self.cells_)
-
-    def cells(self) -> Cells:
-        plain = {"strength": 0.0, "text": self.default}
-        return [plain, *({"strength": one.strength, "text": one.text} for one in self.cells_)]

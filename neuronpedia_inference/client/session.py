@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self, TypeVar, overload
 
 from neuronpedia_inference.client import calls
 from neuronpedia_inference.client.calls import Call, Messages
+from neuronpedia_inference.client.corpus import Say, corpus, quiet
 from neuronpedia_inference.client.results import (
     Contrast,
     Feature,
     Features,
     SearchResults,
-    Steered,
-    Sweep,
-    SweepCell,
     TopFeatures,
 )
 from neuronpedia_inference.client.steering import OfFeature, Steering
 from neuronpedia_inference.client.transports import AsyncTransport, Transport
+from neuronpedia_inference.client.written import Steered, Sweep, SweepCell
+from neuronpedia_inference.errors import InvalidRequest
 
 Out = TypeVar("Out")
 Maker = OfFeature
@@ -91,7 +92,7 @@ class Client:
         return self._ask(calls.contrast(a, b, **fields))
 
     def steer(self, prompt: str | Messages, steering: Steering | None = None, **fields: Any) -> Steered:
-        """What the model writes steered, and what it writes by itself."""
+        """What the model writes steered, and what it writes by itself. `watch=[feature, ...]` shows where they fire."""
         return self._ask(calls.steer(prompt, steering, **fields))
 
     def stream(self, prompt: str | Messages, steering: Steering | None = None, **fields: Any) -> Iterator[Steered]:
@@ -110,6 +111,26 @@ class Client:
             for place, strength in enumerate(strengths)
         ]
         return swept(prompt, strengths, steered)
+
+    def corpus(self, texts: Iterable[str], to: str | Path, *, say: Say = quiet, **fields: Any) -> int:
+        """The features of every text, a line each in the file `to`, which is gone on with where it was left.
+
+        How many texts were new. `read_corpus(to)` reads them. A text that is refused has what was said in its line.
+        """
+        steps = corpus(texts, to, say, fields)
+        try:
+            call = next(steps)
+            while True:
+                try:
+                    found = self._ask(call)
+                except InvalidRequest as exc:
+                    call = steps.throw(exc)
+                else:
+                    call = steps.send(found)
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            steps.close()
 
     def _ask(self, call: Call[Out]) -> Out:
         return call.read(self._transport.ask(call.operation, call.body))
@@ -191,7 +212,7 @@ class AsyncClient:
         return await self._ask(calls.contrast(a, b, **fields))
 
     async def steer(self, prompt: str | Messages, steering: Steering | None = None, **fields: Any) -> Steered:
-        """What the model writes steered, and what it writes by itself."""
+        """What the model writes steered, and what it writes by itself. `watch=[feature, ...]` shows where they fire."""
         return await self._ask(calls.steer(prompt, steering, **fields))
 
     async def stream(
@@ -213,6 +234,26 @@ class AsyncClient:
             for place, strength in enumerate(strengths)
         ]
         return swept(prompt, strengths, steered)
+
+    async def corpus(self, texts: Iterable[str], to: str | Path, *, say: Say = quiet, **fields: Any) -> int:
+        """The features of every text, a line each in the file `to`, which is gone on with where it was left.
+
+        How many texts were new. `read_corpus(to)` reads them. A text that is refused has what was said in its line.
+        """
+        steps = corpus(texts, to, say, fields)
+        try:
+            call = next(steps)
+            while True:
+                try:
+                    found = await self._ask(call)
+                except InvalidRequest as exc:
+                    call = steps.throw(exc)
+                else:
+                    call = steps.send(found)
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            steps.close()
 
     async def _ask(self, call: Call[Out]) -> Out:
         return call.read(await self._transport.ask(call.operation, call.body))

@@ -66,6 +66,7 @@ ASKS: dict[str, Callable[[Any], Any]] = {
     "feature of an address": lambda m: m.feature(f"https://www.neuronpedia.org/{embedded.MODEL_ID}/{SOURCE}/1113"),
     "contrast": lambda m: m.contrast([TEXT], ["Bake the bread."], limit=2),
     "steer": lambda m: m.steer(PROMPT, ECONOMY @ 70, max_new_tokens=6),
+    "watch": lambda m: m.steer(PROMPT, ECONOMY @ 70, watch=[ECONOMY, {"source": SOURCE, "top_k": 2}], max_new_tokens=4),
     "steer a chat": lambda m: m.steer([{"role": "user", "content": "Hi"}], ECONOMY @ 70, max_new_tokens=3),
     "sweep": lambda m: m.sweep(PROMPT, ECONOMY, [20, 70], max_new_tokens=4),
 }
@@ -128,6 +129,44 @@ def test_a_chat_keeps_its_turns(over_http: Client, in_process: Client) -> None:
         assert chat.messages[2]["content"] == "And then?"
         assert second.prompt.startswith("user: Hello")
         assert first != second
+
+
+def test_a_corpus_is_gone_on_with_where_it_was_left(over_http: Client, server: Served, tmp_path: Path) -> None:
+    texts = [f"The judge heard case {n}." for n in range(6)]
+    long = "long " * 30  # alone within TOKEN_LIMIT, not among four
+    texts = [*texts, long, "", "A cat."]
+    told: list[int] = []
+    assert over_http.corpus(texts[:3], tmp_path / "all.jsonl", source=SOURCE, num_results=2) == 3
+    with (tmp_path / "all.jsonl").open("a") as file:
+        file.write('{"text": "cut o')
+    n_new = over_http.corpus(texts, tmp_path / "all.jsonl", source=SOURCE, num_results=2, say=told.append)
+    assert n_new == 6
+    assert told == [7, 9]
+    found = list(ni.read_corpus(tmp_path / "all.jsonl"))
+    assert [text for text, _ in found] == texts
+    assert isinstance(found[7][1], InvalidRequest)
+    assert "empty" in str(found[7][1])
+    for place in (0, 3, 6, 8):
+        alone = over_http.features(texts[place], SOURCE, num_results=2)
+        read: Any = found[place][1]
+        assert apart(read, alone) == []
+
+    async def again() -> int:
+        async with ni.async_connect(server.url) as client:
+            return await client.corpus([*texts, "One more."], tmp_path / "all.jsonl", source=SOURCE, num_results=2)
+
+    assert asyncio.run(again()) == 1
+    with pytest.raises(ValueError, match="has another text in line 1"):
+        over_http.corpus(["Something else."], tmp_path / "all.jsonl")
+
+
+def test_a_corpus_stops_at_what_is_no_text_s_fault(over_http: Client, tmp_path: Path) -> None:
+    with ni.connect("http://127.0.0.1:1") as nobody, pytest.raises(Unavailable):
+        nobody.corpus(["a"], tmp_path / "none.jsonl")
+    assert (tmp_path / "none.jsonl").read_text() == ""
+    with pytest.raises(UnknownSource):
+        over_http.corpus(["A cat.", "A dog."], tmp_path / "none.jsonl", source="99-res-4k")
+    assert (tmp_path / "none.jsonl").read_text() == ""
 
 
 @pytest.mark.parametrize(

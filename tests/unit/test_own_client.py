@@ -26,15 +26,12 @@ from neuronpedia_inference.client.results import (
     Neighbour,
     SearchResults,
     SeparatingFeature,
-    Steered,
-    Sweep,
-    SweepCell,
-    Text,
     TokenEffect,
     TopFeature,
     TopFeatures,
 )
 from neuronpedia_inference.client.steering import FeatureName, Steering, Vector
+from neuronpedia_inference.client.written import Steered, Sweep, SweepCell, Text, Watched, WatchValues
 from neuronpedia_inference.errors import InferenceError, InvalidRequest, LimitExceeded, Overloaded
 from neuronpedia_inference.operations import InvalidBody
 
@@ -42,6 +39,14 @@ MOON = FeatureName("10-res-4k", 1608, "moon")
 COURT = FeatureName("15-res-4k", 7)
 TEXT = ("See", " http", "://", "<b>", "\n", "HTTP")
 VALUES = (0.0, 2.0, -1.0, 4.0, 1.0, 0.5)
+
+WATCHED = Watched(
+    ("<s>", "I", " think", " so", " http"),
+    (
+        WatchValues({"source": "s", "index": 1}, (900.0, 0.0, 2.0, 4.0, 1.0), (900.0, 0.0, 1.0, 1.0, 0.5)),
+        WatchValues({"source": "s", "top_k": 1}, ([{"index": 3, "value": 1.0}],) * 5),
+    ),
+)
 
 RESULTS: list[Result] = [
     Features(
@@ -70,7 +75,12 @@ RESULTS: list[Result] = [
         (TokenEffect(" http", 8, -1.5),),
     ),
     Contrast((SeparatingFeature("s", 1, 2.0, 1.0, 0.0, 1.0, 0.5, "moon", 0.01),), (), 3),
-    Steered("I think", Text(" so http"), Text(" not"), MOON @ 60 + Vector([0.5, 1], "blocks.1.hook_resid_post") @ 2),
+    Steered(
+        "I think",
+        Text(" so http", tokens=(" so", " http"), watch=WATCHED),
+        Text(" not"),
+        MOON @ 60 + Vector([0.5, 1], "blocks.1.hook_resid_post") @ 2,
+    ),
     Sweep("I think", " plain", (SweepCell(10.0, " a"), SweepCell(20.0, " b"))),
 ]
 
@@ -209,6 +219,19 @@ def test_a_result_is_a_table(result: Result) -> None:
     table = result.df()
     assert len(table) == len(result.cells()) > 0
     assert [*table.columns] == [*result.cells()[0]]
+
+
+def test_a_watched_feature_is_a_strip_without_the_token_that_nobody_wrote() -> None:
+    steered: Any = next(result for result in RESULTS if isinstance(result, Steered))
+    page = Strict()
+    page.feed(steered._repr_html_())
+    assert [spot["title"] for spot in page.focusable] == ["think: 2", "so: 4", "http: 1"]
+    assert "background:rgba(249,115,22,0.90)" in str(page.focusable[1]["style"]), "the largest but for BOS's"
+    assert "s/1" in page.said
+    assert steer("a", None, watch=[MOON, {"hook": "h"}]).body["watch"] == [
+        {"source": "10-res-4k", "index": 1608},
+        {"hook": "h"},
+    ]
 
 
 def test_activations_are_an_array() -> None:

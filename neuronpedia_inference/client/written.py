@@ -1,0 +1,152 @@
+"""Results about texts that the model wrote: steered and plain, with what was watched, and at several strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from neuronpedia_inference.client import html
+from neuronpedia_inference.client.results import Cells, Result, terminal
+from neuronpedia_inference.client.steering import Steering
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class WatchValues:
+    """What one watch has read, a value for every token."""
+
+    watch: dict[str, Any]
+    """As it was asked for."""
+    after: tuple[Any, ...]
+    """What the rest of the model read: a number for a feature, features for `top_k`, a vector for a hook."""
+    before: tuple[Any, ...] | None = None
+    """What came to that place, where the text was steered there."""
+
+    @property
+    def name(self) -> str:
+        """`source/index` of a feature, else what was asked for."""
+        if self.watch.get("index") is not None:
+            return f"{self.watch.get('source') or ''}/{self.watch['index']}".lstrip("/")
+        return ", ".join(f"{key} {value}" for key, value in self.watch.items() if value is not None)
+
+    @property
+    def is_strip(self) -> bool:
+        """Whether it is one number for each token."""
+        return all(isinstance(value, int | float) for value in self.after)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What was read while a text was written, of prompt and text."""
+
+    tokens: tuple[str, ...]
+    values: tuple[WatchValues, ...]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that the model wrote."""
+
+    text: str
+    messages: tuple[dict[str, str], ...] | None = None
+    finish_reason: str | None = None
+    tokens: tuple[str, ...] = ()
+    watch: Watched | None = None
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """One watched feature over a text, without a token in front that nobody wrote."""
+
+    name: str
+    tokens: tuple[str, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class Steered(Result):
+    """What the model wrote steered, and what it wrote by itself."""
+
+    prompt: str
+    steered: Text
+    default: Text | None = None
+    steering: Steering | None = None
+
+    def __repr__(self) -> str:
+        return f"Steered({self.steered.text[:60]!r})"
+
+    def __str__(self) -> str:
+        return self.steered.text
+
+    def cells(self) -> Cells:
+        return [{"text": name, "said": f"{self.prompt}{one.text}"} for name, one in self._texts()]
+
+    def _texts(self) -> list[tuple[str, Text]]:
+        both = (("plain", self.default), ("steered", self.steered))
+        return [(name, one) for name, one in both if one is not None]
+
+    def _strips(self, text: Text) -> list[_Strip]:
+        if text.watch is None:
+            return []
+        tokens = text.watch.tokens
+        first = 0 if not tokens or self.prompt.startswith(tokens[0]) else 1
+        watched = [one for one in text.watch.values if one.is_strip]
+        return [_Strip(one.name, tokens[first:], one.after[first : len(tokens)]) for one in watched]
+
+    def _most(self) -> dict[str, float]:
+        """The largest value of each watched feature in both texts, so that colours compare."""
+        most: dict[str, float] = {}
+        for _, text in self._texts():
+            for strip in self._strips(text):
+                most[strip.name] = max(most.get(strip.name, 0.0), *strip.values)
+        return most
+
+    def __rich__(self) -> RenderableType:
+        draw, most = terminal(), self._most()
+        rows = [[row["text"], row["said"]] for row in self.cells()]
+        parts = [draw.heading(repr(self.steering or Steering())), draw.table(("", "text"), rows)]
+        for name, text in self._texts():
+            for strip in self._strips(text):
+                parts += [draw.heading(strip.name, name), draw.Strip(strip.tokens, strip.values, most[strip.name])]
+        return draw.group(*parts)
+
+    def _repr_html_(self) -> str:
+        prompt, most = f'<span style="opacity:0.6">{html.text(self.prompt)}</span>', self._most()
+        parts: list[tuple[str, str]] = []
+        for name, text in self._texts():
+            strips = "".join(
+                html.heading(strip.name) + html.strip(strip.tokens, strip.values, most[strip.name])
+                for strip in self._strips(text)
+            )
+            parts.append((name, prompt + html.text(text.text) + strips))
+        return html.page(html.heading(repr(self.steering or Steering())), html.columns(parts))
+
+
+@dataclass(frozen=True)
+class SweepCell:
+    """A text at one strength."""
+
+    strength: float
+    text: str
+
+
+@dataclass(frozen=True, repr=False)
+class Sweep(Result):
+    """The same prompt at several strengths; `default` is what the model writes by itself."""
+
+    prompt: str
+    default: str
+    texts: tuple[SweepCell, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        return f"Sweep({self.prompt!r}, {len(self.texts)} strengths)"
+
+    def __iter__(self) -> Iterator[SweepCell]:
+        return iter(self.texts)
+
+    def cells(self) -> Cells:
+        plain = {"strength": 0.0, "text": self.default}
+        return [plain, *({"strength": one.strength, "text": one.text} for one in self.texts)]
