@@ -2,7 +2,8 @@
 
 generation   the pass over its prompt, and 512 + 400 × log-probabilities for every new token on its way to the caller,
              and 96 for every number of the vectors that came with it and every number that is read while it runs;
-             and the reduction of the largest source that is read whole for that
+             the reduction of the largest source that is read whole for that; and for a lens 24 × logits of as many
+             positions as a block has room for
              edits     48 × d_model + 32 × prompt tokens for each, and 24 × d_model × prompt tokens where there are any:
                        their vectors in two tables, numbers and weights by position, and states in float32
 all of them  1.2 × slots × columns × cache bytes of a position: rows of different requests lie in one grid, as wide as
@@ -170,13 +171,17 @@ class Costs:
         n_edits: int = 0,
         n_read: int = 0,
         read_whole: Sequence[Source] = (),
+        reads_out: bool = False,
         pattern: bool,
     ) -> Demand:
         """Rows that share a prompt. n_numbers: of the vectors that came with the request. n_edits: of all rows. n_read:
-        numbers that are read while they run. read_whole: sources all of whose features are computed for that."""
+        numbers that are read while they run. read_whole: sources all of whose features are computed for that.
+        reads_out: logits are made too."""
         tokens = n_rows * n_prompt_tokens
         told = n_rows * n_new_tokens * (TOKEN_BYTES + n_logprobs * LOGPROB_BYTES) + n_read * NUMBER_BYTES
+        n_vocab = self.model.vocab_size
         read = max((peak_bytes(source, tokens) for source in read_whole), default=0)
+        read += 24 * min(tokens * n_vocab, max(BLOCK_ELEMENTS, n_vocab)) if reads_out else 0
         edited = n_edits * (48 * self.model.d_model + 32 * n_prompt_tokens) + n_numbers * NUMBER_BYTES
         edited += 24 * self.model.d_model * tokens if n_edits else 0
         taken = told + read + edited + self._pass([n_prompt_tokens] * n_rows, pattern=pattern)

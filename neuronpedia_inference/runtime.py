@@ -137,6 +137,10 @@ class Runtime:
         """Ids to text, special tokens kept."""
         return self._codec.decode(ids)
 
+    def token_string(self, token_id: int) -> str:
+        """One id as text, its leading space kept."""
+        return self._codec.token_string(token_id)
+
     # Questions
 
     async def ask(self, question: Question[T]) -> T:
@@ -210,6 +214,7 @@ class Runtime:
             n_read=n_read,
             read_whole=() if watches is None else watches.whole,
             n_edits=sum(len(plan.edits) for plan in steered),
+            reads_out=watches is not None and watches.reads_out,
             pattern=pattern,
         )
         events = TicketEvents(lambda put: self._submit(work, demand, on_event=put, held=held), at_the_end=not stream)

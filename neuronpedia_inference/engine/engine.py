@@ -21,11 +21,11 @@ from neuronpedia_inference.engine.points import MLP_POST, NORMALIZED, PATTERN, R
 from neuronpedia_inference.engine.probe import probe
 from neuronpedia_inference.engine.prompts import CapturePass
 from neuronpedia_inference.engine.protocol import Captured, ModelInfo, Reading, Watch
-from neuronpedia_inference.engine.readout import token_effects
+from neuronpedia_inference.engine.readout import Readout, token_effects
 from neuronpedia_inference.engine.static import as_cuda_graph
 from neuronpedia_inference.engine.tree import Tree, rms_normalized
 from neuronpedia_inference.engine.verdict import Finding, Verdict, VerdictFile
-from neuronpedia_inference.errors import UnknownPoint
+from neuronpedia_inference.errors import InvalidRequest, UnknownPoint
 from neuronpedia_inference.recent import Recent
 
 
@@ -89,7 +89,7 @@ class ModelEngine:
             n_key_value_heads=n_key_value_heads,
             d_head=cfg.d_head,
             d_mlp=max(self._finding(Point(n, MLP_POST)).width for n in range(self._tree.n_layers)) or cfg.d_mlp or 0,
-            vocab_size=len(self._embedding.weight),
+            vocab_size=self.vocab_size,
             context_length=cfg.n_ctx,
             dtype=str(self._model.dtype).removeprefix("torch."),
             device=str(self.device),
@@ -106,6 +106,11 @@ class ModelEngine:
     def d_model(self) -> int:
         """Width of the residual stream."""
         return self._tree.cfg.d_model
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model has an embedding for."""
+        return len(self._embedding.weight)
 
     @property
     def _embedding(self) -> Any:
@@ -184,6 +189,16 @@ class ModelEngine:
         if self.unmerged_because:
             return Lane.alone(self.decoder)
         return Lane.merging(self.decoder, MaskForm(self.verdict.mask_form))
+
+    def check_lens(self) -> None:
+        """Raises InvalidRequest where this model's residual stream cannot be read out."""
+        if self.verdict.no_lens_because:
+            raise InvalidRequest(f"This model has no logit lens: {self.verdict.no_lens_because}.")
+
+    @property
+    def readout(self) -> Readout:
+        """From the residual stream to logits; of a model that passes `check_lens`."""
+        return Readout(self._tree)
 
     def token_effects(self, direction: Tensor, k: int) -> TokenEffects:
         """The k tokens that a direction of the residual stream [d_model] promotes and suppresses most."""

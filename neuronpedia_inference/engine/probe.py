@@ -13,6 +13,7 @@ from typing import Any
 from neuronpedia_inference.engine.decoder import Decoder
 from neuronpedia_inference.engine.merging import why_not_capture, why_not_merge, why_not_record
 from neuronpedia_inference.engine.places import findings
+from neuronpedia_inference.engine.readout import why_not_read_out
 from neuronpedia_inference.engine.static import as_cuda_graph
 from neuronpedia_inference.engine.verdict import Verdict
 
@@ -37,6 +38,7 @@ def probe(decoder: Decoder, *, max_positions: int | None = None, graphs: bool = 
         why_not_capture(decoder, ids, max_positions),
         _why_not_record(decoder, form, ids) if graphs else "CUDA_GRAPHS is off",
         n_value_heads,
+        why_not_read_out(decoder.tree, ids),
     )
 
 

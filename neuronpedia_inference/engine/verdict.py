@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from neuronpedia_inference import kept
 from neuronpedia_inference.engine.points import Point
 
-FORMAT = 2
+FORMAT = 3
 """Changes with the meaning of what is kept."""
 _NUMBERS = 8
 """Of every tensor, to know the weights again."""
@@ -52,6 +52,8 @@ class Verdict:
     """Empty if decode steps can be recorded."""
     n_value_heads: int = 0
     """Of attention's values, where they can be read."""
+    no_lens_because: str = ""
+    """Empty if the residual stream can be read out behind any block."""
 
     def to_json(self) -> dict[str, Any]:
         """As `from_json` reads it."""

@@ -147,7 +147,7 @@ def _generate(
     watches = watch_plan(watch, rt) if watch else None
     if watches is not None:
         for row, of_row in zip(rows, plans, strict=True):
-            row.watched = Watched(watch, watches, rt.edited(of_row), prompt.strings, rt.shelf.label)
+            row.watched = Watched(watch, watches, rt.edited(of_row), prompt.strings, rt)
     return Story(rt.generate(prompt, plans, sampling, watches=watches, stream=stream), rows)
 
 

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from neuronpedia_inference.domain import Numbers, Written
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.growing import GrowingList
-from neuronpedia_inference.schemas.watch import SteerWatch, SteerWatched, WatchedFeature, WatchValues
-from neuronpedia_inference.watches.plan import TopRead, Watch, WatchFeature, WatchPlan
+from neuronpedia_inference.schemas.watch import (
+    NPLogprobTop,
+    SteerWatch,
+    SteerWatched,
+    WatchedFeature,
+    WatchedLayer,
+    WatchValues,
+)
+from neuronpedia_inference.watches.plan import TopRead, Watch, WatchFeature, WatchLens, WatchPlan
 
 if TYPE_CHECKING:
     from neuronpedia_inference.engine.points import Point
     from neuronpedia_inference.runtime import Runtime
 
+_BESIDE: dict[str, set[str]] = {"index": {"source"}, "top_k": {"source"}, "hook": set(), "lens": {"layers", "top_n"}}
+"""What a watch may be, and what goes with each."""
 Make = Callable[[Numbers], Any]
 """Of the numbers of one position: the value as it stands in an answer."""
 
@@ -27,13 +36,16 @@ def watch_plan(asked: Sequence[SteerWatch], rt: Runtime) -> WatchPlan:
 
 
 def _checked(asked: SteerWatch, where: str, rt: Runtime) -> Watch:
-    given = sorted(asked.model_fields_set - {"source"})
+    given = [name for name in _BESIDE if name in asked.model_fields_set]
     if len(given) != 1 or getattr(asked, given[0]) is None:
-        raise InvalidRequest(f"{where}: give exactly one of index, top_k (both with a source) and hook")
+        raise InvalidRequest(f"{where}: give exactly one of index, top_k (both of a source), hook and lens")
+    [kind] = given
+    for other in sorted(asked.model_fields_set - {kind} - _BESIDE[kind]):
+        raise InvalidRequest(f"{where}: {other} does not go with {kind}")
     if asked.hook is not None:
-        if asked.source is not None:
-            raise InvalidRequest(f"{where}: a hook has no source; give index or top_k to read one")
         return rt.watches.vector(asked.hook)
+    if asked.lens is not None:
+        return rt.watches.lens(asked.layers, asked.top_n)
     source = asked.source or _only_source(where, rt)
     if asked.index is not None:
         return rt.watches.feature(source, asked.index)
@@ -53,7 +65,7 @@ def _only_source(where: str, rt: Runtime) -> str:
 class _Column:
     """One watch of one row, on one side of the edits of its place."""
 
-    place: slice
+    place: Sequence[int]
     make: Make
     newest: list[Any] = field(default_factory=list)
     all: GrowingList[Numbers] = field(init=False)
@@ -63,7 +75,7 @@ class _Column:
 
     def add(self, numbers: Numbers) -> None:
         """[pos, n] of all watches"""
-        mine = list(numbers[:, self.place])
+        mine = list(numbers[:, list(self.place)])
         self.newest = [self.make(one) for one in mine]
         self.all.add(mine)
 
@@ -77,14 +89,14 @@ class Watched:
         plan: WatchPlan,
         edited: Collection[Point],
         prompt: Sequence[str],
-        label: Callable[[str, int], str | None],
+        rt: Runtime,
     ) -> None:
-        """edited: where the row is edited. prompt: its tokens. label: of a source's feature, where it has one."""
+        """edited: where the row is edited. prompt: its tokens."""
         self._asked = asked
         self._waiting = deque(prompt)
         self._tokens = GrowingList[str](lambda token: token)
         self._newest: list[str] = []
-        makes = [_maker(watch, label) for watch in plan.watches]
+        makes = [_maker(watch, rt) for watch in plan.watches]
         places = plan.places(edited)
         self._before = [
             None if place.before is None else _Column(place.before, make)
@@ -128,15 +140,33 @@ def _as_asked(asked: SteerWatch) -> dict[str, Any]:
     return {name: getattr(asked, name) for name in SteerWatch.model_fields if name in asked.model_fields_set}
 
 
-def _maker(watch: Watch, label: Callable[[str, int], str | None]) -> Make:
+def _maker(watch: Watch, rt: Runtime) -> Make:
     if isinstance(watch, WatchFeature):
         return lambda numbers: float(numbers[0])
-    if not isinstance(watch, TopRead):
-        return lambda numbers: numbers.tolist()
-    source, k = watch.source.name, watch.k
+    if isinstance(watch, TopRead):
+        return lambda numbers: _features(watch, numbers, rt)
+    if isinstance(watch, WatchLens):
+        return lambda numbers: _layers(watch, numbers, rt)
+    return lambda numbers: numbers.tolist()
 
-    def features(numbers: Numbers) -> list[WatchedFeature]:
-        pairs = zip(numbers[:k].astype(int).tolist(), numbers[k:].tolist(), strict=True)
-        return [WatchedFeature(index=i, value=value, label=label(source, i)) for i, value in pairs]
 
-    return features
+def _features(watch: TopRead, numbers: Numbers, rt: Runtime) -> list[WatchedFeature]:
+    source = watch.source.name
+    return [WatchedFeature(index=i, value=value, label=rt.shelf.label(source, i)) for i, value in _pairs(numbers)]
+
+
+def _layers(watch: WatchLens, numbers: Numbers, rt: Runtime) -> list[WatchedLayer]:
+    by_layer = numbers.reshape(len(watch.reads), -1)
+    return [
+        WatchedLayer(
+            layer=read.layer,
+            top=[NPLogprobTop(token=rt.token_string(i), logprob=value) for i, value in _pairs(of_layer)],
+        )
+        for read, of_layer in zip(watch.reads, by_layer, strict=True)
+    ]
+
+
+def _pairs(numbers: Numbers) -> Iterator[tuple[int, float]]:
+    """[2k]: k whole numbers, and what belongs to each."""
+    k = len(numbers) // 2
+    return zip(numbers[:k].astype(int).tolist(), numbers[k:].tolist(), strict=True)

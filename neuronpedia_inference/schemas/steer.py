@@ -26,7 +26,7 @@ from neuronpedia_inference.schemas.common import (
     examples,
 )
 from neuronpedia_inference.schemas.edits import MAX_EDITS, SteerEdit
-from neuronpedia_inference.schemas.watch import SteerWatch, SteerWatched
+from neuronpedia_inference.schemas.watch import NPLogprobTop, SteerWatch, SteerWatched
 from neuronpedia_inference.watches.plan import MAX_WATCHES
 
 MAX_MESSAGES = 1024
@@ -168,13 +168,6 @@ class SteerCompletionChatRequest(SteerFields):
             }
         )
     )
-
-
-class NPLogprobTop(Reply):
-    """A token that could have been chosen."""
-
-    token: str = Field(description="The token as text.")
-    logprob: float = Field(description="Natural logarithm of its probability.")
 
 
 class NPLogprob(Reply):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from neuronpedia_inference.schemas.common import Name, Ours, Reply, SourceName
+from neuronpedia_inference.schemas.common import AtMost, Many, Name, Ours, Reply, SourceName
+
+MAX_LAYERS = 512
+"""Layers of one watch."""
 
 
 class SteerWatch(Ours):
-    """Something to read at every token: one feature (`index`) or the strongest (`top_k`) of a source, or a `hook`."""
+    """Something to read at every token: one feature (`index`) or the strongest (`top_k`) of a source, the vector at a
+    `hook`, or a `lens`."""
 
     source: SourceName | None = Field(
         default=None, description="Source of the features; may be left out when only one is loaded."
@@ -22,6 +26,17 @@ class SteerWatch(Ours):
     hook: Name | None = Field(
         default=None, description='The vector that passes there, such as "blocks.15.hook_resid_post".'
     )
+    lens: Literal["LOGIT_LENS"] | None = Field(
+        default=None,
+        description="What the model would say next if it ended behind a block: its final norm and unembedding, applied "
+        "to the residual stream there.",
+    )
+    layers: Annotated[Many[int], AtMost(MAX_LAYERS)] | None = Field(
+        default=None, description="With `lens`: behind which blocks; null for all."
+    )
+    top_n: Annotated[int, Field(ge=1)] = Field(
+        default=3, description="With `lens`: tokens per block; the server's MAX_TOP_K is the most."
+    )
 
 
 class WatchedFeature(Reply):
@@ -32,7 +47,21 @@ class WatchedFeature(Reply):
     label: str | None = Field(default=None, description="What it is called, if it has been named.")
 
 
-Watched = float | list[WatchedFeature] | list[float]
+class NPLogprobTop(Reply):
+    """A token that could have been chosen."""
+
+    token: str = Field(description="The token as text.")
+    logprob: float = Field(description="Natural logarithm of its probability.")
+
+
+class WatchedLayer(Reply):
+    """What the model would say next if it ended behind a block."""
+
+    layer: int = Field(description="The block.")
+    top: list[NPLogprobTop] = Field(description="The likeliest tokens, most likely first.")
+
+
+Watched = float | list[WatchedFeature] | list[WatchedLayer] | list[float]
 
 
 class WatchValues(Reply):
@@ -44,7 +73,8 @@ class WatchValues(Reply):
     )
     after: list[Watched] = Field(
         description="What the rest of the model read: the activation of `index`, the features of `top_k`, strongest "
-        "first, or the vector at `hook`. The value at a token is the one where that token is the input, as "
+        "first, the vector at `hook`, or a list with every layer of `lens`. The value at a token is the one where that "
+        "token is the input, as "
         "`activations` gives on the finished text."
     )
 

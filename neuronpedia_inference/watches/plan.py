@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from neuronpedia_inference.domain import Source
-from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.engine.points import RESID_POST, Point
 
 MAX_WATCHES = 64
 """Watches of one request: each costs a little at every step of decoding."""
@@ -65,17 +65,40 @@ class VectorRead:
         return self.width
 
 
-Read = FeaturesRead | TopRead | VectorRead
-Watch = WatchFeature | TopRead | VectorRead
+@dataclass(frozen=True, slots=True)
+class LensRead:
+    """The n tokens that the model would most likely say if it ended behind a block: n ids, n log-probabilities."""
+
+    layer: int
+    n: int
+
+    @property
+    def point(self) -> Point:
+        return Point(self.layer, RESID_POST)
+
+    @property
+    def n_numbers(self) -> int:
+        return 2 * self.n
+
+
+@dataclass(frozen=True, slots=True)
+class WatchLens:
+    """The same behind several blocks."""
+
+    reads: tuple[LensRead, ...]
+
+
+Read = FeaturesRead | TopRead | VectorRead | LensRead
+Watch = WatchFeature | TopRead | VectorRead | WatchLens
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where the numbers of one watch lie, among those of a position."""
 
-    behind: slice
+    behind: tuple[int, ...]
     """What the rest of the model reads."""
-    before: slice | None
+    before: tuple[int, ...] | None
     """What came there; None where nothing edits it."""
 
 
@@ -93,7 +116,7 @@ class WatchPlan:
             if isinstance(one, WatchFeature):
                 features.setdefault(one.source, {})[one.index] = None
         together = [FeaturesRead(source, tuple(indices)) for source, indices in features.items()]
-        others = dict.fromkeys(one for one in watches if not isinstance(one, WatchFeature))
+        others = dict.fromkeys(chain.from_iterable(_reads(one) for one in watches))
         return cls(tuple(watches), (*together, *others))
 
     def n_numbers(self, edited: Collection[Point]) -> int:
@@ -117,6 +140,11 @@ class WatchPlan:
         return list(dict.fromkeys(needing))
 
     @property
+    def reads_out(self) -> bool:
+        """Whether logits are made for it."""
+        return any(isinstance(read, LensRead) for read in self.reads)
+
+    @property
     def held(self) -> list[Source]:
         """Those among them whose weights are needed until the text has ended."""
         return [source for source in self.whole if not source.is_neurons]
@@ -124,13 +152,22 @@ class WatchPlan:
     def _place(self, one: Watch, start_of: dict[Read, int], edited: Collection[Point]) -> Place:
         if isinstance(one, WatchFeature):
             read = next(r for r in self.reads if isinstance(r, FeaturesRead) and r.source == one.source)
-            first, n = start_of[read] + read.indices.index(one.index), 1
-        else:
-            read, first, n = one, start_of[one], one.n_numbers
-        if read.point not in edited:
-            return Place(slice(first, first + n), None)
-        behind = first + read.n_numbers
-        return Place(slice(behind, behind + n), slice(first, first + n))
+            first = start_of[read] + read.indices.index(one.index)
+            return Place((first + read.n_numbers,), (first,)) if read.point in edited else Place((first,), None)
+        before: tuple[int, ...] = ()
+        behind: tuple[int, ...] = ()
+        for read in _reads(one):
+            columns = range(start_of[read], start_of[read] + read.n_numbers)
+            before += tuple(columns)
+            behind += tuple(column + read.n_numbers for column in columns) if read.point in edited else tuple(columns)
+        return Place(behind, before if before != behind else None)
+
+
+def _reads(one: Watch) -> tuple[Read, ...]:
+    """Of what is not read together with others."""
+    if isinstance(one, WatchFeature):
+        return ()
+    return one.reads if isinstance(one, WatchLens) else (one,)
 
 
 def _n_numbers(read: Read, edited: Collection[Point]) -> int:

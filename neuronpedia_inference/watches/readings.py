@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from neuronpedia_inference.costs import BLOCK_ELEMENTS
+from neuronpedia_inference.engine.sampling import LEAST_LOGPROB
 from neuronpedia_inference.saes.encode import FeatureReader
 from neuronpedia_inference.saes.feature import Columns, FeatureWeights, normalised
 from neuronpedia_inference.saes.order import merge_topk, stable_topk
@@ -80,6 +81,26 @@ class TopReading:
             del acts  # or two blocks would be held while the next is made
         assert best is not None, self._reader.source
         return torch.cat([best[1].float(), best[0]], dim=1)
+
+
+class LensReading:
+    """The likeliest tokens by the logit lens: their ids, exact in float32 below 2²⁴, and their log-probabilities."""
+
+    def __init__(self, readout: Callable[[Tensor], Tensor], vocab_size: int, n: int) -> None:
+        """`readout`: [pos, d_model] -> logits [pos, vocab]"""
+        self.n_numbers = 2 * n
+        self.key: Hashable = ("lens", n)
+        self._readout = readout
+        self._at_once = max(1, BLOCK_ELEMENTS // vocab_size)
+        self._n = n
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return torch.cat([self._likeliest(self._readout(piece)) for piece in hidden.split(self._at_once)])
+
+    def _likeliest(self, logits: Tensor) -> Tensor:
+        values, ids = stable_topk(logits, self._n)
+        logprobs = (values - logits.logsumexp(-1, keepdim=True)).clamp(min=LEAST_LOGPROB)
+        return torch.cat([ids.float(), logprobs], dim=1)
 
 
 def _stacked(numbers: Sequence[Tensor | None]) -> Tensor | None:

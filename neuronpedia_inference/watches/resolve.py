@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from neuronpedia_inference.domain import Source
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import Reading
-from neuronpedia_inference.errors import LimitExceeded, UnknownPoint
+from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownPoint
 from neuronpedia_inference.questions.checks import check_index
 from neuronpedia_inference.saes.encode import FeatureReader, NeuronReader
 from neuronpedia_inference.saes.feature import FeatureWeights
 from neuronpedia_inference.saes.shelf import Shelf
 from neuronpedia_inference.saes.together import Together
 from neuronpedia_inference.scheduler.jobs import Steps
-from neuronpedia_inference.watches.plan import FeaturesRead, Read, TopRead, VectorRead, WatchFeature, WatchPlan
-from neuronpedia_inference.watches.readings import ColumnsReading, FeaturesReading, TopReading, VectorReading
+from neuronpedia_inference.watches.plan import (
+    FeaturesRead,
+    LensRead,
+    Read,
+    TopRead,
+    VectorRead,
+    WatchFeature,
+    WatchLens,
+    WatchPlan,
+)
+from neuronpedia_inference.watches.readings import (
+    ColumnsReading,
+    FeaturesReading,
+    LensReading,
+    TopReading,
+    VectorReading,
+)
 
 
 class WatchResolver:
@@ -47,6 +63,21 @@ class WatchResolver:
         """Raises UnknownPoint."""
         point = self._point(hook)
         return VectorRead(point, self._engine.width(point))
+
+    def lens(self, layers: Sequence[int] | None, n: int) -> WatchLens:
+        """layers: None for all. n is cut to the vocabulary. Raises InvalidRequest or LimitExceeded."""
+        self._engine.check_lens()
+        if n > self._max_top_k:
+            raise LimitExceeded(f"top_n is {n}, the most is {self._max_top_k}. Ask for fewer or raise MAX_TOP_K.")
+        chosen = range(self._engine.n_layers) if layers is None else layers
+        last = self._engine.n_layers - 1
+        if not chosen:
+            raise InvalidRequest(f"layers: name at least one of 0 to {last}, or leave it out for all.")
+        for layer in chosen:
+            if not 0 <= layer <= last:
+                raise InvalidRequest(f"layers: {layer} is none of this model's, which are 0 to {last}.")
+        n = min(n, self._engine.vocab_size)
+        return WatchLens(tuple(LensRead(layer, n) for layer in dict.fromkeys(chosen)))
 
     def check(self, plan: WatchPlan, n_positions: int) -> None:
         """Raises LimitExceeded unless a text that may reach so many positions can be watched so."""
@@ -80,6 +111,8 @@ class WatchResolver:
         for read in plan.reads:
             if isinstance(read, VectorRead):
                 found[read] = VectorReading(read.width)
+            elif isinstance(read, LensRead):
+                found[read] = LensReading(self._engine.readout, self._engine.vocab_size, read.n)
             elif read not in found:
                 found[read] = _whole(read, readers.get(read.source) or NeuronReader(read.source))
         return found

@@ -14,13 +14,33 @@ import pytest
 import torch
 from torch import Tensor
 
-from neuronpedia_inference.domain import Source
+from neuronpedia_inference.domain import Sampling, Source
 from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.engine.protocol import NO_TOKEN, RowSpec
+from neuronpedia_inference.engine.readout import NOT_ITS_LOGITS, Readout, why_not_read_out
 from neuronpedia_inference.saes.encode import NeuronReader
 from neuronpedia_inference.saes.together import Together
-from neuronpedia_inference.watches.plan import FeaturesRead, TopRead, VectorRead, WatchFeature, WatchPlan
-from neuronpedia_inference.watches.readings import ColumnsReading, FeaturesReading, TopReading, VectorReading
+from neuronpedia_inference.watches.plan import (
+    FeaturesRead,
+    LensRead,
+    Place,
+    TopRead,
+    VectorRead,
+    WatchFeature,
+    WatchLens,
+    WatchPlan,
+)
+from neuronpedia_inference.watches.readings import (
+    ColumnsReading,
+    FeaturesReading,
+    LensReading,
+    TopReading,
+    VectorReading,
+)
+from tests import architectures, models
+from tests.engine.engines import engine
 from tests.engine.stores import make
+from tests.engine.test_merging import PROMPTS, alone, staggered
 from tests.engine.test_saes_load import BY_COLUMN, D_IN, WHOLE, activations, build, load, saved, unfolded
 
 INDICES = (3, 40, 0, 17)
@@ -102,6 +122,61 @@ def sae(name: str, layer: int, **changes: Any) -> Source:
     return Source(name=name, layer=layer, hook=f"blocks.{layer}.hook_resid_post", **{**fields, **changes})
 
 
+@pytest.mark.parametrize("family", [*models.CONFIGS, *sorted(architectures.CONFIGS.keys() & {"cohere", "gemma3_text"})])
+def test_the_lens_is_the_norm_and_the_head_of_hugging_face(family: str) -> None:
+    """Behind every block, and behind the last one the model's own logits: norm and head are found by hand here."""
+    net, built = models.model(family), engine(family)
+    built.check_lens()
+    text = PROMPTS[0]
+    base: Any = net.base_model
+    norm = next(getattr(base, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(base, name))
+    config: Any = net.config
+    head: Any = net.get_output_embeddings()
+    for layer in range(3):
+        hidden = models.read(net, family, text, layer, "hook_resid_post")
+        with torch.no_grad():
+            logits = head(norm(hidden[None]))[0] * getattr(config, "logit_scale", 1.0)
+            cap = getattr(config, "final_logit_softcapping", None)
+            logits = logits if cap is None else cap * torch.tanh(logits / cap)
+            found = LensReading(built.readout, models.VOCAB_SIZE, 5)(hidden)
+            if layer == 2:
+                own = net(torch.tensor([text]), use_cache=False).logits[0]
+                torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-4 * float(own.abs().max()))
+        ids, logprobs = found[:, :5].long(), found[:, 5:]
+        wanted = logits.log_softmax(-1).topk(5)
+        torch.testing.assert_close(logprobs, wanted.values, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
+        torch.testing.assert_close(logits.gather(1, ids), logits.gather(1, wanted.indices), rtol=1e-4, atol=1e-4)
+
+
+def test_a_lens_that_does_not_give_the_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cohere scales its logits."""
+    tree, ids = engine("cohere").decoder.tree, [1, 2, 3, 5]
+    with torch.inference_mode():
+        assert why_not_read_out(tree, ids) == ""
+        monkeypatch.setattr(Readout, "_number", lambda self, name: None)
+        assert why_not_read_out(tree, ids) == NOT_ITS_LOGITS
+
+
+def test_a_row_is_read_by_the_lens_while_it_runs_and_its_tokens_stay() -> None:
+    """The lens runs modules of the model in the middle of a pass that has hooks of its own on them."""
+    built = engine("gemma2")
+    lens = LensReading(built.readout, models.VOCAB_SIZE, 2)
+    watches = tuple(built.watch(Point(layer, "hook_resid_post"), lens) for layer in range(3))
+    row = RowSpec(PROMPTS[0], Sampling(6), watches=watches)
+    [steps] = staggered(built.lane, [row], 1)
+    tokens = [step.token_id for step in steps if step.token_id != NO_TOKEN]
+    assert tokens == alone("gemma2", row)
+    numbers = np.concatenate([step.numbers for step in steps if step.numbers is not None])
+    text = [*PROMPTS[0], *tokens]
+    assert numbers.shape == (len(text), 12)
+    # Behind the last block the likeliest token is the one that is drawn.
+    assert numbers[len(PROMPTS[0]) - 1 : -1, 8].tolist() == tokens
+    for layer in range(3):
+        with torch.no_grad():
+            wanted = lens(models.read(models.model("gemma2"), "gemma2", text, layer, "hook_resid_post")).numpy()
+        np.testing.assert_allclose(numbers[:, 4 * layer + 2 : 4 * layer + 4], wanted[:, 2:], rtol=1e-3, atol=1e-3)
+
+
 def test_a_plan_finds_its_numbers_again() -> None:
     """Against a row written out by hand, in which every number says what it is."""
     a, b = sae("a", 1), sae("b", 2)
@@ -137,7 +212,7 @@ def test_a_plan_finds_its_numbers_again() -> None:
     assert plan.n_numbers(edited) == len(row)
     assert plan.n_numbers(()) == 9
     told = [
-        (list(row[place.behind]), None if place.before is None else list(row[place.before]))
+        (list(row[list(place.behind)]), None if place.before is None else list(row[list(place.before)]))
         for place in plan.places(edited)
     ]
     assert told == [
@@ -148,6 +223,10 @@ def test_a_plan_finds_its_numbers_again() -> None:
         (["x", "y", "z"], ["x before", "y before", "z before"]),
     ]
     assert plan.whole == plan.held == [b]
+    lens = WatchLens((LensRead(1, 1), LensRead(2, 1)))
+    assert WatchPlan.of([VectorRead(Point(0, "hook_resid_pre"), 1), lens]).places({Point(1, "hook_resid_post")})[1] == (
+        Place(behind=(3, 4, 5, 6), before=(1, 2, 5, 6))
+    )
 
 
 def test_what_is_held_is_what_is_computed_whole() -> None:

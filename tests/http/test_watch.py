@@ -114,6 +114,20 @@ def test_vectors_add_up(http: httpx.Client) -> None:
         assert before[:7] + before[8:] == after[:7] + after[8:]
 
 
+def test_the_lens_behind_the_last_block_says_what_is_written(http: httpx.Client) -> None:
+    body = {"prompt": PROMPT, "features": [], "compare": False, "max_new_tokens": 6, "n_logprobs": 2}
+    text = answer(http, "/v1/steer", **body, watch=[{"lens": "LOGIT_LENS", "layers": [10, 29], "top_n": 2}])["steered"]
+    [entry] = text["watch"]["values"]
+    assert entry["watch"] == {"lens": "LOGIT_LENS", "layers": [10, 29], "top_n": 2}
+    assert all([one["layer"] for one in token] == [10, 29] for token in entry["after"])
+    last = [token[1]["top"] for token in entry["after"]][-1 - len(text["tokens"]) : -1]
+    for read, reported in zip(last, text["logprobs"], strict=True):
+        assert read[0]["token"] == reported["token"]
+        told = [one["logprob"] for one in reported["top_logprobs"]]
+        assert [one["logprob"] for one in read] == pytest.approx(told, abs=1e-3)
+    assert any(token[0]["top"][0] != token[1]["top"][0] for token in entry["after"])
+
+
 def test_chats_are_watched(http: httpx.Client) -> None:
     chat = [{"role": "user", "content": "Hi"}]
     text = answer(http, "/v1/steer", prompt=chat, features=[], max_new_tokens=3, compare=False, watch=WATCH[:1])[
@@ -167,7 +181,11 @@ def test_streams_tell_the_same(http: httpx.Client, watched: dict[str, Any]) -> N
         ({}, "exactly one"),
         ({"index": None}, "exactly one"),
         ({"index": 1}, "watch.0.source: name one"),
-        ({"source": SOURCE, "hook": HOOK}, "a hook has no source"),
+        ({"source": SOURCE, "hook": HOOK}, "watch.0: source does not go with hook"),
+        ({"source": SOURCE, "index": 1, "layers": [1]}, "watch.0: layers does not go with index"),
+        ({"lens": "LOGIT_LENS", "layers": []}, "name at least one of 0 to 29"),
+        ({"lens": "LOGIT_LENS", "layers": [1, 30]}, "30 is none of this model's"),
+        ({"lens": "LOGIT_LENS", "top_n": 257}, "the most is 256"),
         ({"hook": "blocks.99.hook_resid_post"}, "layers 0 to 29"),
         ({"hook": "blocks.3.hook_resid_pst"}, "Unknown hook"),
         ({"hook": "blocks.3.attn.hook_v"}, "cannot be watched"),
@@ -186,6 +204,7 @@ def test_what_cannot_be_watched_is_refused_by_name(http: httpx.Client, watch: di
     [
         ([{"source": SOURCE, "indx": 1}], "Did you mean 'index'"),
         ([{"source": SOURCE, "top_k": 0}], "watch.0.top_k"),
+        ([{"lens": "JACOBIAN"}], "LOGIT_LENS"),
         ({"source": SOURCE, "index": 1}, "watch"),
     ],
 )

@@ -280,6 +280,9 @@ class FakeRuntime:
     async def check_steering(self, plan: Plan) -> None:
         self.calls.append(("check_steering", plan))
 
+    def token_string(self, token_id: int) -> str:
+        return self.vocabulary[token_id]
+
     def edited(self, plan: Plan | None) -> set[Any]:
         return set()
 
