@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -18,13 +19,15 @@ from neuronpedia_inference.engine.cache import MaskForm
 from neuronpedia_inference.engine.engine import n_bytes
 from neuronpedia_inference.engine.generation import Lane
 from neuronpedia_inference.engine.points import Point
-from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
+from neuronpedia_inference.engine.protocol import NO_TOKEN, RowId, RowSpec, RowStep
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.recent import Recent
 from neuronpedia_inference.scheduler.jobs import CaptureWork, Steps
 from neuronpedia_inference.scheduler.policy import Limits
 from neuronpedia_inference.scheduler.worker import Worker
+from neuronpedia_inference.watches.readings import VectorReading
 from tests import models
+from tests.edits_by_hand import Hand, When, sae
 from tests.engine.engines import engine
 from tests.engine.test_merging import alone, ids, steering
 
@@ -106,10 +109,23 @@ def test_a_row_that_failed_leaves_nothing() -> None:
 
 
 turns = st.lists(
-    st.tuples(st.integers(0, 3), st.integers(0, 30), st.lists(st.integers(3, 5), max_size=6), st.integers(1, 5)),
+    st.tuples(st.integers(0, 6), st.integers(0, 30), st.lists(st.integers(3, 5), max_size=6), st.integers(1, 5)),
     min_size=2,
     max_size=6,
 )
+
+
+@cache
+def kinds() -> list[dict[str, Any]]:
+    """What may act on a row or read it: vectors, a feature set on some positions or on a condition, a watch."""
+    of, place = sae("jumprelu"), "hook_resid_post"
+    adds = [(steering("llama", place, Do.ADD, n, n),) for n in range(2)]
+    late = Hand(Do.CLAMP, 1, place, 4.0, of=of, index=3, on=Selection(start=4))
+    when = When(of, 5, 0, place, above=0.5, n_tokens=3)
+    waiting = Hand(Do.ADD, 1, place, 3.0, of=of, index=7, when=when)
+    watch = engine("llama").watch(Point(1, place), VectorReading(32))
+    edits = [*adds, (late.resolved(),), (waiting.resolved(),), (*adds[0], late.resolved())]
+    return [*({"edits": one} for one in edits), {"watches": (watch,)}, {}]
 
 
 @settings(max_examples=25)
@@ -117,15 +133,21 @@ turns = st.lists(
 def test_no_token_changes_whatever_is_kept_and_the_budget_holds(
     program: Sequence[tuple[int, int, list[int], int]], budget: int
 ) -> None:
-    """Texts that begin like earlier ones, cut anywhere, steered by one of three or not."""
-    vectors = [steering("llama", "hook_resid_post", Do.ADD, n, n) for n in range(3)]
+    """Texts that begin like earlier ones, cut anywhere, edited in one of several ways, watched, or left alone."""
     recent: Recent[Any, Any] = Recent(budget, n_bytes)
     lane = lane_of("llama", recent)
     text = PROMPT
     for which, cut, more, n_new in program:
-        spec = RowSpec((*text[:cut], *more, 8), Sampling(n_new), (vectors[which],) if which < 3 else ())
-        (found,), _ = run(lane, spec)
-        assert found == alone("llama", spec)
+        spec = RowSpec((*text[:cut], *more, 8), Sampling(n_new, n_logprobs=1), **kinds()[which])
+        steps, _ = run_steps(lane, spec)
+        fresh, _ = run_steps(lane_of("llama", Recent.nothing()), spec)
+        assert ids(steps) == ids(fresh)
+        found = [token for token in ids(steps) if token != NO_TOKEN]
+        for step, expected in zip(steps, fresh, strict=True):
+            assert step.logprob == pytest.approx(expected.logprob, abs=1e-4)
+            assert (step.numbers is None) == (expected.numbers is None)
+            if step.numbers is not None:
+                assert step.numbers == pytest.approx(expected.numbers, abs=1e-4)
         text = (*spec.prompt_ids, *found, *PROMPT)
         assert recent.held_bytes <= budget
         assert recent.held_bytes == sum(n_bytes(recent.get(key)) for key in list(recent))
