@@ -34,11 +34,8 @@ async def _steered(request: SteerRequest, rt: Runtime, *, stream: bool) -> Async
     """Raises every 4xx before it returns."""
     if request.deltas and not stream:
         raise InvalidRequest("deltas: goes with stream, whose events it makes smaller")
-    if not request.prompt and isinstance(request.prompt, str):
-        raise InvalidRequest(
-            "prompt: the text is empty, so there is nothing to go on from. Send at least one character; the BOS "
-            "token of the model, as text, begins from nothing."
-        )
+    if isinstance(request.prompt, str):
+        _check_text(request, request.prompt)
     plans, sampling, watch = await _checked_plans(request, rt), _sampling(request), request.watch or ()
     with reproducibly(request.reproducible):
         if isinstance(request.prompt, str):
@@ -51,6 +48,19 @@ async def _steered(request: SteerRequest, rt: Runtime, *, stream: bool) -> Async
     if request.deltas:
         return Events(story, lambda news: _side_by_side([_new(chat, story, *pair) for pair in enumerate(news)]))
     return Events(story, lambda _: _side_by_side([_so_far(chat, row) for row in story.rows]))
+
+
+def _check_text(request: SteerRequest, text: str) -> None:
+    """Raises InvalidRequest."""
+    if not text:
+        raise InvalidRequest(
+            "prompt: the text is empty, so there is nothing to go on from. Send at least one character; the BOS "
+            "token of the model, as text, begins from nothing."
+        )
+    if "steer_special_tokens" in request.model_fields_set:
+        raise InvalidRequest(
+            "steer_special_tokens: goes with a chat. Leave it out, or say by an edit's `on` where it acts"
+        )
 
 
 async def _checked_plans(request: SteerRequest, rt: Runtime) -> Plans:

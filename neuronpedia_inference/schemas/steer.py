@@ -266,7 +266,9 @@ class SteerRequest(Ours):
         default=None, description="What to read at every token of prompt and text, in both texts."
     )
     compare: bool = Field(default=True, description="Also generate the same without steering.")
-    steer_special_tokens: SteerSpecialTokens = False
+    steer_special_tokens: Annotated[
+        bool, Field(description="Of a chat: steer its special tokens too; generated tokens always are.")
+    ] = False
     stream: Stream = False
     deltas: bool = Field(
         default=False,

@@ -218,6 +218,13 @@ def test_steer_without_comparison_and_with_every_option():
     assert len(answer["steered"]["logprobs"]) == 1
 
 
+def test_what_to_do_with_special_tokens_goes_with_a_chat():
+    body = {"prompt": "one", "features": [], "steer_special_tokens": False}
+    with pytest.raises(InvalidRequest, match="steer_special_tokens: goes with a chat"):
+        ask("steer", body)
+    assert ask("steer", {**body, "prompt": [{"role": "user", "content": "hi"}]})
+
+
 def test_steer_leaves_a_chats_special_tokens_alone_by_default():
     runtime = FakeRuntime()
     features = [{"source": "1-res", "index": 0, "strength": 1}]
