@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,31 @@ class Tokens:
 class ChatMessage:
     role: str
     content: str
+    channel: str | None = None
+    """Of models that speak on several, such as gpt-oss; else None."""
+
+
+Section = Literal["header", "content", "footer", "scaffold"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a token of a rendered chat belongs to."""
+
+    message: int | None
+    """Place in the chat; None for what comes after the last message."""
+    section: Section
+    """header, content and footer of a message; scaffold where the template does not tell them apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A chat as the model reads it."""
+
+    text: str
+    tokens: Tokens
+    parts: tuple[Part, ...]
+    """One per token."""
 
 
 @dataclass(frozen=True, slots=True)

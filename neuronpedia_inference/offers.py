@@ -80,7 +80,7 @@ def refused_endpoints(verdict: Verdict, sources: Collection[Source], *, chat: bo
     because |= {name: "" if name in by_name else NO_ROUTE for name in _OTHERS}
     because |= {name: "" if route in by_name else NO_ROUTE for name, route in _LENSES.items()}
     if not chat:
-        because["steer_completion_chat"] = NO_TEMPLATE
+        because |= {"steer_completion_chat": NO_TEMPLATE, "apply_chat_template": NO_TEMPLATE}
     return {**because, "dfa": _no_attribution(verdict, sources), "neurons": neurons}
 
 

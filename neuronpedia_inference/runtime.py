@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -13,10 +13,12 @@ from typing import Any, TypeVar
 from neuronpedia_inference import reproducible
 from neuronpedia_inference.capabilities import describe, max_tokens, token_limit
 from neuronpedia_inference.costs import NO_GRID, RECORDED_GRID, Costs, Demand
-from neuronpedia_inference.domain import ChatMessage, Sampling, Tokens, Written
+from neuronpedia_inference.domain import ChatMessage, RenderedChat, Sampling, Tokens, Written
 from neuronpedia_inference.edits.plan import Plan
 from neuronpedia_inference.edits.resolve import EditResolver
+from neuronpedia_inference.engine.chats import rendered_chat
 from neuronpedia_inference.engine.completions import Completions, Writing
+from neuronpedia_inference.engine.memory import usage
 from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
 from neuronpedia_inference.engine.tokens import BosRule
@@ -34,6 +36,7 @@ from neuronpedia_inference.scheduler.policy import Limits
 from neuronpedia_inference.scheduler.stay import at_the_end
 from neuronpedia_inference.scheduler.worker import Worker
 from neuronpedia_inference.settings import Settings
+from neuronpedia_inference.vitals import Load, vitals
 from neuronpedia_inference.watches.plan import WatchPlan
 from neuronpedia_inference.watches.resolve import WatchResolver
 
@@ -132,6 +135,15 @@ class Runtime:
     def render_chat(self, messages: Sequence[ChatMessage]) -> tuple[str, Tokens]:
         """The chat as the model reads it, with generation prompt. Raises InvalidRequest or LimitExceeded."""
         return self._codec.render_chat(messages, limit=token_limit(self.settings, self.model))
+
+    async def apply_chat_template(
+        self, messages: Sequence[ChatMessage], *, generation_prompt: bool, options: Mapping[str, Any]
+    ) -> RenderedChat:
+        """The chat with what each token belongs to. Raises InvalidRequest or LimitExceeded."""
+        limit = token_limit(self.settings, self.model)
+        return await paced(
+            rendered_chat(self._codec, messages, generation_prompt=generation_prompt, options=options, limit=limit)
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, special tokens kept."""
@@ -238,6 +250,13 @@ class Runtime:
             "waiting": self._worker.n_waiting,
         }
         return describe(self.settings, self.model, self._engine, self.shelf, load)
+
+    def vitals(self) -> dict[str, Any]:
+        """How the server is now, for `/v1/steer/health`; to be asked on an event loop."""
+        worker = self._worker
+        admitted = self._admission.inside.bytes / self._admission.bounds.bytes
+        load = Load(worker.n_running, worker.n_waiting, worker.n_parked, admitted)
+        return vitals(self.model.name, load, usage(self._engine.device))
 
     # Inside
 

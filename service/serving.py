@@ -247,6 +247,16 @@ class Serving:
         """The features whose decoder rows are nearest to a vector or to another feature's."""
         return await self._answer("util_sae_topk_by_decoder_cossim", body, fields)
 
+    @modal.method()
+    async def apply_chat_template(self, body: Body | None = None, **fields: Any) -> Answer:
+        """A chat as the model reads it, token by token with the message it belongs to."""
+        return await self._answer("apply_chat_template", body, fields)
+
+    @modal.method()
+    async def steer_health(self, body: Body | None = None, **fields: Any) -> Answer:
+        """How busy this container is, and what memory it takes."""
+        return await self._answer("steer_health", body, fields)
+
     # Features themselves
 
     @modal.method()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -44,6 +45,9 @@ _TEMPLATE_ERRORS = (
 """What a model's own program raises of messages, or of tools and documents that are not there."""
 
 
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+
+
 class TextCodec:
     """A tokenizer with this service's rules. Safe to share: it keeps no state but a table of token strings."""
 
@@ -75,20 +79,20 @@ class TextCodec:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def tokenize(self, text: str, bos: BosRule, *, limit: int, suffix: str = "") -> Tokens:
-        """`limit` counts tokens, BOS included; `suffix` ends the first half of the message about it.
+    def tokenize(self, text: str, bos: BosRule, *, limit: int, suffix: str = "", what: str = "Text") -> Tokens:
+        """`limit` counts tokens, BOS included; `what` begins the message about it, `suffix` ends its first half.
 
         Raises InvalidRequest for text that no tokenizer should see, LimitExceeded for too much of it.
         """
         check_text(text)
         if len(text) > limit * self._longest_token:
             raise LimitExceeded(
-                f"Text too long: {len(text)} characters cannot fit, max is {limit} tokens{suffix}. Shorten the text."
+                f"{what} too long: {len(text)} characters cannot fit, max is {limit} tokens{suffix}. Shorten the text."
             )
         ids = self._encode(text, bos)
         if len(ids) > limit:
             raise LimitExceeded(
-                f"Text too long: {len(ids)} tokens, max is {limit}{suffix}. Shorten the text or raise TOKEN_LIMIT."
+                f"{what} too long: {len(ids)} tokens, max is {limit}{suffix}. Shorten the text or raise TOKEN_LIMIT."
             )
         return self.describe(ids)
 
@@ -118,6 +122,12 @@ class TextCodec:
         Raises InvalidRequest when there is no template, when it does not know a role or refuses the messages, and
         LimitExceeded when they are too long.
         """
+        self.check_chat(messages, limit=limit)
+        text = self.render(messages)
+        return text, self.tokenize(text, "never", limit=limit)
+
+    def check_chat(self, messages: Sequence[ChatMessage], *, limit: int) -> None:
+        """Raises InvalidRequest where there is no template, a role is unknown or a text is none; LimitExceeded."""
         if self._template is None:
             raise InvalidRequest(
                 f"{self._no_template_because}, so it cannot accept chat messages. "
@@ -128,15 +138,37 @@ class TextCodec:
             check_text(message.content)
         if sum(len(m.content) for m in messages) > limit * self._longest_token:
             raise LimitExceeded(f"Text too long: the chat cannot fit, max is {limit} tokens. Shorten the messages.")
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        generation_prompt: bool = True,
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> str:
+        """A chat that has passed `check_chat`, as the template writes it. options: what else the template is given.
+
+        Raises InvalidRequest where the template refuses them.
+        """
+        turns = [
+            {"role": m.role, "content": m.content} | ({} if m.channel is None else {"channel": m.channel})
+            for m in messages
+        ]
         try:
-            text = self._tokenizer.apply_chat_template(
-                turns, chat_template=self._template, add_generation_prompt=True, tokenize=False
+            return self._tokenizer.apply_chat_template(
+                turns,
+                chat_template=self._template,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                **options,
             )
         except _TEMPLATE_ERRORS as exc:
             why = " ".join(str(exc).split()) or type(exc).__name__
             raise InvalidRequest(f"The model's chat template refuses these messages: {why}") from exc
-        return text, self.tokenize(text, "never", limit=limit)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text as it stands; no bound."""
+        return self._encode(text, "never")
 
     def _encode(self, text: str, bos: BosRule) -> list[int]:
         if bos == "natural":

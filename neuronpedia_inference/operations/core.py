@@ -18,9 +18,11 @@ from neuronpedia_inference.operations.activation import (
     ACTIVATION_SINGLE_BATCH,
     ACTIVATION_SOURCE,
 )
+from neuronpedia_inference.operations.chat_template import APPLY_CHAT_TEMPLATE
 from neuronpedia_inference.operations.contrast import CONTRAST
 from neuronpedia_inference.operations.features import FEATURE, SEARCH
 from neuronpedia_inference.operations.friendly import STEER
+from neuronpedia_inference.operations.health import STEER_HEALTH
 from neuronpedia_inference.operations.operation import Events, Operation
 from neuronpedia_inference.operations.reading import ACTIVATIONS, TOP_K
 from neuronpedia_inference.operations.rendering import Spelling, json_pieces, plain_pieces
@@ -62,6 +64,8 @@ OPERATIONS: tuple[Operation[Any], ...] = (
     TOKENIZE,
     UTIL_SAE_VECTOR,
     UTIL_SAE_TOPK_BY_DECODER_COSSIM,
+    APPLY_CHAT_TEMPLATE,
+    STEER_HEALTH,
     ACTIVATIONS,
     TOP_K,
     STEER,

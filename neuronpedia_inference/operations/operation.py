@@ -38,7 +38,7 @@ class Operation(Generic[Req]):
     """Answers in cumulative events. Raises every 4xx when awaited, before it returns the iterator."""
     method: Literal["POST", "GET"] = "POST"
     """GET: fields are parts of the path or of the query, and there is no body."""
-    casing: Literal["snake", "both"] = "snake"
+    casing: Literal["snake", "camel", "both"] = "snake"
     """Spelling of the answer when the request's keys do not show one."""
     omits_null: bool = False
     """Leave unset optional fields out of the answer instead of sending null."""

@@ -58,6 +58,7 @@ LAYERS = {
     "checks": 5,
     "room": 5,
     "capabilities": 5,
+    "vitals": 5,
     "runtime": 5,
     "web": 6,
     "client": 6,

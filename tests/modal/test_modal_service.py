@@ -56,7 +56,14 @@ def test_methods_and_routes_give_the_same_answers(deployed: Deployed, answers: d
     response = httpx.request(operation.method, deployed.url + path, json=body, timeout=600)
 
     assert response.status_code == 200, response.text
-    assert differences(answers[operation.name], response.json()) == []
+    told, said = answers[operation.name], response.json()
+    if operation.name == "steer_health":  # of another moment
+        assert (said["stats"].keys(), said["stats"]["model_name"]) == (
+            told["stats"].keys(),
+            told["stats"]["model_name"],
+        )
+    else:
+        assert differences(told, said) == []
 
 
 def test_other_ways_to_call(deployed: Deployed) -> None:

@@ -9,7 +9,7 @@ import ast
 import asyncio
 import inspect
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +30,10 @@ from neuronpedia_inference.domain import (
     FeatureValue,
     FeatureWeights,
     Numbers,
+    Part,
     RankedFeatures,
     Ranking,
+    RenderedChat,
     Sampling,
     Source,
     TokenEffects,
@@ -169,6 +171,21 @@ class FakeRuntime:
         self.calls.append(("render_chat", list(messages)))
         text = "".join(f"<|im_start|>{m.role}\n{m.content}<|im_end|>\n" for m in messages) + self.template_tail
         return text, self._tokens(text)
+
+    async def apply_chat_template(
+        self, messages: Sequence[ChatMessage], *, generation_prompt: bool, options: Mapping[str, Any]
+    ) -> RenderedChat:
+        self.calls.append(("apply_chat_template", (list(messages), generation_prompt, options)))
+        text, tokens = self.render_chat(messages)
+        parts = (Part(0, "header"), *[Part(None, "header")] * (len(tokens) - 1))
+        return RenderedChat(text, tokens, parts)
+
+    def vitals(self) -> dict[str, Any]:
+        whole = dict.fromkeys(("num_running_requests", "num_waiting_requests", "num_swapped_requests"), 1)
+        shares = dict.fromkeys(("gpu_cache_usage_percent", "cpu_cache_usage_percent", "system_ram_percent"), 2.5)
+        sizes = dict.fromkeys(("system_ram_used_mb", "system_ram_total_mb", "process_ram_mb"), 100.0)
+        rest = {"gpu_stats": None, "active_threads": 1, "thread_names": ["t"], "pending_tasks": 1}
+        return {**whole, **shares, **sizes, **rest, "timestamp": 1.0, "engine_initialized": True, "model_name": "tiny"}
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.vocabulary[i] for i in ids)

@@ -192,7 +192,7 @@ def test_examples_mean_the_same_in_both_spellings(operation: Any):
     for one, other in zip(snake["examples"], camel["examples"], strict=True):
         assert set(one) <= set(snake["properties"])
         assert set(other) <= set(camel["properties"])
-        assert set(camel["required"]) <= set(other)
+        assert set(camel.get("required", ())) <= set(other)
         assert operation.request.model_validate(one) == operation.request.model_validate(other)
 
 
@@ -278,7 +278,9 @@ def test_our_own_routes_refuse_fields_that_they_do_not_know(operation: str, body
     assert said in str(refused.value)
 
 
-@pytest.mark.parametrize("operation", [one for one in OPERATIONS if not issubclass(one.request, Ours)])
+@pytest.mark.parametrize(
+    "operation", [one for one in OPERATIONS if one.request.model_fields and not issubclass(one.request, Ours)]
+)
 def test_neuronpedia_s_routes_ignore_them(operation: Operation[Any]) -> None:
     """Its clients send some: the same is wrong with a body whether or not there is one more."""
     wrong = {"prompt": 1, "text": 1}
