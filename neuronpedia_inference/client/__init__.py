@@ -26,7 +26,7 @@ from neuronpedia_inference.client.results import (
     TopFeatures,
 )
 from neuronpedia_inference.client.session import AsyncChat, AsyncClient, Chat, Client
-from neuronpedia_inference.client.steering import FeatureName, Steering, Vector
+from neuronpedia_inference.client.steering import FeatureName, Steering, Vector, When
 from neuronpedia_inference.client.written import Steered, Sweep
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "Sweep",
     "TopFeatures",
     "Vector",
+    "When",
     "async_connect",
     "async_load",
     "async_modal",

@@ -67,6 +67,7 @@ ASKS: dict[str, Callable[[Any], Any]] = {
     "contrast": lambda m: m.contrast([TEXT], ["Bake the bread."], limit=2),
     "steer": lambda m: m.steer(PROMPT, ECONOMY @ 70, max_new_tokens=6),
     "watch": lambda m: m.steer(PROMPT, ECONOMY @ 70, watch=[ECONOMY, {"source": SOURCE, "top_k": 2}], max_new_tokens=4),
+    "edits": lambda m: m.steer(PROMPT, ECONOMY.clamp(60).on(phase="generated"), watch=[ECONOMY], max_new_tokens=4),
     "steer a chat": lambda m: m.steer([{"role": "user", "content": "Hi"}], ECONOMY @ 70, max_new_tokens=3),
     "sweep": lambda m: m.sweep(PROMPT, ECONOMY, [20, 70], max_new_tokens=4),
 }
@@ -105,6 +106,20 @@ def test_steering_has_an_effect_that_is_not_there_without_it(over_http: Client) 
     assert "econom" in steered.steered.text
     assert plain.steered.text == plain.default.text == steered.default.text
     assert "econom" not in plain.steered.text
+
+
+def test_a_clamped_feature_has_its_number_and_one_that_is_not_reached_has_its_own(over_http: Client) -> None:
+    clamped = over_http.steer(PROMPT, ECONOMY.clamp(60).on(phase="generated"), watch=[ECONOMY], max_new_tokens=6)
+    never = ECONOMY.clamp(60).on(phase="generated").when(ECONOMY > 1e5)
+    unreached = over_http.steer(PROMPT, never, watch=[ECONOMY], max_new_tokens=6)
+    assert unreached.default is not None
+    assert unreached.steered.text == unreached.default.text, "nothing held, so nothing was done"
+    assert clamped.steered.watch is not None
+    [read] = clamped.steered.watch.values
+    assert read.before is not None
+    n_prompt = len(clamped.steered.watch.tokens) - len(clamped.steered.tokens)
+    assert read.after[:n_prompt] == read.before[:n_prompt], "the prompt is as it was"
+    assert min(read.after[n_prompt:]) > 20 > max(read.before[n_prompt:])
 
 
 def test_a_stream_ends_with_the_whole(over_http: Client, in_process: Client, server: Served) -> None:
@@ -267,18 +282,35 @@ def test_the_readme_s_example_gives_the_same_objects_on_every_way(
 # The notebook
 
 
-def test_the_notebook_runs_from_top_to_bottom_and_draws_itself(in_process: Client) -> None:
-    notebook = json.loads((README.parent / "examples" / "laptop.ipynb").read_text(encoding="utf-8"))
+def run(name: str, client: Client) -> tuple[dict[str, Any], list[str]]:
+    """What the cells of a notebook assign, and what they draw."""
+    notebook = json.loads((README.parent / "examples" / name).read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(not cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code")
     space: dict[str, Any] = {}
-    drawn = [shown for cell in cells if (shown := _shown(cell, space, in_process)) is not None]
-    assert len(drawn) >= 7
+    drawn = [shown for cell in cells if (shown := _shown(cell, space, client)) is not None]
     assert all("http" not in html.lower() for html in drawn)
+    return space, drawn
+
+
+def test_the_notebook_runs_from_top_to_bottom_and_draws_itself(in_process: Client) -> None:
+    space, drawn = run("laptop.ipynb", in_process)
+    assert len(drawn) >= 7
     both = space["both"]
     assert "econom" in both.steered.text
     assert "econom" not in both.default.text
     assert [cell.text for cell in space["sweep"]] != [both.default.text] * 4
+
+
+def test_the_notebook_of_research_does_what_it_says(in_process: Client) -> None:
+    space, drawn = run("research.ipynb", in_process)
+    assert len(drawn) >= 6
+    clamped, conditioned = space["clamped"], space["conditioned"]
+    assert clamped.steered.text != clamped.default.text == conditioned.steered.text
+    armies = [value for text, value in space["share"].items() if text in space["armies"]]
+    others = [value for text, value in space["share"].items() if text in space["others"]]
+    assert min(armies) > 0
+    assert sum(armies) / len(armies) > 3 * sum(others) / len(others)
 
 
 def _shown(cell: str, space: dict[str, Any], client: Client) -> str | None:

@@ -33,7 +33,7 @@ from neuronpedia_inference.client.results import (
 from neuronpedia_inference.client.steering import FeatureName, Steering, Vector
 from neuronpedia_inference.client.written import Steered, Sweep, SweepCell, Text, Watched, WatchValues
 from neuronpedia_inference.errors import InferenceError, InvalidRequest, LimitExceeded, Overloaded
-from neuronpedia_inference.operations import InvalidBody
+from neuronpedia_inference.operations import InvalidBody, by_name, validate
 
 MOON = FeatureName("10-res-4k", 1608, "moon")
 COURT = FeatureName("15-res-4k", 7)
@@ -109,8 +109,35 @@ def test_a_steering_is_built_by_operators() -> None:
 def test_a_steering_goes_to_json_and_back() -> None:
     made = MOON @ 60.5 + Vector([0.1, -2], "h") @ 3
     assert Steering.from_json(made.to_json()) == made
-    with pytest.raises(KeyError, match="a steering has features and vectors, not edits"):
-        Steering.from_body({"edits": []})
+    edits = (COURT.clamp(8, "of_max") + MOON @ 3 + Vector([1, 2], "h").project_out()).on(phase="generated", from_=2)
+    held = edits.when((COURT > 3) & ~(MOON < 1).lasting("from_then_on")) + COURT.swap(MOON)
+    assert Steering.from_json(held.to_json()) == held
+    with pytest.raises(KeyError, match="a steering has features, vectors and edits, not rules"):
+        Steering.from_body({"rules": []})
+
+
+def test_edits_say_what_the_service_reads() -> None:
+    made = COURT.clamp(8).on(phase="generated", from_=2, except_={"first": 1}).when(MOON > 3) + MOON @ 5
+    assert made.body() == {
+        "edits": [
+            {
+                "do": "clamp",
+                "feature": "15-res-4k/7",
+                "amount": 8.0,
+                "on": {"phase": "generated", "from": 2, "except": {"first": 1}},
+                "when": {"feature": "10-res-4k/1608", "above": 3.0},
+            },
+            {"do": "add", "feature": "10-res-4k/1608", "amount": 5.0},
+        ]
+    }
+    every = COURT.scale(0.5) + COURT.ablate() + COURT.at_least(1) + COURT.at_most(9, "dose") + COURT.add(2, "of_max")
+    vector = Vector([1.0, 2.0], "blocks.1.hook_resid_post")
+    every += COURT.swap(MOON) + vector.orthogonal(2) + vector.cap(1) + vector.floor(1, "dose") + vector.add(1, "dose")
+    when = (COURT > 1).lasting(3) | ~(COURT < 2)
+    validate(by_name["steer"], {"prompt": "a", **(every + vector.project_out()).on(first=3).when(when).body()})
+    assert repr(COURT.clamp(8)) == "Steering(15-res-4k/7 clamp 8)"
+    with pytest.raises(ValueError, match="only additions can be multiplied, not 15-res-4k/7 clamp 8"):
+        _ = COURT.clamp(8) * 2
 
 
 @pytest.mark.parametrize(
