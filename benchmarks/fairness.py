@@ -74,7 +74,8 @@ def _row(name: str, spent: list[float], base: float) -> dict[str, Any]:
 
 
 def long() -> dict[str, Any]:
-    return {"prompt": "Once upon a time there was", "max_new_tokens": LONG_TOKENS, "temperature": 0, "features": []}
+    body = {"prompt": "Once upon a time there was", "max_new_tokens": LONG_TOKENS, "temperature": 0, "features": []}
+    return {**body, "compare": False}
 
 
 def steered() -> dict[str, Any]:
