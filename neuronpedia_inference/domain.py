@@ -244,6 +244,8 @@ class Ranking:
     """Position → how often it counts in the sum that ranks; without any, the maximum ranks."""
     scales: Mapping[str, Numbers] = field(default_factory=dict)
     """Source → [feature]: by what the number that ranks is multiplied; by 1 for sources that are not there."""
+    least: float = 0.0
+    """Features whose largest activation is smaller are taken not to fire at all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,11 +163,12 @@ async def _all(request: RankingFields, prompts: Sequence[str], rt: Runtime) -> l
 
 
 async def rankings(
-    request: RankingFields, prompts: Sequence[str], rt: Runtime, *, relative: bool = False
+    request: RankingFields, prompts: Sequence[str], rt: Runtime, *, relative: bool = False, least: float = 0.0
 ) -> list[tuple[Tokens, RankedFeatures]]:
     """Each prompt with its strongest features, values at full-prompt positions. Raises as `activation_all_batch`.
 
-    relative: ranked by `SourceAnnotations.peculiarity` times the largest activation.
+    relative: ranked by `SourceAnnotations.peculiarity` times the largest activation. least: the smallest of these that
+    counts as firing.
     """
     check_model(request.model, rt)
     sources = _selected(request, rt)
@@ -178,6 +179,7 @@ async def rankings(
         ignore_first=request.ignore_bos and batch[0].has_bos,
         weights=Counter(request.sort_by_token_indexes),
         scales=_peculiarities(sources, rt) if relative else {},
+        least=least,
     )
     check_size(min(ranking.limit, sum(source.n_features for source in sources)), batch, "features", rt)
     if ranking.limit == 0:

@@ -43,6 +43,8 @@ async def activations(request: ActivationsRequest, rt: Runtime) -> ActivationsRe
             return await _strongest(request, texts, rt)
         if request.rank_by != "activation":
             raise InvalidRequest("rank_by: goes without index, whose feature stands alone")
+        if request.min_activation:
+            raise InvalidRequest("min_activation: goes without index, whose feature is shown whatever it does")
         return await _one_feature(request, request.index, texts, rt)
 
 
@@ -111,7 +113,7 @@ async def _strongest(request: ActivationsRequest, texts: list[str], rt: Runtime)
             ActivationsResult.model_construct(
                 tokens=list(tokens.strings), has_bos=tokens.has_bos, features=_firing(found, rt, relative=relative)
             )
-            for tokens, found in await rankings(wire, texts, rt, relative=relative)
+            for tokens, found in await rankings(wire, texts, rt, relative=relative, least=request.min_activation)
         ]
     )
 

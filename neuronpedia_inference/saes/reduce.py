@@ -123,6 +123,9 @@ class FeatureRanker:
             kept = torch.cat((torch.zeros_like(acts[:1]), acts[1:])) if self.ranking.ignore_first else acts
             require_finite(kept, reader)
             del acts
+            if self.ranking.least > 0:
+                # Into a tensor of its own: activations of neurons are those that others read too.
+                kept = torch.where(kept.amax(dim=0) >= self.ranking.least, kept, 0.0)
             scale = None if scales is None else torch.as_tensor(scales[first : first + kept.shape[1]])
             self._add_block(self._n_features + first, kept, scale)
             del kept

@@ -308,6 +308,9 @@ class ActivationsRequest(Ours):
         "activation as a share of the feature's known maximum, times -log10 of its known density; features of which "
         "these are unknown come last. Goes without `index`.",
     )
+    min_activation: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Leave out features whose largest activation is smaller. Goes without `index`."
+    )
     reproducible: Reproducible = False
     model: MaybeModelName = None
 

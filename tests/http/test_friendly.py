@@ -101,6 +101,27 @@ def test_what_does_not_fire_is_listed_only_by_its_index(http: httpx.Client) -> N
     assert (feature["values"], feature["max_value"]) == ([0, 0], 0)
 
 
+@pytest.mark.parametrize(("rank_by", "source"), [("activation", SOURCE), ("activation", "3"), ("relative", SOURCE)])
+def test_a_least_activation_leaves_out_what_is_below_before_the_list_is_cut(
+    http: httpx.Client, rank_by: str, source: str
+) -> None:
+    """Not after: by what is peculiar, features that fire little come before others that fire much."""
+    asked = {"prompt": TEXT, "source": source, "rank_by": rank_by}
+    everything = answer(http, "/v1/activations", **asked, num_results=50)["results"][0]["features"]
+    least = sorted(feature["max_value"] for feature in everything)[len(everything) // 2]
+    found = answer(http, "/v1/activations", **asked, num_results=50, min_activation=least)["results"][0]["features"]
+    assert all(feature["max_value"] >= least for feature in found)
+    kept = [feature["index"] for feature in everything if feature["max_value"] >= least]
+    assert 0 < len(kept) < len(everything)
+    assert [feature["index"] for feature in found][: len(kept)] == kept
+    again = answer(http, "/v1/activations", **asked, num_results=50)["results"][0]["features"]
+    assert [feature["index"] for feature in again] == [feature["index"] for feature in everything], (
+        "nothing was changed"
+    )
+    none = answer(http, "/v1/activations", **asked, min_activation=1e9)["results"][0]["features"]
+    assert none == []
+
+
 def test_top_k_has_labels(http: httpx.Client) -> None:
     result = answer(http, "/v1/top-k", prompt=TEXT, source=SOURCE, top_k=2)["results"][0]
     assert result["source"] == SOURCE

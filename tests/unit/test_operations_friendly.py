@@ -132,6 +132,14 @@ def test_a_source_outside_the_named_set_is_refused(index: dict[str, int]):
     assert {feature["source"] for feature in result["features"]} == {"2-res"}
 
 
+def test_a_least_activation_goes_without_an_index():
+    runtime = FakeRuntime(sources=ONE_SET)
+    ask("activations", {"prompt": "one", "min_activation": 1.5}, runtime)
+    assert runtime.called("ranked_features")[1].least == 1.5
+    with pytest.raises(InvalidRequest, match="min_activation: goes without index"):
+        ask("activations", {"prompt": "one", "source": "1-res", "index": 1, "min_activation": 1})
+
+
 def test_a_number_of_results_with_an_index_is_refused():
     with pytest.raises(InvalidRequest, match="num_results: goes without index"):
         ask("activations", {"prompt": "one", "source": "1-res", "index": 1, "num_results": 1})
