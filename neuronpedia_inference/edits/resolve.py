@@ -91,7 +91,7 @@ class EditResolver:
                 RowEdit(
                     point=self._points(edit.target)[-1],
                     vector=unit(vector) if edit.normalize else vector,
-                    amount=edit.amount,
+                    amount=edit.amount * (self._maximum(edit) if edit.unit is Unit.OF_MAX else 1.0),
                     do=edit.do,
                     is_dose=edit.unit is Unit.DOSE,
                     on=self._selection(edit, plan),
@@ -155,10 +155,19 @@ class EditResolver:
         for fires in [] if edit.when is None else fires_in(edit.when):
             self._check_trigger(fires, edit)
         if edit.unit is Unit.OF_MAX:
+            self._maximum(edit)
+
+    def _maximum(self, edit: Edit) -> float:
+        """The largest activation that is known of the feature. Raises InvalidRequest where there is none."""
+        assert isinstance(edit.target, Feature), edit
+        known = self._shelf.annotations(edit.target.source)
+        maximum = math.nan if known is None else float(known.maximum[edit.target.index])
+        if not maximum > 0:
             raise InvalidRequest(
-                "unit: no feature's largest activation is known here, so none can be multiplied. "
-                "Give an absolute amount; /v1/activations shows how much features are on a text."
+                f"unit: no largest activation is known of feature {edit.target.index} of {edit.target.source!r}, which "
+                "the amount could be a part of. Give an absolute amount, or the server maxima by LABELS_DIR."
             )
+        return maximum
 
     def _check_feature(self, feature: Feature, edit: Edit) -> None:
         source = self._shelf.source(feature.source)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neuronpedia_inference import embedded
 from neuronpedia_inference.domain import Sampling, Tokens
-from neuronpedia_inference.edits.plan import Direction, Do, Edit, Feature, Fires, Plan
+from neuronpedia_inference.edits.plan import Direction, Do, Edit, Feature, Fires, Plan, Unit
 from neuronpedia_inference.embedded.weights import model_folder
 from neuronpedia_inference.engine.points import RESID_POST, WRITABLE, Point
 from neuronpedia_inference.errors import InvalidRequest
@@ -253,6 +253,10 @@ def test_features_that_are_set_on_the_real_model_equal_saelens_by_hand(runtime: 
     [
         (Edit(Do.CLAMP, Feature("7-topk", 3), 1.0, field="edits.0"), "edits.0: Source '7-topk' is a topk"),
         (Edit(Do.CLAMP, Feature("3", 3), 1.0, field="edits.0"), "edits.0: Source '3' is MLP neurons"),
+        (
+            Edit(Do.CLAMP, Feature("5-std", 3), 1.0, unit=Unit.OF_MAX, field="edits.0"),
+            "edits.0: unit: no largest activation is known of feature 3 of '5-std'",
+        ),
         (
             Edit(Do.ADD, Feature("5-std", 3), 1.0, when=Fires(Feature("7-topk", 1), 2.0), field="edits.4"),
             "edits.4: when: source '7-topk' is of the kind topk",

@@ -66,6 +66,15 @@ def test_a_clamp_is_no_addition_and_a_stream_says_the_same(http: httpx.Client) -
     assert whole["steered"]["text"] in last
 
 
+def test_an_amount_may_be_a_part_of_the_largest_that_is_known(http: httpx.Client) -> None:
+    source, index = FEATURE.split("/")
+    maximum = http.get(f"/v1/features/{FEATURE}").json()["max"]
+    assert maximum == embedded.source_annotations(source).maximum[int(index)] > 1
+    ways = [{"amount": 2 * maximum}, {"amount": 2, "unit": "of_max"}, {"amount": 2}]
+    texts = [steered(http, edits=[{"do": "clamp", "feature": FEATURE, **way}])["steered"]["text"] for way in ways]
+    assert texts[0] == texts[1] != texts[2]
+
+
 @pytest.mark.parametrize(
     ("edit", "status", "says"),
     [
