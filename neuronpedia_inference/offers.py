@@ -12,6 +12,10 @@ from neuronpedia_inference.operations import by_name
 
 NOT_STEERED = "this place is only read"
 NO_ROUTE = "this server has no such route"
+RECORDED_EDITS = (
+    "only additions to hook_resid_pre and hook_resid_post that are the same at every generated token are recorded; "
+    "while other edits take part in a step, it runs one operation at a time"
+)
 NO_TEMPLATE = "the tokenizer has no chat template; CHATML_FALLBACK=1 uses ChatML"
 NO_HEADS = "no source that is served reads what attention heads give (attn.hook_z)"
 _LENSES = {"lens_logit": "lens_prompt", "lens_jacobian": "lens_prompt"}
@@ -23,15 +27,41 @@ Layers = Mapping[str, Any]
 
 
 def offered(verdict: Verdict, sources: Collection[Source], *, chat: bool) -> dict[str, Any]:
-    """The keys `places`, `endpoints` (a map of names to whether they are served, as the wire has it) and
+    """The keys `places`, `edits`, `endpoints` (a map of names to whether they are served, as the wire has it) and
     `endpoints_off_because` (the reasons of those that are not). chat: whether there is a chat template.
     """
     refused = refused_endpoints(verdict, sources, chat=chat)
     return {
         "places": places(verdict),
+        "edits": edits(verdict, sources),
         "endpoints": {name: not because for name, because in refused.items()},
         "endpoints_off_because": {name: because for name, because in refused.items() if because},
     }
+
+
+def edits(verdict: Verdict, sources: Collection[Source]) -> dict[str, Any]:
+    """`sources`: those whose features can be clamped, scaled and swapped. `refused`: the others by the reason; they can
+    be added where they have decoder rows. `unrecorded_because`: why a step in which edits take part is not replayed.
+    """
+    refused: dict[str, list[str]] = {}
+    for source in sources:
+        because = _why_not_set(source)
+        if because:
+            refused.setdefault(because, []).append(source.name)
+    taken = {name for names in refused.values() for name in names}
+    return {
+        "sources": [source.name for source in sources if source.name not in taken],
+        "refused": refused,
+        "unrecorded_because": verdict.unrecorded_because or RECORDED_EDITS,
+    }
+
+
+def _why_not_set(source: Source) -> str:
+    if not source.is_read_by_column:
+        return f"{source.architecture}: features are compared with each other"
+    if source.is_transcoder and not source.hook_out:
+        return f"{source.architecture}: it does not say where it writes"
+    return ""
 
 
 def places(verdict: Verdict) -> dict[str, dict[str, Layers]]:

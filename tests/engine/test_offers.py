@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from neuronpedia_inference.domain import Source
@@ -88,3 +90,19 @@ def test_what_a_model_cannot_do_has_its_reason(
     for name, reason in off.items():
         assert reason in reasons[name]
     assert "activation_single" not in reasons, "a vector needs no source"
+
+
+def test_whose_features_can_be_set_is_told_with_the_reasons() -> None:
+    sources = [
+        sae(0),
+        replace(sae(1), name="1-topk", architecture="topk"),
+        replace(sae(1), name="1-skip", architecture="skip_transcoder"),
+        replace(sae(1), name="1-tc", architecture="transcoder", hook_out="blocks.1.hook_mlp_out"),
+    ]
+    told = offered(engine("llama").verdict, sources, chat=True)["edits"]
+    assert told["sources"] == [sources[0].name, "1-tc"]
+    assert told["refused"] == {
+        "topk: features are compared with each other": ["1-topk"],
+        "skip_transcoder: it does not say where it writes": ["1-skip"],
+    }
+    assert told["unrecorded_because"] == engine("llama").graphs_off_because

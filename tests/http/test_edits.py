@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,7 +12,9 @@ from safetensors import safe_open
 from served import WIDTH
 
 from neuronpedia_inference import embedded
+from tests.rounding import begins
 
+README = Path(__file__).resolve().parents[2] / "README.md"
 FEATURE = "15-res-4k/1113"
 HOOK = "blocks.15.hook_resid_post"
 VECTOR = [1.0] * WIDTH
@@ -66,6 +70,25 @@ def test_a_clamp_is_no_addition_and_a_stream_says_the_same(http: httpx.Client) -
     assert whole["steered"]["text"] in last
 
 
+def test_the_readme_shows_what_clamping_does_and_adding_cannot(http: httpx.Client) -> None:
+    """Every text of its table; with an edit of what is there, the text that does not speak of it stays as it is."""
+    table = README.read_text(encoding="utf-8").partition("<!-- edits:start -->")[2].partition("<!-- edits:end -->")[0]
+    head, _, *rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.split("\n") if line]
+    prompts = [cell.removesuffix(" …") for cell in head[1:]]
+    assert len(rows) == 4
+    said: dict[str, list[str]] = {}
+    for way, *texts in rows:
+        edits = [] if way == "none" else [json.loads(way.strip("`"))]
+        answers = [steered(http, prompt, edits=edits, max_new_tokens=8)["steered"] for prompt in prompts]
+        for text, found in zip(texts, answers, strict=True):
+            assert begins(f" {text}", found["logprobs"]), way
+        said["none" if way == "none" else edits[0]["do"]] = [found["text"] for found in answers]
+    for do in ("scale", "clamp"):
+        assert said[do][0] != said["none"][0]
+        assert said[do][1] == said["none"][1]
+    assert said["add"][1] != said["none"][1]
+
+
 def test_an_amount_may_be_a_part_of_the_largest_that_is_known(http: httpx.Client) -> None:
     source, index = FEATURE.split("/")
     maximum = http.get(f"/v1/features/{FEATURE}").json()["max"]
@@ -82,11 +105,6 @@ def test_an_amount_may_be_a_part_of_the_largest_that_is_known(http: httpx.Client
         ({"do": "clamp", "feature": "15-res-4k/4096", "amount": 1}, 400, "edits.1: Feature index 4096 is out of range"),
         ({"do": "clamp", "feature": "15-res-4x/1", "amount": 1}, 400, "edits.1: Unknown source '15-res-4x'"),
         ({"do": "clamp", "feature": "1113", "amount": 1}, 400, "edits.1.feature: '1113' names no feature"),
-        (
-            {"do": "clamp", "feature": FEATURE, "amount": 1, "unit": "of_max"},
-            400,
-            "edits.1: unit: no feature",
-        ),
         ({"do": "cap", "vector": [1.0], "hook": HOOK, "amount": 1}, 400, "edits.1: The vector for"),
         (
             {"do": "cap", "vector": VECTOR, "hook": "blocks.99.hook_resid_post", "amount": 1},
