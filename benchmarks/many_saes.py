@@ -5,7 +5,7 @@
 A tiny model of width 2,560 and SAEs of 65,536 features in float32, 1.3 TB on paper: files with holes, in which the rows
 and columns that are used are written. Starts with and without them take turns, each in a process of its own, with one
 thread and warm caches. Then a text is steered by a feature that has not been used, whose pages have been dropped from
-the kernel's cache, in turns with the same text unsteered; and pages are counted (Linux only). Ends with 1 beyond the
+the kernel's cache, in turns with one that is kept; and pages are counted (Linux only). Ends with 1 beyond the
 bounds.
 """
 
@@ -101,7 +101,7 @@ def _start(model: str, saes: str, *, rounds: int) -> int:
     before = _mib("VmRSS")
     started = time.perf_counter()
     runtime = Runtime.load(settings)
-    found: dict[str, Any] = {"seconds": time.perf_counter() - started, "mib": _mib("VmHWM") - before}
+    found: dict[str, Any] = {"seconds": time.perf_counter() - started, "mib": _mib("VmRSS") - before}
     if rounds:
         found["asked"] = asyncio.run(_ask(runtime, Path(saes) / f"0-{SET}" / "sae_weights.safetensors", rounds))
     runtime.close()
@@ -111,15 +111,17 @@ def _start(model: str, saes: str, *, rounds: int) -> int:
 
 async def _ask(runtime: Any, file: Path, rounds: int) -> dict[str, Any]:
     more: list[float] = []
-    unread = iter(USED)
-    assert rounds < len(USED), f"at most {len(USED) - 1} rounds"
+    kept, *unread_features = USED
+    unread = iter(unread_features)
+    await _seconds(runtime, kept)
+    assert rounds < len(unread_features), f"at most {len(unread_features) - 1} rounds"
     for _ in range(rounds):
         pages.forget(file)
-        plain = await _seconds(runtime)
-        more.append(1000 * (await _seconds(runtime, features=[_feature(next(unread), strength=3)]) - plain))
+        decoding = await _seconds(runtime, kept)
+        more.append(1000 * (await _seconds(runtime, next(unread)) - decoding))
     index = next(unread)
     pages.forget(file)
-    await _seconds(runtime, features=[_feature(index, strength=3)])
+    await _seconds(runtime, index)
     of_row = pages.cached_pages(file)
     await _answer(runtime, "activation_single", model="", prompt="a cat", source=f"0-{SET}", index=str(index))
     place = sparse.starts()["W_dec"] + sparse.ITEM * index * sparse.WIDTH
@@ -132,13 +134,11 @@ async def _ask(runtime: Any, file: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def _feature(index: int, **more: Any) -> dict[str, Any]:
-    return {"source": f"0-{SET}", "index": index, **more}
-
-
-async def _seconds(runtime: Any, **fields: Any) -> float:
+async def _seconds(runtime: Any, index: int) -> float:
+    """Of a text that is steered by a feature."""
+    features = [{"source": f"0-{SET}", "index": index, "strength": 3}]
     started = time.perf_counter()
-    await _answer(runtime, "steer", prompt="a cat", max_new_tokens=8, compare=False, temperature=0, **fields)
+    await _answer(runtime, "steer", prompt="a cat", max_new_tokens=8, compare=False, temperature=0, features=features)
     return time.perf_counter() - started
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +18,7 @@ from neuronpedia_inference.folders import existing_folder, folders_beside, missi
 from neuronpedia_inference.saes.catalogue import hub_location, resolve
 from neuronpedia_inference.saes.files import cached, is_here
 from neuronpedia_inference.saes.names import all_names, hugging_face_name
-from neuronpedia_inference.saes.originals import all_files
+from neuronpedia_inference.saes.originals import CONVERTED, all_files, loader_of, needed_files
 from neuronpedia_inference.saes.specs import SourceSpec
 from neuronpedia_inference.settings import Settings
 
@@ -26,6 +28,9 @@ WEIGHT_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 HUB_S = 10.0
 """How long the hub may take to say whether it has something."""
+GIB = 2**30
+DISK_LEFT = GIB
+"""Bytes of the disk that no download takes."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -100,15 +105,86 @@ def fetch_everything(settings: Settings, progress: Callable[[str], None]) -> boo
 
 
 def fetch_saes(specs: Sequence[SourceSpec], progress: Callable[[str], None]) -> bool:
-    """Have the files of SAEs here; whether some had to be downloaded. Raises StartupError."""
+    """Have the files of SAEs here; whether some had to be downloaded.
+
+    How large they are is said first. Raises StartupError, also where the disk would not hold them.
+    """
     missing = [spec for spec in specs if not is_here(spec)]
-    if missing:
-        check_hub(hub_location(missing[0])[0], "SAE_SETS")
-    for number, spec in enumerate(missing, 1):
-        progress(f"Downloading SAE {number} of {len(missing)}: {spec.name}")
-        repo, path = hub_location(spec)
-        _download(repo, all_files(spec, path), f"SAE {spec.name!r}")
-    return bool(missing)
+    if not missing:
+        return False
+    check_hub(hub_location(missing[0])[0], "SAE_SETS")
+    listed = cache(hub_files)
+    sizes = [missing_sizes(spec, listed) for spec in missing]
+    total = sum(sum(one.values()) for one in sizes)
+    progress(f"{len(missing)} SAEs are not on this machine: {total / GIB:.2f} GiB to download")
+    check_disk(sum(disk_bytes(spec, one) for spec, one in zip(missing, sizes, strict=True)))
+    for number, (spec, one) in enumerate(zip(missing, sizes, strict=True), 1):
+        progress(f"Downloading SAE {number} of {len(missing)}: {spec.name}, {sum(one.values()) / GIB:.2f} GiB")
+        fetch_sae(spec)
+    return True
+
+
+def fetch_sae(spec: SourceSpec) -> None:
+    """Raises StartupError, one line."""
+    repo, path = hub_location(spec)
+    _download(repo, all_files(spec, path), f"SAE {spec.name!r}")
+
+
+def missing_sizes(spec: SourceSpec, listed: Callable[[str], Mapping[str, int]] | None = None) -> dict[str, int]:
+    """Bytes of the files of an SAE that are not here, by name.
+
+    listed: instead of `hub_files`, to ask for each repository once. Raises StartupError where the hub has not what is
+    needed.
+    """
+    repo, path = hub_location(spec)
+    files, there = (listed or hub_files)(repo), cached(repo)
+    for name in needed_files(spec, path):
+        if name not in files:
+            raise StartupError(f"SAE {spec.name!r}: {repo!r} lists no {name!r}.")
+    wanted = [name for name in all_files(spec, path) if name in files]
+    return {name: files[name] for name in wanted if there is None or not (there / name).exists()}
+
+
+def disk_bytes(spec: SourceSpec, sizes: Mapping[str, int]) -> int:
+    """What files of an SAE take on disk once it is used: those in other formats are there twice."""
+    return sum(sizes.values()) * (2 if loader_of(spec) in CONVERTED else 1)
+
+
+def check_disk(n_bytes: int) -> None:
+    """Raises StartupError where the hub's cache has no room for so many more bytes."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free - DISK_LEFT
+    if n_bytes > free:
+        raise StartupError(
+            f"{n_bytes / GIB:.2f} GiB of SAEs do not fit on the disk of {constants.HF_HUB_CACHE!r}, which has "
+            f"{max(0, free) / GIB:.2f} GiB beside one that is left free. HF_HOME names a folder on another disk."
+        )
+
+
+def hub_files(repo: str) -> dict[str, int]:
+    """Every file of a repository on the hub: bytes by name. Raises StartupError."""
+    from huggingface_hub import HfApi
+
+    with asking(repo):
+        siblings = HfApi().model_info(repo, files_metadata=True).siblings or []
+    return {one.rfilename: one.size or 0 for one in siblings}
+
+
+@contextmanager
+def asking(repo: str) -> Iterator[None]:
+    """The hub's errors, and those of the way there, as one line."""
+    from httpx2 import HTTPError
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    # httpx2 is the hub client's transport; without a route it raises its own errors.
+    try:
+        yield
+    except (OSError, ValueError, HTTPError, NotASafetensorsRepoError, SafetensorsParsingError) as exc:
+        raise StartupError(f"The hub's metadata of {repo!r} cannot be read: {_first_line(exc)}") from None
 
 
 def check_hub(repo: str, setting: str, options: Mapping[str, Any] = MappingProxyType({})) -> None:

@@ -15,6 +15,7 @@ InferenceError
 ├── Unavailable             503  try again later
 │   ├── NotReady            503  the model is still loading
 │   ├── Overloaded          503  no room for another request now
+│   ├── SourceComing        503  an SAE that was asked for is being fetched
 │   └── OutOfMemory         503  the device ran out of memory; its caches were freed
 └── EngineFailed            500  our fault; details are in the server's log under the request id
 
@@ -117,6 +118,11 @@ class NotReady(Unavailable):
 
 class Overloaded(Unavailable):
     code = "overloaded"
+
+
+class SourceComing(Unavailable):
+    code = "source_coming"
+    retry_after_s = 10
 
 
 class OutOfMemory(Unavailable):

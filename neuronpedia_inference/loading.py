@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neuronpedia_inference import downloads, embedded, kept
 from neuronpedia_inference.annotations import SourceAnnotations, read_folder
+from neuronpedia_inference.domain import Source
 from neuronpedia_inference.embedded.weights import default_cache_dir
 from neuronpedia_inference.engine import weights
 from neuronpedia_inference.engine.engine import ModelEngine
@@ -28,9 +30,11 @@ from neuronpedia_inference.engine.tokens import TextCodec
 from neuronpedia_inference.errors import StartupError, UnknownPoint
 from neuronpedia_inference.load_options import without_places
 from neuronpedia_inference.memory import needs_at_start
+from neuronpedia_inference.newcomers import Newcomers
 from neuronpedia_inference.room import allocating, check_fits, room_on
 from neuronpedia_inference.saes.catalogue import SaeCatalogue, aliases, resolve
 from neuronpedia_inference.saes.names import hugging_face_name
+from neuronpedia_inference.saes.specs import SourceSpec
 from neuronpedia_inference.saes.store import SaeStore
 from neuronpedia_inference.settings import Settings
 
@@ -56,6 +60,8 @@ class Loaded:
     """Of sources of whose features something is known beside their weights."""
     request_bytes: int
     """Memory that all requests together may take."""
+    newcomers: Newcomers
+    """SAEs that requests may have fetched."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,8 @@ def _load(
     )
     downloads.fetch_saes(catalogue.specs, progress)
     store.describe_all(progress)
-    _check_sources(store, engine)
+    for source in store.sources:
+        _check_source(source, engine)
     left_bytes = max(0, free_bytes(engine.device) - store.n_bytes)
     request_bytes = _bytes(settings.request_memory_gib) or int(REQUEST_SHARE * left_bytes)
     info = engine.model_info(
@@ -181,7 +188,9 @@ def _load(
         has_chat_template=codec.has_chat_template,
         known_names=_known_names(settings, catalogue.model_key),
     )
-    return Loaded(engine, codec, store, info, _annotations(settings, catalogue, store, info), request_bytes)
+    annotations = _annotations(settings, catalogue, store, info)
+    newcomers = Newcomers(settings, partial(_add, store, engine))
+    return Loaded(engine, codec, store, info, annotations, request_bytes, newcomers)
 
 
 def _choose_products(model: PreTrainedModel, settings: Settings) -> Mapping[Shape, Chosen]:
@@ -232,19 +241,25 @@ def n_threads(settings: Settings) -> int:
     return settings.num_threads or max(1, (os.cpu_count() or 2) - 1)
 
 
-def _check_sources(store: SaeStore, engine: ModelEngine) -> None:
-    """Every SAE must fit the model, or its numbers would be of another model."""
-    for source in store.sources:
-        try:
-            point = Point.parse(source.hook)
-            engine.check(point)
-        except UnknownPoint as exc:
-            raise StartupError(f"Source {source.name!r} does not fit this model: {exc}") from None
-        if engine.width(point) != source.width:
-            raise StartupError(
-                f"Source {source.name!r} reads vectors of width {source.width}, but {source.hook} of this model "
-                f"has width {engine.width(point)}."
-            )
+def _add(store: SaeStore, engine: ModelEngine, spec: SourceSpec) -> None:
+    """Serve another SAE, whose files are here. Raises StartupError."""
+    about = store.describe(spec)
+    _check_source(about.source, engine)
+    store.add(spec, about)
+
+
+def _check_source(source: Source, engine: ModelEngine) -> None:
+    """An SAE must fit the model, or its numbers would be of another model. Raises StartupError."""
+    try:
+        point = Point.parse(source.hook)
+        engine.check(point)
+    except UnknownPoint as exc:
+        raise StartupError(f"Source {source.name!r} does not fit this model: {exc}") from None
+    if engine.width(point) != source.width:
+        raise StartupError(
+            f"Source {source.name!r} reads vectors of width {source.width}, but {source.hook} of this model "
+            f"has width {engine.width(point)}."
+        )
 
 
 def _stop_ids(eos_id: object, generation_config: object) -> set[int]:

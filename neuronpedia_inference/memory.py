@@ -13,8 +13,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -222,7 +221,7 @@ def _hub_model(repo: str, options: Mapping[str, Any]) -> _Counted:
     if options.get("subfolder"):
         raise StartupError(f"{repo!r} is counted on the hub without subfolders only: fetch its files first.")
     how = {name: options[name] for name in ("revision", "token") if name in options}
-    with _asking(repo):
+    with downloads.asking(repo):
         files = get_safetensors_metadata(repo, **how).files_metadata.values()
         config = Path(hf_hub_download(repo, "config.json", **how))
     shapes = [{name: tensor.shape for name, tensor in file.tensors.items()} for file in files]
@@ -235,7 +234,7 @@ def sae_numbers(specs: Sequence[SourceSpec]) -> list[int]:
 
     On the hub, files of one size in one repository are alike, so one header is read.
     """
-    hub_files = cache(_hub_files)
+    hub_files = cache(downloads.hub_files)
     known: dict[tuple[str, int], int] = {}
     numbers = []
     for spec in specs:
@@ -262,41 +261,14 @@ def _file_numbers(file: Path) -> int:
     return tensor_numbers(file) if file.suffix == ".safetensors" else file.stat().st_size // STORED_BYTES
 
 
-def _hub_files(repo: str) -> dict[str, int]:
-    """Size in bytes by name."""
-    from huggingface_hub import HfApi
-
-    with _asking(repo):
-        siblings = HfApi().model_info(repo, files_metadata=True).siblings or []
-    return {one.rfilename: one.size or 0 for one in siblings}
-
-
 def _hub_numbers(repo: str, name: str, size: int) -> int:
     """Numbers in one SAE file."""
     from huggingface_hub import parse_safetensors_file_metadata
 
     if not name.endswith(".safetensors"):
         return size // STORED_BYTES
-    with _asking(repo):
+    with downloads.asking(repo):
         return sum(parse_safetensors_file_metadata(repo, name).parameter_count.values())
-
-
-@contextmanager
-def _asking(repo: str) -> Iterator[None]:
-    """The hub's errors, and those of the way there, as one line."""
-    from httpx2 import HTTPError
-    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
-
-    # httpx2 is the hub client's transport; without a route it raises its own errors.
-    try:
-        yield
-    except (OSError, ValueError, HTTPError, NotASafetensorsRepoError, SafetensorsParsingError) as exc:
-        raise _unreachable(repo, exc) from None
-
-
-def _unreachable(repo: str, exc: Exception) -> StartupError:
-    why = (str(exc).strip() or type(exc).__name__).splitlines()[0]
-    return StartupError(f"The hub's metadata of {repo!r} cannot be read: {why}")
 
 
 def _cache_numbers(config: dict[str, Any], settings: Settings) -> int:

@@ -61,8 +61,9 @@ class Runtime:
         self.settings = settings
         self.model: ModelInfo = loaded.info
         self._engine = loaded.engine
+        self._newcomers = loaded.newcomers
         self._codec = loaded.codec
-        self.shelf = Shelf(loaded.store, loaded.engine, loaded.annotations)
+        self.shelf = Shelf(loaded.store, loaded.engine, loaded.annotations, loaded.newcomers.refusal)
         self._edits = EditResolver(loaded.engine, self.shelf, loaded.codec.special_ids)
         self.watches = WatchResolver(loaded.engine, self.shelf, max_top_k=settings.max_top_k)
         self._costs = Costs(loaded.info)
@@ -115,6 +116,7 @@ class Runtime:
 
     def close(self) -> None:
         """Finish what was accepted, then stop."""
+        self._newcomers.close()
         self._worker.close()
         self.shelf.close()
 

@@ -87,6 +87,15 @@ class Settings(BaseSettings):
         description="GiB of SAEs kept on the device; the least recently used leave first and come back when asked for. "
         "Unset: seven tenths of what is free once the model is loaded.",
     )
+    download_on_request: bool = Field(
+        False,
+        description="Fetch an SAE that a request names, where SAELens's directory lists it for the model and it is not "
+        "served yet. Meanwhile requests for it get a 503, and all others are answered.",
+    )
+    download_file_gib: float = Field(8.0, gt=0, description="GiB of one file that is fetched for a request, at most.")
+    download_total_gib: float = Field(
+        64.0, gt=0, description="GiB of all files that one process fetches for requests, at most."
+    )
     model_from_pretrained_kwargs: dict[str, Any] = Field(
         default_factory=dict,
         description="JSON object passed to Hugging Face's `from_pretrained`, such as "

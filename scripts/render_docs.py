@@ -145,6 +145,12 @@ EXPLAINED: dict[str, Explained] = {
         "32 requests are being answered already, the most that this server admits.",
         "Try again after `Retry-After` seconds, with fewer requests at once; or raise `MAX_CONCURRENT_REQUESTS`.",
     ),
+    "source_coming": Explained(
+        "An SAE that a request named is being fetched, as `DOWNLOAD_ON_REQUEST` allows, or could not be. Requests that "
+        "do not need it are answered.",
+        "Source '20-gemmascope-res-16k' is being fetched, 0.28 GiB, for 12 s now. Ask again soon.",
+        "Ask again after `Retry-After` seconds; or name the source in `SAE_SETS`, and the next start has it.",
+    ),
     "out_of_memory": Explained(
         "The device ran out of memory on this request. Its caches were freed; other requests go on.",
         "The device ran out of memory.",

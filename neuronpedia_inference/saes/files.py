@@ -18,7 +18,8 @@ def cached(name: str, how: Mapping[str, Any] = MappingProxyType({})) -> Path | N
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, local_files_only=True, **how))
+        # No pattern, for the client remembers what else the hub has, and would call a part of it nothing.
+        return Path(snapshot_download(name, local_files_only=True, allow_patterns=[], **how))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
 

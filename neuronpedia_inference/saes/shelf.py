@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -12,22 +12,38 @@ from neuronpedia_inference.annotations import Found, Searcher, SourceAnnotations
 from neuronpedia_inference.domain import Source, TokenEffects
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.points import ATTN_OUT, MLP_OUT, MLP_POST, RESID_MID, RESID_POST, RESID_PRE, Point
-from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownSource
+from neuronpedia_inference.errors import InferenceError, InvalidRequest, LimitExceeded, UnknownSource
 from neuronpedia_inference.saes.encode import NeuronReader
 from neuronpedia_inference.saes.residency import FreeLease
 from neuronpedia_inference.saes.store import SaeStore
 
 NEURONS = "neurons"
+LONGEST_NAME = 200
+"""Of a source, as it is repeated to who asked for it."""
 ON_THE_STREAM = frozenset((RESID_PRE, RESID_MID, RESID_POST, ATTN_OUT, MLP_OUT))
 """Places whose vectors are added to the residual stream, or are it."""
+
+
+class Refusal(Protocol):
+    def __call__(self, name: str, served: Iterable[str], /) -> InferenceError: ...
 
 
 class Shelf:
     """The sources of one model."""
 
-    def __init__(self, store: SaeStore, engine: ModelEngine, annotations: Mapping[str, SourceAnnotations]) -> None:
-        """annotations: of sources of whose features something is known beside their weights."""
+    def __init__(
+        self,
+        store: SaeStore,
+        engine: ModelEngine,
+        annotations: Mapping[str, SourceAnnotations],
+        refusal: Refusal,
+    ) -> None:
+        """annotations: of sources of whose features something is known beside their weights.
+
+        refusal: what to raise for a name that is not served.
+        """
         self._store = store
+        self._refusal = refusal
         self._engine = engine
         self._annotations = annotations
         self._searcher = Searcher(annotations)
@@ -42,12 +58,15 @@ class Shelf:
         return tuple(dict.fromkeys(source.source_set for source in self.sources))
 
     def source(self, name: str) -> Source:
-        """An SAE by its name, or a layer's neurons by a bare integer. Raises UnknownSource."""
+        """An SAE by its name, or a layer's neurons by a bare integer.
+
+        Raises UnknownSource, and SourceComing or LimitExceeded for one that is to be fetched.
+        """
         if name.isascii() and name.isdecimal():
             return self._neurons(name)
-        source = next((source for source in self.sources if source.name == name), None)
+        source = self._store.find(name)
         if source is None:
-            raise UnknownSource.named("source", name[:80], [s.name for s in self.sources])
+            raise self._refusal(name[:LONGEST_NAME], [source.name for source in self.sources])
         return source
 
     def source_set(self, name: str) -> tuple[Source, ...]:

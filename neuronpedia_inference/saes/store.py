@@ -85,6 +85,16 @@ class SaeStore:
         self._counts: Counter[str] = Counter()
         self._lock = Lock()
 
+    def describe(self, spec: SourceSpec) -> Described:
+        """What an SAE is that is not served yet. Raises StartupError."""
+        return self._describe(spec, self._dtype)
+
+    def add(self, spec: SourceSpec, about: Described) -> None:
+        """Serve another SAE from now on."""
+        with self._lock:  # others may be going through them
+            self._specs = {**self._specs, spec.name: spec}
+            self._described = {**self._described, spec.name: about}
+
     def describe_all(self, progress: Callable[[str], None] = lambda line: None) -> None:
         """Read what each SAE is, to check it and learn its `Source`. Raises StartupError at a bad one."""
         for number, (name, spec) in enumerate(self._specs.items(), start=1):
@@ -95,7 +105,8 @@ class SaeStore:
     @property
     def sources(self) -> tuple[Source, ...]:
         """Sources that have been described, in the order of the specs."""
-        return tuple(self._described[name].source for name in self._specs if name in self._described)
+        described = self._described
+        return tuple(described[name].source for name in self._specs if name in described)
 
     @property
     def readers(self) -> tuple[FeatureReader, ...]:
@@ -108,6 +119,11 @@ class SaeStore:
         """What all of them take on the device, within the budget."""
         every = sum(about.n_bytes for about in self._described.values())
         return every if self._budget is None else min(every, self._budget)
+
+    def find(self, name: str) -> Source | None:
+        """A source that has been described."""
+        about = self._described.get(name)
+        return None if about is None else about.source
 
     def source(self, name: str) -> Source:
         """Raises UnknownSource with the nearest names."""
@@ -292,7 +308,7 @@ class SaeStore:
             on_death.callback(refuse, [future], _failed(name))
             try:
                 convert(self._specs[name])
-                self._described[name] = self._describe(self._specs[name], self._dtype)
+                self.add(self._specs[name], self.describe(self._specs[name]))
             except StartupError as exc:
                 with self._lock:  # who asks again tries again
                     del self._conversions[name]

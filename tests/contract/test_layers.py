@@ -52,6 +52,7 @@ LAYERS = {
     "scheduler": 4,
     "downloads": 5,
     "loading": 5,
+    "newcomers": 5,
     "memory": 5,
     "inventory": 5,
     "offers": 5,

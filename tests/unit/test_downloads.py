@@ -52,6 +52,22 @@ def test_a_model_in_the_cache(snapshot: Path) -> None:
     assert downloads.fetch(settings()) == snapshot
 
 
+def test_a_model_that_was_fetched_is_found_though_the_hub_has_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hub's client remembers that there is a readme which was not fetched."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    (repository := tmp_path / "repository").mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors", "README.md"):
+        (repository / name).write_text("{}")
+    with a_hub({NAME: repository}) as (address, _):
+        use_hub(monkeypatch, address)
+        fetched = downloads.fetch(settings())
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert not (fetched / "README.md").exists()
+    assert downloads.found(settings()) == fetched
+
+
 def test_every_part_of_the_weights_is_needed(snapshot: Path) -> None:
     for name in ("config.json", "tokenizer.json", "model-1.safetensors"):
         (snapshot / name).write_text("{}")

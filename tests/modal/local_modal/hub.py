@@ -53,15 +53,15 @@ class _Hub(BaseHTTPRequestHandler):
         for repo, folder in self._repositories.items():
             if path.startswith(f"/api/models/{repo}/tree/"):
                 files = [
-                    {"type": "file", "path": one.name, "size": one.stat().st_size, "oid": "0" * 40}
-                    for one in folder.iterdir()
+                    {"type": "file", "path": name, "size": one.stat().st_size, "oid": "0" * 40}
+                    for name, one in _files(folder)
                 ]
                 return self._send(200, json.dumps(files).encode(), with_body, {"Content-Type": "application/json"})
             if path.startswith(f"/api/models/{repo}"):
-                siblings = [{"rfilename": one.name} for one in sorted(folder.iterdir())]
+                siblings = [{"rfilename": name, "size": one.stat().st_size} for name, one in _files(folder)]
                 about = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
                 return self._send(200, json.dumps(about).encode(), with_body, {"Content-Type": "application/json"})
-            file = folder / path.rpartition("/")[2]
+            file = folder / "/".join(path.split("/")[5:])
             if path.startswith(f"/{repo}/resolve/") and file.is_file():
                 data = file.read_bytes()
                 headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
@@ -77,3 +77,7 @@ class _Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if with_body:
             self.wfile.write(data)
+
+
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    return sorted((one.relative_to(folder).as_posix(), one) for one in folder.rglob("*") if one.is_file())
