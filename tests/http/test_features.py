@@ -5,6 +5,8 @@ Weights are compared with the SAE's own file and with Hugging Face's final norm 
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -212,13 +214,46 @@ def test_contrasts_name_the_subjects(http: httpx.Client, a: str, b: str) -> None
     body = {"a": TOPICS[a], "b": TOPICS[b], "limit": 5}
     answer = http.post("/v1/contrast", json=body)
     assert answer.status_code == 200, answer.text
-    for side, topic in (("a", a), ("b", b)):
+    for side, other, topic in (("a", "b", a), ("b", "a", b)):
         features = answer.json()[side]
-        told = [words_of(http, one) for one in features]
-        assert any(word in text for text in told for word in NAMED[topic]), (topic, features)
+        named = n_named(http, features, NAMED[topic])
+        assert named >= 1, (topic, features)
+        assert named > n_named(http, answer.json()[other], NAMED[topic]), "else its words would be everywhere"
     other = {"a": TOPICS[b], "b": TOPICS[a], "limit": 5}
     turned = http.post("/v1/contrast", json=other).json()
     assert [one["index"] for one in turned["b"]] == [one["index"] for one in answer.json()["a"]]
+
+
+# What three documents that the SAEs were not trained on are about: a novel, a country, jargon of programmers.
+SUBJECTS = {
+    "novel": ("ladies", "lady", "sister", "daughter", "mother", "married", "marriage", "husband", "wife", "mr", "mrs"),
+    "country": ("government", "military", "country", "economy", "constitution", "election", "independence", "war"),
+    "jargon": ("comput", "program", "network", "server", "packet", "jargon", "hardware", "interface", "software"),
+}
+
+
+def held_out(name: str) -> list[str]:
+    """Sentences of one of them."""
+    text = (Path(__file__).parents[1] / "embedded" / "held_out_excerpt.txt").read_text(encoding="utf-8")
+    novel, _, rest = text.partition("Background: ")
+    country, _, jargon = rest.partition(":NMI:")
+    documents = {"novel": novel, "country": country, "jargon": jargon}
+    sentences = re.split(r"(?<=[.!?]) ", " ".join(documents[name].split()))
+    return [sentence[:150] for sentence in sentences if len(sentence) > 40][:6]
+
+
+def n_named(http: httpx.Client, features: list[dict[str, Any]], words: tuple[str, ...]) -> int:
+    """How many of the features have one of the words in their labels or contexts."""
+    return sum(any(re.search(rf"\b{word}", words_of(http, one)) for word in words) for one in features)
+
+
+@pytest.mark.parametrize(("a", "b"), [("novel", "country"), ("country", "jargon"), ("jargon", "novel")])
+def test_contrasts_of_held_out_documents_name_their_subjects(http: httpx.Client, a: str, b: str) -> None:
+    found = http.post("/v1/contrast", json={"a": held_out(a), "b": held_out(b), "limit": 5}).json()
+    for side, other, subject in (("a", "b", a), ("b", "a", b)):
+        named = n_named(http, found[side], SUBJECTS[subject])
+        assert named >= 1, (subject, [one["label"] for one in found[side]])
+        assert named > n_named(http, found[other], SUBJECTS[subject]), "else its words would be everywhere"
 
 
 def test_a_contrast_s_numbers_are_those_of_the_activations(http: httpx.Client) -> None:

@@ -80,6 +80,9 @@ def test_other_ways_to_call(deployed: Deployed) -> None:
             "as bodies": list(service.activations.map([{"prompt": text, **kwargs} for text in texts])),
             "as keywords": service.tokenize.remote(**hi) == service.tokenize.remote(hi),
             "both": service.tokenize.remote(hi, prepend_bos=False)["tokens"],
+            "by words": service.search.remote("moon", limit=1) == service.search.remote({"q": "moon", "limit": 1}),
+            "by name": service.feature.remote("15-res-4k", 3)["index"] == 3,
+            "two lists": len(service.contrast.remote(["The moon."], ["A cat."], limit=1)["a"]) == 1,
             "model": service.capabilities.remote()["model"],
             "sources": service.capabilities.remote()["sources"],
         }
