@@ -335,9 +335,11 @@ class Written:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = field(default=())
     finish_reason: str | None = None
-    """None while it goes on, then "stop" (end-of-sequence token) or "length"."""
+    """None while it goes on, then "stop" (end-of-sequence token), "length" or "stop_rule"."""
     tokens: tuple[str, ...] = ()
     """`token_ids` as strings."""
+    rule: int | None = field(default=None, kw_only=True)
+    """The rule that ended the text at its last token."""
     numbers: Numbers | None = field(default=None, compare=False)
     """[pos, n]: what was read at the positions of the text that have become known, from the prompt's first on."""
     ending: str = ""

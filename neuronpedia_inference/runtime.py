@@ -39,6 +39,7 @@ from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.vitals import Load, vitals
 from neuronpedia_inference.watches.plan import WatchPlan
 from neuronpedia_inference.watches.resolve import WatchResolver
+from neuronpedia_inference.watches.rules import RulePlan
 
 T = TypeVar("T")
 
@@ -193,11 +194,12 @@ class Runtime:
         sampling: Sampling,
         *,
         watches: WatchPlan | None = None,
+        rules: RulePlan | None = None,
         stream: bool,
     ) -> AsyncIterator[tuple[Written, ...]]:
         """One row per plan, all in one batch; None generates unsteered. Plans have passed `check_steering`.
 
-        What is watched comes with every row, twice where that row is steered.
+        What is watched comes with every row, twice where that row is steered. `rules` are on what is watched.
 
         Checks and admits at once: every 4xx and 503 is raised by the call itself. With `stream` what is new in every
         row, as often as there is something and the reader asks; without, everything at once at the end. Closing the
@@ -210,7 +212,7 @@ class Runtime:
             self._edits.check_selections(plan, prompt, sampling)
         held = ExitStack()
         work = GenerateWork(
-            lambda: self._rows(prompt, plans, sampling, watches, held),
+            lambda: self._rows(prompt, plans, sampling, watches, rules, held),
             n_rows=len(plans),
             n_prompt_tokens=len(prompt),
             n_positions=len(prompt) + sampling.max_new_tokens,
@@ -289,6 +291,7 @@ class Runtime:
         plans: Sequence[Plan | None],
         sampling: Sampling,
         watches: WatchPlan | None,
+        rules: RulePlan | None,
         held: ExitStack,
     ) -> Steps:
         """-> list[RowSpec], one per plan, good until `held` is closed. Runs on the worker."""
@@ -296,16 +299,14 @@ class Runtime:
         if watches is None:
             return rows
         read = yield from self.watches.readings(watches, held)
-        edited = [self.edited(plan) for plan in plans]
-        return [
-            replace(
-                row,
-                watches=tuple(
-                    self._engine.watch(one.point, read[one], before=one.point in points) for one in watches.reads
-                ),
-            )
-            for row, points in zip(rows, edited, strict=True)
-        ]
+        special = frozenset(self._codec.special_ids)
+        watched: list[RowSpec] = []
+        for row, plan in zip(rows, plans, strict=True):
+            points = self.edited(plan)
+            of_row = [self._engine.watch(one.point, read[one], before=one.point in points) for one in watches.reads]
+            stops = () if rules is None else rules.of_row(watches.places(points), special)
+            watched.append(replace(row, watches=tuple(of_row), rules=stops))
+        return watched
 
     def _check_room(self, prompt: Tokens, sampling: Sampling) -> None:
         check_prompts([prompt], self.model.vocab_size)

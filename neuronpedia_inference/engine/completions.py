@@ -24,6 +24,7 @@ class _News:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     numbers: list[Numbers] = field(default_factory=list)
+    rule: int | None = None
     ending: str = ""
 
     def written(self) -> Written:
@@ -35,6 +36,7 @@ class _News:
             tuple(self.tokens),
             np.concatenate(self.numbers) if self.numbers else None,
             self.ending,
+            rule=self.rule,
         )
 
 
@@ -62,7 +64,7 @@ class Completions:
         if step.numbers is not None:
             news.numbers.append(step.numbers)
         if step.ends:
-            news.finish_reason = step.finish_reason
+            news.finish_reason, news.rule = step.finish_reason, step.rule
         if step.logprob is not None:
             news.logprobs.append(self._logprob(step, step.logprob))
 

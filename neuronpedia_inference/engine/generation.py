@@ -24,7 +24,7 @@ from neuronpedia_inference.engine.decoder import Changes, Decoder, ends
 from neuronpedia_inference.engine.faults import failure_of, let_go
 from neuronpedia_inference.engine.prefixes import Prefixes
 from neuronpedia_inference.engine.prompts import PromptPass
-from neuronpedia_inference.engine.protocol import NO_TOKEN, RowId, RowSpec, RowStep
+from neuronpedia_inference.engine.protocol import NO_TOKEN, Lookout, RowId, RowSpec, RowStep
 from neuronpedia_inference.engine.reads import Reads
 from neuronpedia_inference.engine.sampling import Drawn, Sampler, draw
 from neuronpedia_inference.engine.slots import Slots
@@ -47,6 +47,12 @@ class _Row:
     generated: list[int] = field(default_factory=list)
     finish: str | None = None
     """Why it draws no more; a watched row stays until its last token has been the input."""
+    lookouts: list[Lookout] = field(default_factory=list)
+    """Of its rules."""
+    rule: int | None = None
+    """The one that has ended it."""
+    held: RowStep | None = None
+    """Of a row with rules, the newest token, until they have seen it."""
     length: int = 0
     """Positions whose keys and values are kept."""
     is_parked: bool = False
@@ -245,12 +251,15 @@ class Lane:
 
     def _told(self, rows: Sequence[_Row], logits: Tensor, numbers: Sequence[Numbers | None]) -> list[RowStep]:
         """Every row draws that goes on, and gets what was read of it. logits: [row, vocab]."""
+        for row, read in zip(rows, numbers, strict=True):
+            _look(row, read)
         drawing = [place for place, row in enumerate(rows) if row.finish is None]
         drawn = dict(zip(drawing, self._draw(rows, drawing, logits) if drawing else (), strict=True))
         steps = [
             self._with_numbers(drawn.get(place) or RowStep(row.id, NO_TOKEN, finish_reason=row.finish), row.spec, read)
             for place, (row, read) in enumerate(zip(rows, numbers, strict=True))
         ]
+        steps = [_held(row, step) for row, step in zip(rows, steps, strict=True)]
         for row, step in zip(rows, steps, strict=True):
             row.is_leaving, row.has_failed = step.ends, step.error is not None
         if any(step.ends for step in steps):
@@ -307,7 +316,8 @@ class Joining:
         self._passes: list[tuple[Sequence[_Row], PromptPass]] = []
         for id_, asked in rows:
             spec = begun(asked, lane.decoder.model.device)
-            row = _Row(id_, spec, Sampler(spec.sampling, spec.prompt_ids))
+            lookouts = [rule.begin() for rule in spec.rules]
+            row = _Row(id_, spec, Sampler(spec.sampling, spec.prompt_ids), lookouts=lookouts)
             is_read = bool(spec.watches)  # its prompt has to pass
             known = lane.prefixes.find(spec) if lane.memory.in_pieces and not is_read else None
             if known is None:
@@ -431,6 +441,27 @@ def _step_of(row: RowId, lane: Lane) -> list[RowStep]:
     steps: list[RowStep] = []
     failure = failure_of(lambda: steps.extend(lane.decode()))
     return steps if failure is None else [RowStep(row, NO_TOKEN, error=failure)]
+
+
+def _look(row: _Row, numbers: Numbers | None) -> None:
+    """The rules see what was read; the first that wants it ends the row at its newest token."""
+    if numbers is None or not row.lookouts:
+        return
+    ids = row.generated[-1:] or row.spec.prompt_ids
+    wants = [lookout.see(numbers, ids) for lookout in row.lookouts]
+    if row.generated and any(wants):
+        row.finish, row.rule = "stop_rule", wants.index(True)
+
+
+def _held(row: _Row, step: RowStep) -> RowStep:
+    """Of a row with rules: the token before, which they have seen, with what was read there."""
+    if not row.lookouts or step.error is not None:
+        return step
+    seen, row.held = row.held, step if step.token_id != NO_TOKEN else None
+    if seen is None:
+        return RowStep(row.id, NO_TOKEN, numbers=step.numbers)
+    finish = step.finish_reason if row.held is None else None
+    return replace(seen, numbers=step.numbers, finish_reason=finish, is_awaited=False, rule=row.rule)
 
 
 def _of(logits: Tensor, places: Sequence[int]) -> Tensor:

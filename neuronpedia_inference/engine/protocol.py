@@ -79,6 +79,20 @@ class Watch:
         return self.reading.n_numbers * (2 if self.before else 1)
 
 
+class Lookout(Protocol):
+    """What a rule has seen of one text."""
+
+    def see(self, numbers: Numbers, ids: Sequence[int], /) -> bool:
+        """What was read at the next positions, [pos, n] as in `RowStep.numbers`, and their tokens; whether to stop."""
+        ...
+
+
+class Rule(Protocol):
+    """Ends a text at a token for what was read there."""
+
+    def begin(self) -> Lookout: ...
+
+
 @dataclass(frozen=True, slots=True)
 class RowSpec:
     """One sequence to generate."""
@@ -87,6 +101,8 @@ class RowSpec:
     sampling: Sampling
     edits: tuple[RowEdit, ...] = ()
     watches: tuple[Watch, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    """On what the watches read. A token is told once the rules have seen it."""
     n_generated: int = 0
     """Of the ids, how many at the end were generated: of a text that is run again."""
     fired: Tensor | None = None
@@ -129,6 +145,8 @@ class RowStep:
     """[pos, n]: what was read at the positions that this step ran, watch by watch, `before` first."""
     is_awaited: bool = False
     """With a row's last token: what is read there is still to come, in a step of its own."""
+    rule: int | None = None
+    """The rule that ended the row at this token, with finish_reason "stop_rule"."""
 
     @property
     def ends(self) -> bool:

@@ -15,6 +15,7 @@ from neuronpedia_inference.operations.steer import Chat, Plans, chat_story, text
 from neuronpedia_inference.operations.story import Story, Transcript, logprob_reply
 from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.schemas.steer import SteerRequest, SteerResponse, SteerText
+from neuronpedia_inference.schemas.watch import SteerStop
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
@@ -36,15 +37,14 @@ async def _steered(request: SteerRequest, rt: Runtime, *, stream: bool) -> Async
         raise InvalidRequest("deltas: goes with stream, whose events it makes smaller")
     if isinstance(request.prompt, str):
         _check_text(request, request.prompt)
-    plans, sampling, watch = await _checked_plans(request, rt), _sampling(request), request.watch or ()
+    plans, sampling = await _checked_plans(request, rt), _sampling(request)
+    reads = {"watch": request.watch or (), "rules": request.rules or ()}
     with reproducibly(request.reproducible):
         if isinstance(request.prompt, str):
             chat = None
-            story = text_story(request.prompt, plans, sampling, rt, stream=stream, keeps_ending=False, watch=watch)
+            story = text_story(request.prompt, plans, sampling, rt, stream=stream, keeps_ending=False, **reads)
         else:
-            chat, story = chat_story(
-                request.prompt, plans, sampling, rt, stream=stream, keeps_ending=False, watch=watch
-            )
+            chat, story = chat_story(request.prompt, plans, sampling, rt, stream=stream, keeps_ending=False, **reads)
     if request.deltas:
         return Events(story, lambda news: _side_by_side([_new(chat, story, *pair) for pair in enumerate(news)]))
     return Events(story, lambda _: _side_by_side([_so_far(chat, row) for row in story.rows]))
@@ -91,6 +91,7 @@ def _so_far(chat: Chat | None, row: Transcript) -> SteerText:
         logprobs=row.logprobs,
         finish_reason=row.finish_reason,
         watch=None if row.watched is None else row.watched.so_far(),
+        stopped_by=_stopped(row),
     )
 
 
@@ -104,7 +105,15 @@ def _new(chat: Chat | None, story: Story, place: int, written: Written) -> Steer
         logprobs=None if row.logprobs is None else [logprob_reply(one) for one in written.logprobs],
         finish_reason=row.finish_reason,
         watch=None if row.watched is None else row.watched.newest(),
+        stopped_by=_stopped(row),
     )
+
+
+def _stopped(row: Transcript) -> SteerStop | None:
+    if row.rule is None:
+        return None
+    last = len(row.tokens) - 1
+    return SteerStop(rule=row.rule, position=last, token=row.tokens[last])
 
 
 def _side_by_side(texts: Sequence[SteerText]) -> SteerResponse:

@@ -45,6 +45,12 @@ class GrowingList(Generic[T]):
         self._n_json: dict[Spelling, int] = {}
         self._plain: dict[Spelling, list[Any]] = {}
 
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, place: int) -> T:
+        return self._items[place]
+
     def add(self, items: Iterable[T]) -> None:
         self._items.extend(items)
 

@@ -25,7 +25,7 @@ from neuronpedia_inference.schemas.steer import (
     SteerCompletionResponse,
     SteerFields,
 )
-from neuronpedia_inference.schemas.watch import SteerWatch
+from neuronpedia_inference.schemas.watch import SteerRule, SteerWatch
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
@@ -99,13 +99,14 @@ def text_story(
     stream: bool,
     keeps_ending: bool = True,
     watch: Sequence[SteerWatch] = (),
+    rules: Sequence[SteerRule] = (),
 ) -> Story:
-    """A row per plan, in order, each watched. Raises every 4xx and 503 before it returns.
+    """A row per plan, in order, each watched, and ended by `rules`. Raises every 4xx and 503 before it returns.
 
     keeps_ending: whether texts end in the token that stopped them, as the wire's do.
     """
     rows = _rows("", plans, sampling, keeps_ending=keeps_ending)
-    return _generate(rt.tokenize(text, "once"), rows, plans, sampling, rt, stream=stream, watch=watch)
+    return _generate(rt.tokenize(text, "once"), rows, plans, sampling, rt, stream=stream, watch=watch, rules=rules)
 
 
 def chat_story(
@@ -117,6 +118,7 @@ def chat_story(
     stream: bool,
     keeps_ending: bool = True,
     watch: Sequence[SteerWatch] = (),
+    rules: Sequence[SteerRule] = (),
 ) -> tuple[Chat, Story]:
     """As `text_story`, for the answers to a chat."""
     messages = without_reasoning([ChatMessage(one.role, one.content) for one in said])
@@ -125,7 +127,7 @@ def chat_story(
     rendered, prompt = rt.render_chat(messages)
     chat = Chat(said, rt.decode(prompt.ids), open_reasoning(rendered))
     rows = _rows(chat.raw, plans, sampling, keeps_ending=keeps_ending)
-    return chat, _generate(prompt, rows, plans, sampling, rt, stream=stream, watch=watch)
+    return chat, _generate(prompt, rows, plans, sampling, rt, stream=stream, watch=watch, rules=rules)
 
 
 def _rows(raw: str, plans: Plans, sampling: Sampling, *, keeps_ending: bool) -> list[Transcript]:
@@ -141,14 +143,16 @@ def _generate(
     *,
     stream: bool,
     watch: Sequence[SteerWatch],
+    rules: Sequence[SteerRule],
 ) -> Story:
     if not prompt.ids:
         raise InvalidRequest("Prompt is empty")
-    watches = watch_plan(watch, rt) if watch else None
-    if watches is not None:
+    ruled = watch_plan(watch, rules, rt)
+    watches = None if ruled is None else ruled.watches
+    if watches is not None and watch:
         for row, of_row in zip(rows, plans, strict=True):
             row.watched = Watched(watch, watches, rt.edited(of_row), prompt.strings, rt)
-    return Story(rt.generate(prompt, plans, sampling, watches=watches, stream=stream), rows)
+    return Story(rt.generate(prompt, plans, sampling, watches=watches, rules=ruled, stream=stream), rows)
 
 
 def sampling_of(request: SteerFields) -> Sampling:

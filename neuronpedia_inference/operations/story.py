@@ -27,6 +27,8 @@ class Transcript:
         """Of the text, without the prompt's."""
         self.watched: Watched | None = None
         self.finish_reason: str | None = None
+        self.rule: int | None = None
+        """The one that ended the text at its last token."""
         self._keeps_ending = keeps_ending
 
     def add(self, written: Written) -> None:
@@ -39,6 +41,7 @@ class Transcript:
         if self.watched is not None:
             self.watched.add(written)
         self.finish_reason = written.finish_reason or self.finish_reason
+        self.rule = written.rule if written.rule is not None else self.rule
 
 
 class Story(AsyncIterator[tuple[Written, ...]]):

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from neuronpedia_inference.domain import Numbers, Written
+from neuronpedia_inference.edits.plan import fires_in
 from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.operations.edits import condition_of
 from neuronpedia_inference.operations.growing import GrowingList
 from neuronpedia_inference.schemas.watch import (
     NPLogprobTop,
+    SteerRule,
     SteerWatch,
     SteerWatched,
     WatchedFeature,
@@ -19,6 +22,7 @@ from neuronpedia_inference.schemas.watch import (
     WatchValues,
 )
 from neuronpedia_inference.watches.plan import TopRead, Watch, WatchFeature, WatchLens, WatchPlan
+from neuronpedia_inference.watches.rules import RulePlan
 
 if TYPE_CHECKING:
     from neuronpedia_inference.engine.points import Point
@@ -30,9 +34,19 @@ Make = Callable[[Numbers], Any]
 """Of the numbers of one position: the value as it stands in an answer."""
 
 
-def watch_plan(asked: Sequence[SteerWatch], rt: Runtime) -> WatchPlan:
-    """Raises InvalidRequest, LimitExceeded, UnknownSource or UnknownPoint."""
-    return WatchPlan.of([_checked(one, f"watch.{place}", rt) for place, one in enumerate(asked)])
+def watch_plan(asked: Sequence[SteerWatch], rules: Sequence[SteerRule], rt: Runtime) -> RulePlan | None:
+    """What is asked for, and behind it what rules look at; None where there is neither.
+
+    Raises InvalidRequest, LimitExceeded, UnknownSource or UnknownPoint.
+    """
+    if not asked and not rules:
+        return None
+    watches = [_checked(one, f"watch.{place}", rt) for place, one in enumerate(asked)]
+    conditions = [condition_of(rule.when, f"rules.{place}.when", rt) for place, rule in enumerate(rules)]
+    looked_at = list(dict.fromkeys(fires for condition in conditions for fires in fires_in(condition)))
+    watch_of = {fires: len(watches) + place for place, fires in enumerate(looked_at)}
+    features = [rt.watches.feature(fires.feature.source, fires.feature.index) for fires in looked_at]
+    return RulePlan(tuple(conditions), watch_of, WatchPlan.of([*watches, *features]))
 
 
 def _checked(asked: SteerWatch, where: str, rt: Runtime) -> Watch:
@@ -91,13 +105,13 @@ class Watched:
         prompt: Sequence[str],
         rt: Runtime,
     ) -> None:
-        """edited: where the row is edited. prompt: its tokens."""
+        """asked: the first of the plan's watches. edited: where the row is edited. prompt: its tokens."""
         self._asked = asked
         self._waiting = deque(prompt)
         self._tokens = GrowingList[str](lambda token: token)
         self._newest: list[str] = []
-        makes = [_maker(watch, rt) for watch in plan.watches]
-        places = plan.places(edited)
+        makes = [_maker(watch, rt) for watch in plan.watches[: len(asked)]]
+        places = plan.places(edited)[: len(asked)]
         self._before = [
             None if place.before is None else _Column(place.before, make)
             for place, make in zip(places, makes, strict=True)

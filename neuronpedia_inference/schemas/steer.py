@@ -26,8 +26,9 @@ from neuronpedia_inference.schemas.common import (
     examples,
 )
 from neuronpedia_inference.schemas.edits import MAX_EDITS, SteerEdit
-from neuronpedia_inference.schemas.watch import NPLogprobTop, SteerWatch, SteerWatched
+from neuronpedia_inference.schemas.watch import NPLogprobTop, SteerRule, SteerStop, SteerWatch, SteerWatched
 from neuronpedia_inference.watches.plan import MAX_WATCHES
+from neuronpedia_inference.watches.rules import MAX_RULES
 
 MAX_MESSAGES = 1024
 """Messages of a chat."""
@@ -265,6 +266,10 @@ class SteerRequest(Ours):
     watch: Annotated[Many[SteerWatch], AtMost(MAX_WATCHES)] | None = Field(
         default=None, description="What to read at every token of prompt and text, in both texts."
     )
+    rules: Annotated[Many[SteerRule], AtMost(MAX_RULES)] | None = Field(
+        default=None,
+        description="When to end early, in both texts. A token is sent once the rules have seen it.",
+    )
     compare: bool = Field(default=True, description="Also generate the same without steering.")
     steer_special_tokens: Annotated[
         bool, Field(description="Of a chat: steer its special tokens too; generated tokens always are.")
@@ -313,9 +318,11 @@ class SteerText(Reply):
     tokens: list[str] = Field(default=[], description="Its tokens, the one that ended it included.")
     logprobs: Annotated[list[NPLogprob] | None, Field(description="Null unless asked for.")] = None
     watch: SteerWatched | None = Field(default=None, description="What `watch` has read; null unless asked for.")
-    finish_reason: Literal["stop", "length"] | None = Field(
+    stopped_by: SteerStop | None = Field(default=None, description="With `finish_reason` `stop_rule`: by which rule.")
+    finish_reason: Literal["stop", "length", "stop_rule"] | None = Field(
         default=None,
-        description="Why it ended: `stop` at the model's end-of-sequence token, `length` at `max_new_tokens`. "
+        description="Why it ended: `stop` at the model's end-of-sequence token, `length` at `max_new_tokens`, "
+        "`stop_rule` at a rule. "
         "Null while it goes on.",
     )
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from neuronpedia_inference.schemas.common import AtMost, Many, Name, Ours, Reply, SourceName
+from neuronpedia_inference.schemas.conditions import Condition
 
 MAX_LAYERS = 512
 """Layers of one watch."""
@@ -37,6 +38,23 @@ class SteerWatch(Ours):
     top_n: Annotated[int, Field(ge=1)] = Field(
         default=3, description="With `lens`: tokens per block; the server's MAX_TOP_K is the most."
     )
+
+
+class SteerRule(Ours):
+    """Ends a text at the first generated token at which `when` holds. The token is kept, and the last one."""
+
+    when: Condition = Field(
+        description="On what features are, before anything is edited, at the token and those before it."
+    )
+    do: Literal["stop"] = Field(default="stop", description="What happens then.")
+
+
+class SteerStop(Reply):
+    """Which rule ended a text, and where."""
+
+    rule: int = Field(description="Place of the rule in the request's list.")
+    position: int = Field(description="Place of the token in `tokens`.")
+    token: str = Field(description="The token as text.")
 
 
 class WatchedFeature(Reply):

@@ -23,6 +23,7 @@ LAYERS = {
     "edits.rows": 0,
     "edits.select": 0,
     "watches.plan": 0,
+    "watches.rules": 0,
     "scheduler.jobs": 0,
     "scheduler.stay": 0,
     "annotations": 1,

@@ -59,6 +59,7 @@ from neuronpedia_inference.questions import (
 from neuronpedia_inference.questions.contrast import Contrast, Contrasted
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.watches.plan import WatchPlan
+from neuronpedia_inference.watches.rules import RulePlan
 
 BOS = "<s>"
 SPECIAL = (BOS, "<|im_start|>", "<|im_end|>")
@@ -310,6 +311,7 @@ class FakeRuntime:
         sampling: Sampling,
         *,
         watches: WatchPlan | None = None,
+        rules: RulePlan | None = None,
         stream: bool,
     ) -> AsyncIterator[tuple[Written, ...]]:
         self.calls.append(("generate", (prompt, list(plans), sampling, stream)))
