@@ -233,6 +233,24 @@ class ActiveFeatures:
         return int(self.indices[row]), self.positions[entries].tolist(), self.values[entries].tolist()
 
 
+Positions = Literal["all", "last", "mean"]
+"""Every token, each text's last one, or the mean over those that are not special tokens."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attended:
+    """Where one attention head looks: the strongest keys of every query, in order of query and key."""
+
+    queries: Numbers
+    """[entry]"""
+    keys: Numbers
+    """[entry]"""
+    weights: Numbers
+    """[entry]: after the softmax."""
+    largest: float
+    """Of all weights whose query and key both lie behind position 0; 0 where there is none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ranking:
     """How the strongest features are ordered and cut (contract 2.10)."""

@@ -19,8 +19,7 @@ RECORDED_EDITS = (
 NO_TEMPLATE = "the tokenizer has no chat template; CHATML_FALLBACK=1 uses ChatML"
 NO_HEADS = "no source that is served reads what attention heads give (attn.hook_z)"
 _LENSES = {"lens_logit": "lens_prompt", "lens_jacobian": "lens_prompt"}
-_OTHERS = ("activation_raw", "activation_attention")
-"""Names of the wire's map that are asked for under a name of their own."""
+_WITHOUT_SAES = ("activation_single", "activation_single_batch", "activation_raw", "activation_attention")
 
 Layers = Mapping[str, Any]
 """`layers`: those where it can be done. `refused`: the other ones by the reason."""
@@ -107,8 +106,8 @@ def refused_endpoints(verdict: Verdict, sources: Collection[Source], *, chat: bo
     neurons = _none_can(verdict, MLP_POST)
     no_features = f"no SAEs are served, and this model has no neurons: {neurons}" if neurons and not sources else ""
     because = {name: no_features if _needs_features(name) else "" for name in by_name}
-    because |= {name: "" if name in by_name else NO_ROUTE for name in _OTHERS}
     because |= {name: "" if route in by_name else NO_ROUTE for name, route in _LENSES.items()}
+    because["activation_attention"] = _none_can(verdict, PATTERN)
     if not chat:
         because |= {"steer_completion_chat": NO_TEMPLATE, "apply_chat_template": NO_TEMPLATE}
     return {**because, "dfa": _no_attribution(verdict, sources), "neurons": neurons}
@@ -116,7 +115,7 @@ def refused_endpoints(verdict: Verdict, sources: Collection[Source], *, chat: bo
 
 def _needs_features(operation: str) -> bool:
     return operation in ("activations", "top_k", "contrast", "feature") or (
-        operation.startswith("activation_") and "single" not in operation
+        operation.startswith("activation_") and operation not in _WITHOUT_SAES
     )
 
 

@@ -248,6 +248,16 @@ class Serving:
         return await self._answer("util_sae_topk_by_decoder_cossim", body, fields)
 
     @modal.method()
+    async def activation_attention(self, body: Body | None = None, **fields: Any) -> Answer:
+        """Where one attention head looks."""
+        return await self._answer("activation_attention", body, fields)
+
+    @modal.method()
+    async def activation_raw(self, body: Body | None = None, **fields: Any) -> Answer:
+        """The residual stream behind layers, at each prompt's last token."""
+        return await self._answer("activation_raw", body, fields)
+
+    @modal.method()
     async def apply_chat_template(self, body: Body | None = None, **fields: Any) -> Answer:
         """A chat as the model reads it, token by token with the message it belongs to."""
         return await self._answer("apply_chat_template", body, fields)

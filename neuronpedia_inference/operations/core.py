@@ -23,6 +23,7 @@ from neuronpedia_inference.operations.contrast import CONTRAST
 from neuronpedia_inference.operations.features import FEATURE, SEARCH
 from neuronpedia_inference.operations.friendly import STEER
 from neuronpedia_inference.operations.health import STEER_HEALTH
+from neuronpedia_inference.operations.inside import ACTIVATION_ATTENTION, ACTIVATION_RAW
 from neuronpedia_inference.operations.operation import Events, Operation
 from neuronpedia_inference.operations.reading import ACTIVATIONS, TOP_K
 from neuronpedia_inference.operations.rendering import Spelling, json_pieces, plain_pieces
@@ -64,6 +65,8 @@ OPERATIONS: tuple[Operation[Any], ...] = (
     TOKENIZE,
     UTIL_SAE_VECTOR,
     UTIL_SAE_TOPK_BY_DECODER_COSSIM,
+    ACTIVATION_ATTENTION,
+    ACTIVATION_RAW,
     APPLY_CHAT_TEMPLATE,
     STEER_HEALTH,
     ACTIVATIONS,

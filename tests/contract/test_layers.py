@@ -78,6 +78,7 @@ KEPT_TO = {
         "scheduler.worker",
         "loading",
         "questions.contrast",
+        "questions.states",
         "questions.weights",
         "room",
         "embedded.weights",

@@ -73,6 +73,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "tokenize": {"model": "tiny", "text": "one"},
     "util_sae_vector": {"model": "tiny", "source": "1-res", "index": 1},
     "util_sae_topk_by_decoder_cossim": COSSIM,
+    "activation_attention": {"prompt": "one two", "model": "tiny", "layer": 1, "head": 0},
+    "activation_raw": {"prompts": ["one two"], "layers": [1], "hook_point": "residual_stream", "model": "tiny"},
     "apply_chat_template": {"messages": [{"role": "user", "content": "hi"}], "add_generation_prompt": True},
     "steer_health": {},
     "activations": {"prompt": "one", "source_set": "res"},
@@ -83,7 +85,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "contrast": {"a": ["one two"], "b": ["three"], "source_set": "res"},
 }
 OUR_OWN = ("activations", "top_k", "steer", "search", "feature", "contrast")
-BESIDE = ("apply_chat_template", "steer_health")
+BESIDE = ("activation_attention", "activation_raw", "apply_chat_template", "steer_health")
 """Routes of the wire that the published client has no method for."""
 WIRE = [name for name in BODIES if name not in (*OUR_OWN, *BESIDE)]
 BOTH = {"activation_single", "activation_single_batch", "tokenize"}
@@ -126,7 +128,7 @@ def test_the_client_has_a_method_for_every_wire_operation():
 
 
 def test_names_paths_and_summaries_are_there_once():
-    assert len({operation.path for operation in OPERATIONS}) == len(OPERATIONS) == len(by_name) == 20
+    assert len({operation.path for operation in OPERATIONS}) == len(OPERATIONS) == len(by_name) == 22
     for operation in OPERATIONS:
         assert operation.path.startswith("/v1/")
         assert operation.summary[0].isupper()
@@ -151,6 +153,8 @@ def test_a_snake_case_request_gets_what_the_client_reads(name: str):
     snake, camels = words(keys(answer))
     if name in BOTH:
         assert {to_camel(key) for key in snake} == camels != set()
+    elif name == "activation_attention":  # nothing in it shows a spelling, and its own is camelCase
+        assert (snake, camels) == (set(), {"seqLen", "attentionIndices", "attentionValues", "maxActivation"})
     else:
         assert camels == ALWAYS_CAMEL.get(name, set())
     if name in WIRE:

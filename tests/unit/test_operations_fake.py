@@ -23,6 +23,7 @@ import neuronpedia_inference
 from neuronpedia_inference.annotations import Found, SourceAnnotations
 from neuronpedia_inference.domain import (
     ActiveFeatures,
+    Attended,
     ChatMessage,
     ContrastedFeature,
     Dfa,
@@ -57,6 +58,7 @@ from neuronpedia_inference.questions import (
     Weighed,
 )
 from neuronpedia_inference.questions.contrast import Contrast, Contrasted
+from neuronpedia_inference.questions.states import HeadPattern, States
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.watches.plan import WatchPlan
 from neuronpedia_inference.watches.rules import RulePlan
@@ -99,7 +101,16 @@ class FakeRuntime:
         **settings: Any,
     ) -> None:
         self.settings = Settings(_env_file=None, **settings)  # pyright: ignore[reportCallIssue]  (a private argument)
-        self.model = SimpleNamespace(id="tiny", has_bos=has_bos, known_names=("tiny", "org/tiny"))
+        self.model = SimpleNamespace(
+            id="tiny",
+            has_bos=has_bos,
+            known_names=("tiny", "org/tiny"),
+            n_layers=3,
+            n_heads=2,
+            d_model=4,
+            dtype="float32",
+            device="cpu",
+        )
         self.metrics = Metrics()
         self.sources = sources
         self.natural_bos = natural_bos
@@ -230,6 +241,18 @@ class FakeRuntime:
                 self.calls.append(("contrast", question))
                 first = ContrastedFeature(question.sources[0].name, 0, 2.0, 3.0, 1.0, 1.0, 0.5, None)
                 return Contrasted([[first, replace(first, index=1)]], [[replace(first, effect_size=-2.0)]], 3)
+            case _:
+                return self._inside(question)
+
+    def _inside(self, question: Any) -> Any:
+        """What passes inside the model."""
+        match question:
+            case HeadPattern():
+                ones = np.arange(len(question.prompt))
+                return Attended(ones, ones, 1 / (1 + ones), 0.5)
+            case States():
+                column = np.arange(4, dtype=np.float32)
+                return [{point: np.array([column + point.layer]) for point in question.at} for _ in question.prompts]
         raise AssertionError(question)
 
     def feature_activations(
