@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from types import SimpleNamespace
 from typing import Any
@@ -12,125 +12,14 @@ from typing import Any
 import pytest
 
 from neuronpedia_inference.domain import Sampling
-from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
+from neuronpedia_inference.engine.protocol import RowSpec, RowStep
 from neuronpedia_inference.errors import EngineFailed, InvalidRequest, NotReady, Overloaded
 from neuronpedia_inference.metrics import Metrics
-from neuronpedia_inference.recent import Recent
 from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, GenerateWork, Steps, Ticket
 from neuronpedia_inference.scheduler.policy import Limits
 from neuronpedia_inference.scheduler.worker import Worker
+from tests.unit.counting import CountingEngine, CountingJoining, SummingPass
 from tests.unit.test_policy import LIMITS, Place, at_once
-
-
-class CountingEngine:
-    """Rows count down from their prompt's number; prompt -1 fails, and its failure is a bug and not a refusal."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.passes: list[int] = []
-        self.pieces: list[int] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.lane = CountingLane(self)
-        self.reproducible_lane = CountingLane(self)
-        self.recent: Recent[Any, Any] = Recent.nothing()
-
-    def begin_capture(
-        self, prompts: Sequence[Sequence[int]], points: object, *, reproducible: bool = False
-    ) -> SummingPass:
-        self.passes.append(len(prompts))
-        return SummingPass(self, prompts)
-
-
-class CountingPass:
-    """Runs prompts of one length."""
-
-    depth = 1.0
-    n_padding = 0
-
-    def __init__(self, engine: CountingEngine, prompts: Sequence[Sequence[int]]) -> None:
-        self.engine = engine
-        self.prompts = prompts
-        self.n_tokens = sum(map(len, prompts))
-        self.n_done = 0
-        self.pieces: list[int] = []
-
-    @property
-    def is_done(self) -> bool:
-        return self.n_done == self.n_tokens
-
-    def advance(self, n_tokens: int) -> int:
-        if any(list(prompt) == [-1] for prompt in self.prompts):
-            raise ZeroDivisionError("bug")
-        n_run = min(n_tokens, self.n_tokens - self.n_done)
-        self.n_done += n_run
-        self.engine.pieces.append(n_run)
-        return n_run
-
-
-class SummingPass(CountingPass):
-    def result(self) -> list[Any]:
-        return [{"sum": sum(prompt)} for prompt in self.prompts]
-
-
-class CountingJoining(CountingPass):
-    def __init__(self, lane: CountingLane, rows: Sequence[tuple[RowId, RowSpec]]) -> None:
-        super().__init__(lane.engine, [spec.prompt_ids for _, spec in rows])
-        self.lane, self.rows = lane, rows
-
-    def join(self) -> list[RowStep]:
-        self.lane.left |= {id_: spec.prompt_ids[0] for id_, spec in self.rows}
-        return self.lane.steps([id_ for id_, _ in self.rows])
-
-
-class CountingLane:
-    def __init__(self, engine: CountingEngine) -> None:
-        self.engine = engine
-        self.left: dict[RowId, int] = {}
-        self.prefills: list[int] = []
-        self.batches: list[int] = []
-        self.is_broken = False
-        self.parked: set[RowId] = set()
-
-    @property
-    def n_decoding(self) -> int:
-        return len(self.left.keys() - self.parked)
-
-    def park(self, rows: Collection[RowId]) -> None:
-        self.parked |= set(rows)
-
-    def resume(self, rows: Collection[RowId]) -> None:
-        self.parked -= set(rows)
-
-    @property
-    def rows(self) -> list[RowId]:
-        return list(self.left)
-
-    def begin(self, rows: Sequence[tuple[RowId, RowSpec]]) -> CountingJoining:
-        self.prefills.append(len(rows))
-        return CountingJoining(self, rows)
-
-    def decode(self) -> list[RowStep]:
-        self.batches.append(self.n_decoding)
-        if self.is_broken:
-            raise ZeroDivisionError("bug")
-        return self.steps([row for row in self.rows if row not in self.parked])
-
-    def drop(self, rows: Collection[RowId]) -> None:
-        self.left = {id_: n for id_, n in self.left.items() if id_ not in rows}
-        self.parked -= set(rows)
-
-    def steps(self, rows: Sequence[RowId]) -> list[RowStep]:
-        self.engine.gate.wait(60)
-        self.engine.steps += 1
-        steps = []
-        for id_ in rows:
-            self.left[id_] -= 1
-            error = InvalidRequest("too strong") if self.left[id_] == 664 else None
-            finish = "length" if self.left[id_] == 0 else None
-            steps.append(RowStep(id_, self.left[id_], finish_reason=finish, error=error))
-        self.drop({step.row for step in steps if step.ends})
-        return steps
 
 
 @pytest.fixture
