@@ -69,7 +69,9 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._lobby = lobby
         self._buffer = bytearray()
         self._n_framing = self._n_body = self._n_discarded = 0
-        self._is_amid_body = self._is_lingering = self._keeps_alive = False
+        self._n_of_head = 0
+        """Bytes at hand that the next head begins with; those of one that was sent behind another are not known."""
+        self._is_amid_message = self._is_amid_body = self._is_lingering = self._keeps_alive = False
         self._timer: asyncio.TimerHandle | None = None
 
     # Called by the event loop
@@ -99,6 +101,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             return
         if not self._is_amid_body and self._timer is None:
             self._await_head()
+        self._n_of_head = 0 if self._is_amid_message else nbytes
         self._n_framing += nbytes
         self.data_received(bytes(memoryview(self._buffer)[:nbytes]))
         if self._n_framing > MAX_FRAMING + self._n_body and not self._is_lingering:
@@ -107,7 +110,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     # Called by the parser
 
     def on_message_begin(self) -> None:
-        self._n_framing = self._n_body = 0
+        self._is_amid_message = True
+        self._n_framing, self._n_of_head, self._n_body = self._n_of_head, 0, 0
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -123,7 +127,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._is_amid_body = False
+        self._is_amid_body = self._is_amid_message = False
         if not self.cycle.response_started:
             self.cycle.keep_alive = self._keeps_alive
         self._lobby.work(self)

@@ -106,6 +106,30 @@ def test_heads_have_a_bound(server: Served, endless: bytes) -> None:
     assert str(MAX_FRAMING) in body["error"]
 
 
+def answer_of(connection: socket.socket) -> bytes:
+    """Whole: it ends with an object."""
+    received = b""
+    while not received.endswith(b"}"):
+        received += connection.recv(2**16)
+    return received
+
+
+def test_the_bound_of_a_head_is_what_it_says(server: Served) -> None:
+    """Counted from its first byte, on a new connection and on one that has been used, by what is sent in one go."""
+    opened = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: "
+    fits, *_ = heads = [opened + b"y" * (n - len(opened) - 4) + b"\r\n\r\n" for n in (MAX_FRAMING, MAX_FRAMING + 1)]
+    assert [len(head) for head in heads] == [MAX_FRAMING, MAX_FRAMING + 1]
+    for n_before in (0, 2):
+        for head in heads:
+            with connected(server) as connection:
+                for _ in range(n_before):
+                    connection.sendall(fits)
+                    assert answer_of(connection).startswith(b"HTTP/1.1 200")
+                send_all(connection, head)
+                answer = answer_of(connection)
+            assert answer.startswith(b"HTTP/1.1 200" if head is fits else b"HTTP/1.1 431"), (n_before, answer)
+
+
 def test_a_body_that_is_nearly_all_framing_is_given_up(server: Served) -> None:
     with connected(server) as connection:
         connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")

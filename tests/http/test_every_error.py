@@ -28,7 +28,7 @@ from served import (
     until,
 )
 
-from neuronpedia_inference.errors import EngineFailed, NotReady
+from neuronpedia_inference.errors import EngineFailed, NotReady, SourceComing
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.web.body import BODIES_AT_ONCE
 from neuronpedia_inference.web.connections import MAX_FRAMING
@@ -134,6 +134,7 @@ WAYS: dict[str, Callable[[Here], httpx.Response]] = {
     "not_ready": not_ready,
     "out_of_memory": lambda here: here.failing(MemoryError()),
     "overloaded": overloaded,
+    "source_coming": lambda here: here.failing(SourceComing("Source '1-res' is being fetched")),  # test_newcomers.py
     "unavailable": unavailable,
 }
 
