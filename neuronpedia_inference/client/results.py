@@ -286,6 +286,8 @@ class Features(Result):
 
     tokens: tuple[str, ...]
     features: tuple[ActiveFeature, ...]
+    has_bos: bool = False
+    """Whether the first token is one that nobody wrote; it is not drawn."""
 
     def __repr__(self) -> str:
         first = f", strongest {self.features[0].name}" if self.features else ""
@@ -323,14 +325,17 @@ class Features(Result):
         parts: list[Any] = []
         for one in self.features[:SHOWN]:
             note = f"max {one.max_value:.4g} on {self.tokens[one.max_value_index].strip()!r}"
-            parts += [draw.heading(f"{one.name} {one.label or 'no label'}", note), draw.Strip(self.tokens, one.values)]
+            first = int(self.has_bos)
+            strip = draw.Strip(self.tokens[first:], one.values[first:])
+            parts += [draw.heading(f"{one.name} {one.label or 'no label'}", note), strip]
         return draw.group(*parts)
 
     def _repr_html_(self) -> str:
+        first = int(self.has_bos)
         rows = [
             [
                 html.text(f"{one.name}\n{one.label or 'no label'}"),
-                html.strip(self.tokens, one.values),
+                html.strip(self.tokens[first:], one.values[first:]),
                 html.number(one.max_value),
             ]
             for one in self.features[:SHOWN]

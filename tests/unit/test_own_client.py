@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,17 @@ def test_a_watched_feature_is_a_strip_without_the_token_that_nobody_wrote() -> N
         {"source": "10-res-4k", "index": 1608},
         {"hook": "h"},
     ]
+
+
+def test_a_token_that_nobody_wrote_is_not_drawn() -> None:
+    found = Features(("<s>", "I"), (ActiveFeature("s", 1, (900.0, 2.0), 900.0, 0),), has_bos=True)
+    assert "&lt;s&gt;" not in found._repr_html_()
+    assert "&lt;s&gt;" in replace(found, has_bos=False)._repr_html_()
+    console = Console(width=60, color_system=None)
+    with console.capture() as captured:
+        console.print(found)
+    assert "<s>" not in captured.get().splitlines()[1]
+    assert found.numpy().shape == (1, 2), "but it counts"
 
 
 def test_activations_are_an_array() -> None:
