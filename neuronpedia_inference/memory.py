@@ -1,7 +1,8 @@
 """How much memory a model and its SAEs need, and the smallest GPU of Modal that has it. Nothing is loaded.
 
     weights   parameters × bytes of MODEL_DTYPE; of quantised weights the bytes in their files
-    SAEs      numbers × bytes of SAE_DTYPE, all sources, at most MAX_LOADED_SAES of them, at most SAE_MEMORY_GIB
+    SAEs      numbers × bytes of SAE_DTYPE, all sources, at most MAX_LOADED_SAES of them, at most SAE_MEMORY_GIB: once
+              all features of all have been asked for; until then, and for single features, less
     cache     2 × layers × key-value heads × d_head × MAX_TOKENS × MAX_ROWS × bytes of MODEL_DTYPE
     headroom  1.5 GiB for the CUDA context and libraries, and a tenth of the rest for activations and fragmentation
 

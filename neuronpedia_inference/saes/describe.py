@@ -164,6 +164,12 @@ def _reads_attention(spec: SourceSpec, written_id: Any) -> bool:
 def _folder_config(spec: SourceSpec, folder: Path) -> Any:
     found = _read_config(spec, folder / CONFIG_NAME)
     check_architecture(spec, str(found.get("architecture", "standard")))
+    # SAELens takes ReLU whatever is written there, but for TopK.
+    activation = found.get("activation_fn_str", found.get("activation_fn"))
+    if activation not in (None, "relu", "topk"):
+        raise StartupError(
+            f"SAE {spec.name!r}: its activation {activation!r} is not served; EXCLUDE_SAE leaves it out."
+        )
     if not (folder / WEIGHTS_NAME).is_file():
         raise StartupError(f"SAE {spec.name!r}: {str(folder / WEIGHTS_NAME)!r} is missing.")
     return plain_config(found) or saelens.config_in(folder)

@@ -41,6 +41,14 @@ class TestRefusals:
         self.edit(spec, architecture="crosscoder")
         assert "'crosscoder'" in self.refused(spec)
 
+    @pytest.mark.parametrize("key", ["activation_fn", "activation_fn_str"])
+    def test_another_activation_than_relu(self, tmp_path: Path, key: str) -> None:
+        spec = saved(tmp_path, build("standard"))
+        self.edit(spec, **{key: "relu"})
+        load(spec)
+        self.edit(spec, **{key: "tanh-relu"})
+        assert "its activation 'tanh-relu' is not served" in self.refused(spec)
+
     @pytest.mark.parametrize("hook", [None, "hook_embed", "", "blocks.x.hook_resid_post"])
     def test_hook_without_a_layer(self, tmp_path: Path, hook: str | None) -> None:
         assert "hook_name" in self.refused(saved(tmp_path, build("standard", hook=hook)))
