@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuronpedia_inference.domain import Sampling, Source
 from neuronpedia_inference.engine.points import Point
-from neuronpedia_inference.engine.protocol import NO_TOKEN, RowSpec
+from neuronpedia_inference.engine.protocol import NO_TOKEN, Reading, RowSpec
 from neuronpedia_inference.engine.readout import NOT_ITS_LOGITS, Readout, why_not_read_out
 from neuronpedia_inference.saes.encode import NeuronReader
 from neuronpedia_inference.saes.together import Together
@@ -295,6 +296,37 @@ def test_a_store_knows_what_has_room_together() -> None:
     store, _ = make(budget=3)
     assert store.has_room_for(["0-res-t", "1-res-t", "2-res-t"])
     assert not store.has_room_for(["0-res-t", "1-res-t", "2-res-t", "3-res-t"])
+
+
+class NoHostReads(TorchDispatchMode):
+    """What makes the host wait for a device is refused, whoever asks for it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated", "topk"])
+def test_nothing_that_is_read_waits_for_the_device(kind: str, tmp_path: Path) -> None:
+    """So that a step may be recorded with its watches."""
+    reader = load(saved(tmp_path, build(kind)))
+    readings: list[Reading] = [VectorReading(D_IN), FeaturesReading(reader, INDICES), TopReading(reader, 5)]
+    if reader.source.is_read_by_column:
+        readings.append(ColumnsReading([reader.feature(index) for index in INDICES]))
+    for reading in readings:
+        with torch.inference_mode(), NoHostReads():
+            found = reading(activations())
+        assert found.shape == (len(activations()), reading.n_numbers)
+        assert found.dtype == torch.float32
+
+
+def test_a_lens_does_not_wait_for_the_device() -> None:
+    built = engine("gemma2")
+    hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode(), NoHostReads():
+        assert LensReading(built.readout, models.VOCAB_SIZE, 2)(hidden).shape == (3, 4)
+    with pytest.raises(AssertionError), NoHostReads():
+        bool((hidden > 0).any())
 
 
 def test_a_vector_is_what_passes() -> None:
