@@ -174,21 +174,23 @@ class _Step:
         steps = [[STAYS] * n_cells for _ in moves]
         doses = [[False] * n_cells for _ in moves]
         places = [[0] * n_cells for _ in moves]
-        gives = torch.zeros(len(moves), n_cells, n_cells)
+        gives = [[[0.0] * n_cells for _ in range(n_cells)] for _ in moves]
+        gives_some = False
         for row, of_row in enumerate(moves):
             for move in of_row:
                 steps[row][move.cell] = move.step
                 doses[row][move.cell] = move.edit.is_dose
                 places[row][move.cell] = 0 if columns is None else columns[row][move.edit]
                 if move.gives_to is not None:
-                    gives[row, move.cell, move.gives_to] = 1
+                    gives[row][move.cell][move.gives_to] = 1.0
+                    gives_some = True
         numbers = torch.tensor(steps, dtype=torch.float32, device=device)[:, None]
         self._alpha, self._beta, self._lo, self._hi = numbers.unbind(-1)
         """[row, 1, cell]"""
         self._is_dose = torch.tensor(doses, device=device)[:, None]
         self._has_doses = any(map(any, doses))
         self._places = torch.tensor(places, device=device)[:, None]
-        self._gives = gives.to(device) if bool(gives.any()) else None
+        self._gives = torch.tensor(gives, device=device) if gives_some else None
 
     def __call__(self, numbers: Tensor, weights: Tensor | None, norm: Tensor | None) -> tuple[Tensor, Tensor]:
         """[row, pos, cell] -> what was to become of them, and what does."""

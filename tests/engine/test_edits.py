@@ -17,12 +17,13 @@ from neuronpedia_inference.edits.plan import Do
 from neuronpedia_inference.edits.rows import RowEdit
 from neuronpedia_inference.edits.select import Phase, Selection
 from neuronpedia_inference.edits.table import EditTable
-from neuronpedia_inference.engine.protocol import RowSpec
+from neuronpedia_inference.engine.protocol import RowId, RowSpec
 from tests import models
 from tests.edits_by_hand import KINDS, NORMS, TRANSCODERS, WIDTH, Hand, Text, When, edited, greedy, sae
 from tests.engine.engines import engine
 from tests.engine.test_merging import PROMPTS, ids, staggered
 from tests.engine.test_pieces import joined_in_pieces
+from tests.host_reads import HostReads
 
 PLACE = "hook_resid_post"
 FAMILIES = ("llama", "gemma2", "gpt2")
@@ -276,6 +277,30 @@ def same_tokens(family: str, rows: Sequence[RowSpec], hands: Sequence[Sequence[H
             n_changed += expected != models.greedy(models.model(family), row.prompt_ids, len(expected))
     assert n_compared >= len(rows) - 2
     assert n_changed >= n_compared // 2
+
+
+def test_the_host_waits_for_the_device_once_a_step_whatever_is_edited() -> None:
+    """For the tokens that are drawn; `numpy` is of the tokens that are fed, which are on the host."""
+    of = sae("jumprelu", size=3.0)
+    on, chosen = SELECTIONS["except"]
+    when = When(of, 2, 0, PLACE, 1.0, None)
+    later = replace(when, n_tokens=3)
+    vector = torch.ones(WIDTH)
+    hands = [
+        [Hand(Do.CLAMP, 1, PLACE, 6.0, of=of, index=3, on=on, chosen=chosen)],
+        [Hand(Do.SWAP, 1, PLACE, of=of, index=3, gives_to=4, when=when), Hand(Do.ADD, 1, PLACE, 2.0, of=of, index=1)],
+        [Hand(Do.CAP, 1, "hook_resid_mid", 0.5, vector=vector, is_dose=True, when=later)],
+    ]
+    rows = [RowSpec(PROMPTS[n], Sampling(6), tuple(hand.resolved() for hand in of)) for n, of in enumerate(hands)]
+    lane = engine("llama").lane
+    with torch.inference_mode():
+        lane.prefill([(RowId(n, 0), row) for n, row in enumerate(rows)])
+        for _ in range(3):
+            with HostReads() as reads:
+                assert len(lane.decode()) == 3
+            assert reads.names.count("tolist") == 1
+            assert set(reads.names) == {"numpy", "tolist"}, reads.names
+        lane.drop(set(lane.rows))
 
 
 def test_an_edit_says_what_it_found_and_what_became_of_it() -> None:
