@@ -237,6 +237,10 @@ Positions = Literal["all", "last", "mean"]
 """Every token, each text's last one, or the mean over those that are not special tokens."""
 
 
+Precision = Literal["float32", "float16"]
+"""Of numbers in an answer."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Attended:
     """Where one attention head looks: the strongest keys of every query, in order of query and key."""

@@ -158,6 +158,11 @@ class Runtime:
 
     # Questions
 
+    def width(self, point: Point) -> int:
+        """Of one position's vector there, heads concatenated. Raises UnknownPoint where the model cannot be read."""
+        self._engine.check(point)
+        return self._engine.width(point)
+
     async def ask(self, question: Question[T]) -> T:
         """The answer, with one entry per prompt where prompts are run.
 

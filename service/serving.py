@@ -285,6 +285,21 @@ class Serving:
         """The features that separate two sets of texts. Fields: `ContrastRequest`."""
         return await self._answer("contrast", {"a": a, "b": b} if isinstance(a, list) else a, fields)
 
+    @modal.method()
+    async def capture(self, prompt: str | list[Any] | Body, points: list[str] | None = None, **fields: Any) -> Any:
+        """The vectors that pass at points. Fields: `CaptureRequest`. With `format="safetensors"` the bytes of a file:
+        `safetensors.numpy.load(bytes)` gives arrays by the name of their point.
+        """
+        body = jobs.prompted(prompt) | ({} if points is None else {"points": points})
+        if jobs.merged(body, fields).get("format") != "safetensors":
+            return await self._answer("capture", body, fields)
+        from neuronpedia_inference.operations import answer_pieces, by_name
+
+        with builtin_errors():
+            pieces = await answer_pieces(by_name["capture"], jobs.merged(body, fields), self._serving())
+            async with aclosing(pieces):
+                return b"".join([piece async for piece in pieces])
+
     # The service itself
 
     @modal.method()

@@ -18,6 +18,7 @@ from neuronpedia_inference.operations.activation import (
     ACTIVATION_SINGLE_BATCH,
     ACTIVATION_SOURCE,
 )
+from neuronpedia_inference.operations.capture import CAPTURE
 from neuronpedia_inference.operations.chat_template import APPLY_CHAT_TEMPLATE
 from neuronpedia_inference.operations.contrast import CONTRAST
 from neuronpedia_inference.operations.features import FEATURE, SEARCH
@@ -28,6 +29,7 @@ from neuronpedia_inference.operations.operation import Events, Operation
 from neuronpedia_inference.operations.reading import ACTIVATIONS, TOP_K
 from neuronpedia_inference.operations.rendering import Spelling, json_pieces, plain_pieces
 from neuronpedia_inference.operations.steer import STEER_COMPLETION, STEER_COMPLETION_CHAT
+from neuronpedia_inference.operations.tensors import MEDIA_TYPE, tensor_pieces
 from neuronpedia_inference.operations.tokenize import TOKENIZE
 from neuronpedia_inference.operations.top_k import ACTIVATION_TOPK_BY_TOKEN, ACTIVATION_TOPK_BY_TOKEN_BATCH
 from neuronpedia_inference.operations.vectors import UTIL_SAE_TOPK_BY_DECODER_COSSIM, UTIL_SAE_VECTOR
@@ -75,6 +77,7 @@ OPERATIONS: tuple[Operation[Any], ...] = (
     SEARCH,
     FEATURE,
     CONTRAST,
+    CAPTURE,
 )
 by_name: dict[str, Operation[Any]] = {operation.name: operation for operation in OPERATIONS}
 
@@ -160,11 +163,17 @@ async def answer(operation: Operation[Any], body: Body, runtime: Runtime) -> dic
     """
     with runtime.metrics.request(operation.name), closing(Stay()) as stay, stay:
         request = await validate_in_turns(operation, body)
+        if _is_of_tensors(operation, request):
+            raise InvalidRequest("format: this answer is a dictionary, which cannot be safetensors. Leave it out.")
         return await _dictionary(operation, _spelling(operation, body), await operation.run(request, runtime))
 
 
-async def answer_pieces(operation: Operation[Any], body: Body, runtime: Runtime) -> Events[Any, bytes]:
-    """As `answer`, as the pieces of its JSON text: one if it is small. Close the iterator to stop.
+async def answer_pieces(
+    operation: Operation[Any], body: Body, runtime: Runtime, *, accepts_tensors: bool = False
+) -> Events[Any, bytes]:
+    """As `answer`, as the pieces of its JSON text, one if it is small, or of a file of tensors: `media_type` says so.
+
+    accepts_tensors: whether it should be one where the body does not say. Close the iterator to stop.
 
     Raises every 4xx before it returns. The request ends, and is counted, with its last piece.
     """
@@ -172,10 +181,20 @@ async def answer_pieces(operation: Operation[Any], body: Body, runtime: Runtime)
         count = if_refused.enter_context(runtime.metrics.request(operation.name))
         with Stay() as stay:
             request = await validate_in_turns(operation, body)
+            if accepts_tensors and operation.tensors is not None and getattr(request, "format", None) is None:
+                request = request.model_copy(update={"format": "safetensors"})
             reply = await operation.run(request, runtime)
         if_refused.pop_all()
-    pieces = json_pieces(reply, _spelling(operation, body), omit_null=operation.omits_null)
-    return _Counted(paced_items(pieces), _itself, count, stay)
+    spelling = _spelling(operation, body)
+    if operation.tensors is not None and _is_of_tensors(operation, request):
+        counted = _Counted(paced_items(tensor_pieces(*operation.tensors(reply), spelling)), _itself, count, stay)
+        counted.media_type = MEDIA_TYPE
+        return counted
+    return _Counted(paced_items(json_pieces(reply, spelling, omit_null=operation.omits_null)), _itself, count, stay)
+
+
+def _is_of_tensors(operation: Operation[Any], request: Wire) -> bool:
+    return operation.tensors is not None and getattr(request, "format", None) == "safetensors"
 
 
 async def answer_events(operation: Operation[Any], body: Body, runtime: Runtime) -> Events[Any, dict[str, Any]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from urllib.parse import quote, urlencode
 
+from neuronpedia_inference.domain import Numbers
 from neuronpedia_inference.schemas.common import Wire
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Operation(Generic[Req]):
     """GET: fields are parts of the path or of the query, and there is no body."""
     casing: Literal["snake", "camel", "both"] = "snake"
     """Spelling of the answer when the request's keys do not show one."""
+    tensors: Callable[[Any], tuple[Mapping[str, Numbers], Wire]] | None = None
+    """Of its answer the arrays and the rest, where it may be a file of tensors."""
     omits_null: bool = False
     """Leave unset optional fields out of the answer instead of sending null."""
 
@@ -61,6 +64,9 @@ class Events(AsyncIterator[Out], Generic[In, Out]):
     A class and not a generator, because closing a generator that was never started does not run its body: here
     `aclose` always reaches the source, which frees the rows of the generation.
     """
+
+    media_type = "application/json"
+    """Of all its pieces together, where they are bytes of one answer."""
 
     def __init__(self, source: AsyncIterator[In], turn: Callable[[In], Out]) -> None:
         self._source = source

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from neuronpedia_inference.costs import BLOCK_ELEMENTS, SENDING_BYTES
-from neuronpedia_inference.domain import Attended, Numbers, Positions, Tokens
+from neuronpedia_inference.domain import Attended, Numbers, Positions, Precision, Tokens
 from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.engine.protocol import Captured
 from neuronpedia_inference.errors import EngineFailed, InvalidRequest
@@ -33,13 +33,14 @@ ATTENDED_BYTES = 40
 
 @dataclass(frozen=True)
 class States:
-    """The vectors at points: [n, width] per prompt and point, in float32; n is 1 but where all positions are wanted."""
+    """The vectors at points: [n, width] per prompt and point; n is 1 but where all positions are wanted."""
 
     prompts: Sequence[Tokens]
     at: Sequence[Point]
     positions: Positions
     n_numbers: int
     """Of the answer."""
+    precision: Precision = "float32"
 
     @property
     def points(self) -> set[Point]:
@@ -62,7 +63,7 @@ class States:
         for prompt, seen in zip(self.prompts, captured, strict=True):
             states: dict[Point, Numbers] = {}
             for point in self.at:
-                states[point] = _on_host(self._wanted(prompt, seen[point]), point)
+                states[point] = _on_host(self._wanted(prompt, seen[point]), point, self.precision)
                 yield None
             found.append(states)
         return found
@@ -137,9 +138,13 @@ def _shown(weights: Numbers, keys: Numbers, first: int) -> tuple[Numbers, Number
     return rows + first, keys[rows, columns], weights[rows, columns]
 
 
-def _on_host(values: Tensor, point: Point) -> Numbers:
+def _on_host(values: Tensor, point: Point, precision: Precision) -> Numbers:
     if not bool(values.isfinite().all()):
         raise _not_finite(point)
+    if precision == "float16":
+        values = values.half()
+        if not bool(values.isfinite().all()):
+            raise InvalidRequest(f"dtype: numbers at {point.name!r} are too large for float16. Ask for float32.")
     return values.detach().cpu().contiguous().numpy()
 
 

@@ -25,6 +25,7 @@ from neuronpedia_inference.operations import (
     validate,
     validate_texts,
 )
+from neuronpedia_inference.operations.tensors import MEDIA_TYPE
 from neuronpedia_inference.schemas.common import Wire
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.web.answers import error_response, json_response, problem_of
@@ -94,7 +95,10 @@ def _handler(operation: Operation[Any], settings: Settings, bodies: Bodies, get_
         if operation.stream is not None and isinstance(body, dict) and body.get("stream"):
             events = await while_connected(request.receive, answer_events_json(operation, body, runtime))
             return EventStream(events, settings.send_timeout_s)
-        pieces = await while_connected(request.receive, answer_pieces(operation, body, runtime))
+        accepted = request.headers.get("accept", "")
+        accepts_tensors = MEDIA_TYPE in accepted and "application/json" not in accepted
+        answered = answer_pieces(operation, body, runtime, accepts_tensors=accepts_tensors)
+        pieces = await while_connected(request.receive, answered)
         return PiecedAnswer(pieces, settings.send_timeout_s)
 
     async def read(request: Request) -> Body:

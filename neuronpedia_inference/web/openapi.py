@@ -10,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 from neuronpedia_inference import __version__
 from neuronpedia_inference.operations import OPERATIONS, Operation
 from neuronpedia_inference.operations.operation import IN_PATH
+from neuronpedia_inference.operations.tensors import MEDIA_TYPE
 from neuronpedia_inference.schemas.service import Capabilities, ErrorBody, Health, Ready
 from neuronpedia_inference.web.auth import HEADER
 
@@ -70,6 +71,8 @@ def _operation(operation: Operation[Any], refs: Refs) -> dict[str, Any]:
         note = "With `stream`: events `data: {json}`, each holding the whole answer so far."
         content["text/event-stream"] = {"schema": {"type": "string", "description": note}}
     failures = FAILURES if operation.method == "POST" else WITHOUT_A_BODY
+    if operation.tensors is not None:
+        content[MEDIA_TYPE] = {"schema": {"type": "string", "format": "binary"}}
     return {
         "operationId": operation.name,
         "summary": operation.summary,

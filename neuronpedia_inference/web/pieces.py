@@ -10,15 +10,21 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from neuronpedia_inference.operations import Events
+from neuronpedia_inference.operations.tensors import MEDIA_TYPE
 from neuronpedia_inference.web.sending import in_time
 from neuronpedia_inference.web.sse import while_connected
 
 
 class PiecedAnswer(Response):
-    """The pieces of one JSON text. They are closed as soon as the caller hangs up or stops reading."""
+    """The pieces of one JSON text, or of a file of tensors.
+
+    They are closed as soon as the caller hangs up or stops reading.
+    """
 
     def __init__(self, pieces: Events[Any, bytes], send_timeout_s: float) -> None:
-        super().__init__(media_type="application/json")
+        super().__init__(media_type=pieces.media_type)
+        if pieces.media_type == MEDIA_TYPE:  # numbers gain little by compression, and it would take most of the time
+            self.headers["content-encoding"] = "identity"
         self._pieces = pieces
         self._send_timeout_s = send_timeout_s
 

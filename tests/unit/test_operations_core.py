@@ -83,8 +83,9 @@ BODIES: dict[str, dict[str, Any]] = {
     "search": {"q": "moon"},
     "feature": {"source": "1-res", "index": 2},
     "contrast": {"a": ["one two"], "b": ["three"], "source_set": "res"},
+    "capture": {"prompt": "one two", "points": ["blocks.1.hook_resid_post"], "positions": "last"},
 }
-OUR_OWN = ("activations", "top_k", "steer", "search", "feature", "contrast")
+OUR_OWN = ("activations", "top_k", "steer", "search", "feature", "contrast", "capture")
 BESIDE = ("activation_attention", "activation_raw", "apply_chat_template", "steer_health")
 """Routes of the wire that the published client has no method for."""
 WIRE = [name for name in BODIES if name not in (*OUR_OWN, *BESIDE)]
@@ -100,9 +101,9 @@ def camel(value: Any) -> Any:
 
 
 def keys(value: Any) -> set[str]:
-    """Every key that occurs, at any depth; keys that are data (feature numbers) left out."""
+    """Every key that occurs, at any depth; keys that are data (feature numbers, points) left out."""
     if isinstance(value, dict):
-        found = {key for key in value if not key.isdecimal()}
+        found = {key for key in value if not key.isdecimal() and not key.startswith("blocks.")}
         return found.union(*map(keys, value.values()))
     return set().union(*map(keys, value)) if isinstance(value, list) else set()
 
@@ -128,7 +129,7 @@ def test_the_client_has_a_method_for_every_wire_operation():
 
 
 def test_names_paths_and_summaries_are_there_once():
-    assert len({operation.path for operation in OPERATIONS}) == len(OPERATIONS) == len(by_name) == 22
+    assert len({operation.path for operation in OPERATIONS}) == len(OPERATIONS) == len(by_name) == 23
     for operation in OPERATIONS:
         assert operation.path.startswith("/v1/")
         assert operation.summary[0].isupper()

@@ -44,6 +44,7 @@ from neuronpedia_inference.domain import (
     Written,
 )
 from neuronpedia_inference.edits.plan import Plan
+from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownSource
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.operations import answer, by_name
@@ -212,6 +213,9 @@ class FakeRuntime:
 
     def column(self, tokens: Tokens, feature: int) -> tuple[float, ...]:
         return tuple(self.at(tokens, position, feature) for position in range(len(tokens)))
+
+    def width(self, point: Point) -> int:
+        return 4
 
     async def ask(self, question: Any) -> Any:
         match question:

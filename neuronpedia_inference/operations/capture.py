@@ -1,0 +1,95 @@
+"""capture: the vectors that pass at points of the model, as JSON or as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from neuronpedia_inference.domain import ChatMessage, Numbers, Tokens
+from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
+from neuronpedia_inference.operations.operation import Operation
+from neuronpedia_inference.operations.prompts import check_model
+from neuronpedia_inference.operations.tensors import Arrays
+from neuronpedia_inference.questions.states import States
+from neuronpedia_inference.schemas.capture import CaptureRequest, CaptureResponse, CaptureResult
+from neuronpedia_inference.schemas.inside import MAX_TEXTS
+
+if TYPE_CHECKING:
+    from neuronpedia_inference.runtime import Runtime
+
+SMALLER = 4
+"""A number as JSON takes about so many times what it takes in a tensor, and so many fewer are answered."""
+
+
+async def capture(request: CaptureRequest, rt: Runtime) -> CaptureResponse:
+    """Raises UnknownPoint, LimitExceeded for more than one answer may have, and InvalidRequest for an empty text."""
+    if request.model is not None:
+        check_model(request.model, rt)
+    points = {name: Point.parse(name) for name in request.points}
+    width = sum(rt.width(point) for point in points.values())
+    batch, is_several = _batch(request, rt)
+    n_rows = sum(map(len, batch)) if request.positions == "all" else len(batch)
+    most = rt.settings.max_result_values * (SMALLER if request.format == "safetensors" else 1)
+    if n_rows * width > most:
+        raise LimitExceeded(
+            f"{n_rows} positions of {width} numbers at {len(points)} points are {n_rows * width} numbers, the most in "
+            f"one answer is {most} ({SMALLER} times MAX_RESULT_VALUES with `format: safetensors`). Read fewer points, "
+            "send shorter texts, or raise MAX_RESULT_VALUES."
+        )
+    question = States(batch, list(points.values()), request.positions, n_rows * width, request.dtype)
+    found = await rt.ask(question)
+    results = []
+    for number, (tokens, states) in enumerate(zip(batch, found, strict=True)):
+        arrays = {name: states[point] for name, point in points.items()}
+        results.append(_result(tokens, Arrays(arrays, prefix=f"{number}/" if is_several else "")))
+    return CaptureResponse.model_construct(positions=request.positions, dtype=request.dtype, results=results)
+
+
+def tensors(reply: Any) -> tuple[Mapping[str, Numbers], CaptureResponse]:
+    """The arrays of an answer by their names in a file, and the answer without them."""
+    arrays = {name: array for one in reply.results for name, array in one.states.named.items()}
+    bare = [one.model_copy(update={"states": {}}) for one in reply.results]
+    return arrays, CaptureResponse.model_construct(positions=reply.positions, dtype=reply.dtype, results=bare)
+
+
+def _batch(request: CaptureRequest, rt: Runtime) -> tuple[list[Tokens], bool]:
+    """The texts as tokens, and whether they came as a list."""
+    if isinstance(request.prompt, str):
+        return [_tokens(request.prompt, rt)], False
+    texts = [one for one in request.prompt if isinstance(one, str)]
+    if not request.prompt:
+        raise InvalidRequest("prompt: at least one text is required")
+    if not texts:
+        chat = [ChatMessage(one.role, one.content) for one in request.prompt if not isinstance(one, str)]
+        return [rt.render_chat(chat)[1]], False
+    if len(texts) > MAX_TEXTS:
+        raise LimitExceeded(f"prompt: {len(texts)} texts are too many, the most is {MAX_TEXTS}. Send fewer.")
+    return [_tokens(text, rt) for text in texts], True
+
+
+def _tokens(text: str, rt: Runtime) -> Tokens:
+    if not text:
+        raise InvalidRequest("prompt: the text is empty, so there is nothing to read. Send at least one character.")
+    return rt.tokenize(text, "once")
+
+
+def _result(tokens: Tokens, states: Arrays) -> CaptureResult:
+    return CaptureResult.model_construct(
+        tokens=list(tokens.strings),
+        token_ids=list(tokens.ids),
+        is_special=list(tokens.is_special),
+        has_bos=tokens.has_bos,
+        states=states,
+    )
+
+
+CAPTURE = Operation(
+    name="capture",
+    path="/v1/capture",
+    request=CaptureRequest,
+    response=CaptureResponse,
+    summary="The vectors that pass at points of the model",
+    run=capture,
+    tensors=tensors,
+)

@@ -1,0 +1,66 @@
+"""Captures: the vectors that pass at points of the model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from neuronpedia_inference.domain import Positions, Precision
+from neuronpedia_inference.schemas.common import MAX_NAMES, AtMost, Many, MaybeModelName, Name, Ours, Reply, examples
+from neuronpedia_inference.schemas.steer import AtMostMessages, NPSteerChatMessage
+
+_TEXT = "The cat sat on the mat."
+
+
+class CaptureRequest(Ours):
+    """The vectors that pass at points of the model.
+
+    With `format: "safetensors"`, or the header `Accept: application/x-safetensors`, the answer is a file of tensors:
+    one per point, named by it, `0/blocks...` where there are several texts; the rest of the answer is JSON in its
+    metadata, under `answer`.
+    """
+
+    prompt: str | Annotated[Many[str], AtMostMessages] | Annotated[Many[NPSteerChatMessage], AtMostMessages] = Field(
+        description="A text, 1 to 16 texts, or the messages of a chat."
+    )
+    points: Annotated[Many[Name], AtMost(MAX_NAMES)] = Field(
+        min_length=1, description='What to read, such as `["blocks.15.hook_resid_post"]`.'
+    )
+    positions: Positions = Field(
+        default="all",
+        description="Every token, BOS included; each text's last one; or the mean over tokens that are not special.",
+    )
+    dtype: Precision = Field(default="float32", description="Precision of the answer's numbers.")
+    format: Literal["json", "safetensors"] | None = Field(
+        default=None, description="How to answer; null means as the `Accept` header says, which is JSON by default."
+    )
+    model: MaybeModelName = None
+
+    model_config = ConfigDict(
+        json_schema_extra=examples(
+            {"prompt": _TEXT, "points": ["blocks.15.hook_resid_post"], "positions": "mean"},
+            {"prompt": [_TEXT, "Bake the bread."], "points": ["blocks.3.hook_mlp_out"], "positions": "last"},
+        )
+    )
+
+
+class CaptureResult(Reply):
+    """One text."""
+
+    tokens: list[str] = Field(description="All its tokens as text.")
+    token_ids: list[int] = Field(description="Their ids.")
+    is_special: list[bool] = Field(description="Which of them are special tokens.")
+    has_bos: bool = Field(description="Whether the first of them is the BOS token.")
+    states: dict[str, list[list[float]]] = Field(
+        description="Per point [n, width]: n is the number of tokens, or 1 for `last` and `mean`; heads concatenated. "
+        "Empty in the metadata of tensors."
+    )
+
+
+class CaptureResponse(Reply):
+    """Always a list, also for a single text."""
+
+    positions: Positions = Field(description="Which positions were read.")
+    dtype: Precision = Field(description="Precision of the numbers.")
+    results: list[CaptureResult] = Field(description="One entry per text, in request order.")
