@@ -41,7 +41,7 @@ class Rows:
     """Specs by hand, where a request would make them."""
 
     def __init__(self, loaded: Loaded, held: ExitStack) -> None:
-        shelf = Shelf(loaded.store, loaded.engine, loaded.annotations)
+        shelf = Shelf(loaded.store, loaded.engine, loaded.annotations, loaded.newcomers.refusal)
         self._edits = EditResolver(loaded.engine, shelf, loaded.codec.special_ids)
         self._watches = WatchResolver(loaded.engine, shelf, max_top_k=256)
         self._engine, self._held = loaded.engine, held
