@@ -18,6 +18,7 @@ RECORDED_EDITS = (
 )
 NO_TEMPLATE = "the tokenizer has no chat template; CHATML_FALLBACK=1 uses ChatML"
 NO_HEADS = "no source that is served reads what attention heads give (attn.hook_z)"
+NO_TEMPORAL = "it is for temporal SAEs, and none can be served"
 _LENSES = {"lens_logit": "lens_prompt", "lens_jacobian": "lens_prompt"}
 _WITHOUT_SAES = ("activation_single", "activation_single_batch", "activation_raw", "activation_attention")
 
@@ -107,6 +108,7 @@ def refused_endpoints(verdict: Verdict, sources: Collection[Source], *, chat: bo
     no_features = f"no SAEs are served, and this model has no neurons: {neurons}" if neurons and not sources else ""
     because = {name: no_features if _needs_features(name) else "" for name in by_name}
     because |= {name: "" if route in by_name else NO_ROUTE for name, route in _LENSES.items()}
+    because["util_similarity_matrix_pred"] = NO_TEMPORAL
     because["activation_attention"] = _none_can(verdict, PATTERN)
     if not chat:
         because |= {"steer_completion_chat": NO_TEMPLATE, "apply_chat_template": NO_TEMPLATE}

@@ -9,7 +9,7 @@ import pytest
 from neuronpedia_inference.domain import Source
 from neuronpedia_inference.engine.points import READABLE, WRITABLE, Point
 from neuronpedia_inference.errors import UnknownPoint
-from neuronpedia_inference.offers import NO_HEADS, NO_ROUTE, NO_TEMPLATE, NOT_STEERED, offered
+from neuronpedia_inference.offers import NO_HEADS, NO_ROUTE, NO_TEMPLATE, NO_TEMPORAL, NOT_STEERED, offered
 from neuronpedia_inference.operations import OPERATIONS
 from tests import architectures
 from tests.engine.engines import engine
@@ -68,7 +68,8 @@ def test_the_wires_names_are_all_told_and_every_route_is_true_or_has_a_reason() 
     assert routes.keys() >= WIRE | {operation.name for operation in OPERATIONS}
     assert all(type(is_served) is bool for is_served in routes.values())
     assert reasons.keys() == {name for name, is_served in routes.items() if not is_served}
-    assert {name for name in routes if not routes[name]} <= {name for name in WIRE if reasons.get(name) == NO_ROUTE}
+    assert reasons.pop("util_similarity_matrix_pred") == NO_TEMPORAL
+    assert set(reasons) <= {name for name in WIRE if reasons.get(name) == NO_ROUTE}
     assert routes["dfa"]
     assert routes["neurons"]
 
