@@ -263,8 +263,8 @@ def fields_table(operation: Operation[Any]) -> str:
 
 CONVENTIONS = f"""\
 - Bodies are JSON objects sent with `Content-Type: application/json`. Types are strict: no strings for numbers, no `1.0`
-  for integers, no NaN. Unknown fields are refused by `activations`, `top_k` and `steer`, with the near name;
-  Neuronpedia's routes ignore them.
+  for integers, no NaN. Unknown fields are refused by the operations that are ours alone (`activations`, `steer`,
+  `capture` and their like), with the near name; Neuronpedia's routes ignore them.
 - **Spelling.** Every field may be sent in snake_case or in camelCase; where both are sent, camelCase wins. Answers are
   spelled as the request is. Where a request has no field of two words, `activation_single`, `activation_single_batch`
   and `tokenize` answer in both spellings; `activeFeatures` and `hookName` are camelCase always. The body of
