@@ -381,10 +381,7 @@ def test_too_much_that_fires_is_counted_and_refused(runtime: Runtime, monkeypatc
     "path",
     [
         "/v1/lens/prompt",
-        "/v1/activation/attention",
-        "/v1/activation/raw",
         "/v1/util/similarity-matrix-pred",
-        "/v1/apply-chat-template",
         "/v1/tokenize/",
         "/nothing",
         "/",

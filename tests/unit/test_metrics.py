@@ -110,9 +110,10 @@ def test_what_a_block_raises_is_passed_on() -> None:
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 def test_every_operation_counts_its_answers(operation: Any) -> None:
     runtime: Any = FakeRuntime()
+    no_object: Any = []
     asyncio.run(answer(operation, BODIES[operation.name], runtime))
     with pytest.raises(InvalidBody):
-        asyncio.run(answer(operation, {}, runtime))
+        asyncio.run(answer(operation, no_object, runtime))
     assert requests(runtime.metrics) == {(operation.name, "answered"): 1, (operation.name, "refused"): 1}
 
 
