@@ -293,7 +293,7 @@ class TokenEffects:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FeatureWeights:
+class FeatureNumbers:
     """What the weights say of one feature; scaled as its activations are."""
 
     encoder: Numbers | None

@@ -11,7 +11,7 @@ V = TypeVar("V")
 
 
 class Recent(Generic[K, V]):
-    """One thread's own. The budget is never exceeded: what is larger than all of it is not kept."""
+    """For one thread at a time. The budget is never exceeded: what is larger than all of it is not kept."""
 
     def __init__(self, budget_bytes: int, n_bytes: Callable[[V], int]) -> None:
         """n_bytes: of a value."""
@@ -57,6 +57,10 @@ class Recent(Generic[K, V]):
         """No effect if it is not here."""
         left = self._held.pop(key, None)
         self.held_bytes -= 0 if left is None else self._n_bytes(left)
+
+    def clear(self) -> None:
+        for key in list(self._held):
+            self.drop(key)
 
     def stats(self) -> dict[str, int]:
         """For `/metrics`."""

@@ -250,6 +250,15 @@ class Runtime:
 
         return await asyncio.wrap_future(self._submit(CallWork(steps), Demand()).future)
 
+    async def forget(self) -> None:
+        """Let go of what is kept of prompts: what is asked next is computed, as those who check want it."""
+
+        def steps() -> Steps:
+            yield None
+            self._engine.recent.clear()
+
+        await asyncio.wrap_future(self._submit(CallWork(steps), Demand()).future)
+
     def describe(self) -> dict[str, Any]:
         """Model, sources, limits and state, for `/v1/capabilities`."""
         load = {

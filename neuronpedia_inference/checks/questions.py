@@ -49,10 +49,12 @@ async def verify(runtime: Runtime) -> Report:
     questions += [(f"features of {source.name}", asked.features(source)) for source in runtime.shelf.sources]
     questions += [(f"steered, {method}", asked.steered(method)) for method in METHODS]
     questions += [("effect", asked.effect()), ("merged", asked.merged()), ("streamed", asked.streamed())]
-    return Report(about(runtime.model), [await _answered(name, question) for name, question in questions])
+    return Report(about(runtime.model), [await _answered(runtime, name, question) for name, question in questions])
 
 
-async def _answered(name: str, question: Awaitable[Check]) -> Check:
+async def _answered(runtime: Runtime, name: str, question: Awaitable[Check]) -> Check:
+    """Computed for this question, and not taken from what another has left."""
+    await runtime.forget()
     try:
         return await question
     except InferenceError as exc:
@@ -62,6 +64,7 @@ async def _answered(name: str, question: Awaitable[Check]) -> Check:
 async def self_test(runtime: Runtime) -> None:
     """The few comparisons before a first request: one text read, one token steered. Raises StartupError, one line."""
     try:
+        await runtime.forget()
         asked = await _Asked.of(runtime, n_tokens=1)
         await asked.known()
         rows = await asked.three_rows()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from neuronpedia_inference.domain import TokenEffects
 from neuronpedia_inference.engine.cache import MaskForm, windows
 from neuronpedia_inference.engine.decoder import Decoder
-from neuronpedia_inference.engine.generation import FIXED_POSITIONS, Lane, SoloLane
+from neuronpedia_inference.engine.generation import Lane
 from neuronpedia_inference.engine.linear import torch_products
 from neuronpedia_inference.engine.places import adopt
 from neuronpedia_inference.engine.points import MLP_POST, NORMALIZED, PATTERN, READABLE, WRITABLE, Point
@@ -22,6 +22,7 @@ from neuronpedia_inference.engine.probe import probe
 from neuronpedia_inference.engine.prompts import CapturePass
 from neuronpedia_inference.engine.protocol import Captured, ModelInfo, Reading, Watch
 from neuronpedia_inference.engine.readout import Readout, token_effects
+from neuronpedia_inference.engine.solo import FIXED_POSITIONS, SoloLane
 from neuronpedia_inference.engine.static import as_cuda_graph
 from neuronpedia_inference.engine.tree import Tree, rms_normalized
 from neuronpedia_inference.engine.verdict import Finding, Verdict, VerdictFile
@@ -56,7 +57,7 @@ class ModelEngine:
         self.recent: Recent = Recent(0, n_bytes)
         """What is kept of prompts: points [pos, width], and keys and values of rows."""
         record = None if self.verdict.unrecorded_because else as_cuda_graph
-        self.reproducible_lane = SoloLane(self._lane_of_one, torch_products)
+        self.reproducible_lane = SoloLane(self._lane_of_one, torch_products, takes_turns=True)
         self.lane: Lane | SoloLane = (
             SoloLane(self._lane_of_one)
             if self.unmerged_because

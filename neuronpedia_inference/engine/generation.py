@@ -8,8 +8,7 @@ fail. A parked row keeps its slot and draws nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -101,11 +100,11 @@ class Lane:
     @property
     def rows(self) -> list[RowId]:
         """Those who decode, in their order, then those who are parked."""
-        return [row.id for row in (*self._slots.decoding, *self._slots.parked) if not row.is_leaving]
+        return [*self.decoding, *(row.id for row in self._slots.parked if not row.is_leaving)]
 
     @property
-    def n_decoding(self) -> int:
-        return sum(not row.is_leaving for row in self._slots.decoding)
+    def decoding(self) -> list[RowId]:
+        return [row.id for row in self._slots.decoding if not row.is_leaving]
 
     def begin(self, rows: NewRows) -> Joining:
         """Rows that will join once their prompts have been run. After an exception nothing has begun."""
@@ -228,14 +227,16 @@ class Lane:
     def _keep_what_leaves(self) -> None:
         """For rows that begin alike. What cannot be kept is not: nobody waits for it."""
         for slot, row in self._slots.placed:
-            is_sound = row.is_leaving and not row.has_failed
-            layers = self.memory.layers_of(slot, row.length) if is_sound else None
-            if layers is not None:
-                n_bytes = sum(one.nbytes for layer in layers if layer is not None for one in layer)
-                generated = row.generated[: row.length - len(row.spec.prompt_ids)]
-                failure = failure_of(partial(self.prefixes.keep, row.spec, generated, layers, n_bytes))
+            if row.is_leaving and not row.has_failed:
+                failure = failure_of(partial(self._keep, slot, row))
                 if failure is not None:
                     let_go(failure)
+
+    def _keep(self, slot: int, row: _Row) -> None:
+        layers = self.memory.layers_of(slot, row.length)
+        if layers is not None:
+            n_bytes = sum(one.nbytes for layer in layers if layer is not None for one in layer)
+            self.prefixes.keep(row.spec, row.generated[: row.length - len(row.spec.prompt_ids)], layers, n_bytes)
 
     def _make_room(self, new: Sequence[RowSpec]) -> Grid:
         """For rows beside those that are here, right behind those that decode; the grid that is needed for a step."""
@@ -250,15 +251,18 @@ class Lane:
         return grid
 
     def _told(self, rows: Sequence[_Row], logits: Tensor, numbers: Sequence[Numbers | None]) -> list[RowStep]:
-        """Every row draws that goes on, and gets what was read of it. logits: [row, vocab]."""
-        for row, read in zip(rows, numbers, strict=True):
-            _look(row, read)
-        drawing = [place for place, row in enumerate(rows) if row.finish is None]
+        """Every row draws that goes on, and gets what was read of it. logits: [row, vocab].
+
+        What fails here ends its own row: the others have drawn, and their step must not be made again.
+        """
+        failures = [failure_of(partial(_look, row, read)) for row, read in zip(rows, numbers, strict=True)]
+        drawing = [n for n, row in enumerate(rows) if row.finish is None and failures[n] is None]
         drawn = dict(zip(drawing, self._draw(rows, drawing, logits) if drawing else (), strict=True))
         steps = [
-            self._with_numbers(drawn.get(place) or RowStep(row.id, NO_TOKEN, finish_reason=row.finish), row.spec, read)
-            for place, (row, read) in enumerate(zip(rows, numbers, strict=True))
+            drawn.get(n) or RowStep(row.id, NO_TOKEN, finish_reason=row.finish, error=failures[n])
+            for n, row in enumerate(rows)
         ]
+        steps = [self._with_numbers(*one) for one in zip(steps, (row.spec for row in rows), numbers, strict=True)]
         steps = [_held(row, step) for row, step in zip(rows, steps, strict=True)]
         for row, step in zip(rows, steps, strict=True):
             row.is_leaving, row.has_failed = step.ends, step.error is not None
@@ -351,96 +355,6 @@ class Joining:
     def join(self) -> list[RowStep]:
         """The rows join the lane with the first token of each. After an exception none has."""
         return self.lane.take_in(self._passes)
-
-
-FIXED_POSITIONS = 64
-"""A piece of a prompt whose row runs by itself, where prompts may be run in pieces."""
-
-
-class SoloLane:
-    """Rows that run one at a time: where they must not be merged, or must not depend on who else is here."""
-
-    def __init__(
-        self, make: Callable[[], Lane], products: Callable[[], AbstractContextManager[None]] = nullcontext
-    ) -> None:
-        """`make` gives the lane of one row; passes run inside `products`."""
-        self._make = make
-        self._products = products
-        self._lanes: dict[RowId, Lane] = {}
-        self._parked: frozenset[RowId] = frozenset()
-
-    @property
-    def rows(self) -> list[RowId]:
-        return list(self._lanes)
-
-    @property
-    def n_decoding(self) -> int:
-        return len(self._lanes.keys() - self._parked)
-
-    def park(self, rows: Collection[RowId]) -> None:
-        self._parked |= self._lanes.keys() & set(rows)
-
-    def resume(self, rows: Collection[RowId]) -> None:
-        self._parked -= set(rows)
-
-    def begin(self, rows: NewRows) -> SoloJoining:
-        return SoloJoining(self, {row[0]: self._make().begin([row]) for row in rows}, self._products)
-
-    def prefill(self, rows: NewRows) -> list[RowStep]:
-        joining = self.begin(rows)
-        while not joining.is_done:
-            joining.advance(1)
-        return joining.join()
-
-    def decode(self) -> list[RowStep]:
-        """A step that fails ends its own row."""
-        running = [(id_, lane) for id_, lane in self._lanes.items() if id_ not in self._parked]
-        with self._products():
-            return self._without_finished([step for id_, lane in running for step in _step_of(id_, lane)])
-
-    def drop(self, rows: Collection[RowId]) -> None:
-        self._parked -= set(rows)
-        self._lanes = {id_: lane for id_, lane in self._lanes.items() if id_ not in rows}
-
-    def take_in(self, joining: dict[RowId, Joining]) -> list[RowStep]:
-        """After an exception none has joined."""
-        steps = [step for one in joining.values() for step in one.join()]
-        self._lanes |= {id_: one.lane for id_, one in joining.items()}
-        return self._without_finished(steps)
-
-    def _without_finished(self, steps: list[RowStep]) -> list[RowStep]:
-        self.drop({step.row for step in steps if step.ends})
-        return steps
-
-
-class SoloJoining:
-    """As `Joining`; a piece has a fixed size, or is the whole prompt of one row."""
-
-    def __init__(
-        self, lane: SoloLane, rows: dict[RowId, Joining], products: Callable[[], AbstractContextManager[None]]
-    ) -> None:
-        self._lane = lane
-        self._products = products
-        self._rows = rows
-        self.n_tokens = sum(one.n_tokens for one in rows.values())
-        self.n_padding = 0
-
-    @property
-    def is_done(self) -> bool:
-        return all(one.is_done for one in self._rows.values())
-
-    def advance(self, n_tokens: int) -> int:
-        with self._products():
-            return next(one.advance(FIXED_POSITIONS) for one in self._rows.values() if not one.is_done)
-
-    def join(self) -> list[RowStep]:
-        return self._lane.take_in(self._rows)
-
-
-def _step_of(row: RowId, lane: Lane) -> list[RowStep]:
-    steps: list[RowStep] = []
-    failure = failure_of(lambda: steps.extend(lane.decode()))
-    return steps if failure is None else [RowStep(row, NO_TOKEN, error=failure)]
 
 
 def _look(row: _Row, numbers: Numbers | None) -> None:

@@ -204,8 +204,8 @@ class Lane(Protocol):
     def rows(self) -> Sequence[RowId]: ...
 
     @property
-    def n_decoding(self) -> int:
-        """How many of them are not parked."""
+    def decoding(self) -> Sequence[RowId]:
+        """Those of them that are not parked."""
         ...
 
     def begin(self, rows: Sequence[tuple[RowId, RowSpec]]) -> Joining:

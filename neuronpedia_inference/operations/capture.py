@@ -12,6 +12,7 @@ from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.tensors import Arrays
 from neuronpedia_inference.questions.states import States
+from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.schemas.capture import CaptureRequest, CaptureResponse, CaptureResult
 from neuronpedia_inference.schemas.inside import MAX_TEXTS
 
@@ -38,7 +39,8 @@ async def capture(request: CaptureRequest, rt: Runtime) -> CaptureResponse:
             "send shorter texts, or raise MAX_RESULT_VALUES."
         )
     question = States(batch, list(points.values()), request.positions, n_rows * width, request.dtype)
-    found = await rt.ask(question)
+    with reproducibly(request.reproducible):
+        found = await rt.ask(question)
     results = []
     for number, (tokens, states) in enumerate(zip(batch, found, strict=True)):
         arrays = {name: states[point] for name, point in points.items()}

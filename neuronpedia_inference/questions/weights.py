@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from neuronpedia_inference.domain import FeatureValue, FeatureWeights, Source, TokenEffects, Tokens
+from neuronpedia_inference.domain import FeatureNumbers, FeatureValue, Source, TokenEffects, Tokens
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import Captured
 from neuronpedia_inference.questions.checks import check_index, check_vector
@@ -57,22 +57,22 @@ class Weighed(_OfWeights):
     def check(self, places: Places, vocab_size: int) -> None:
         check_index(self.source, self.index)
 
-    def reduce(self, captured: Sequence[Captured], weights: Weights) -> Steps[FeatureWeights]:
+    def reduce(self, captured: Sequence[Captured], weights: Weights) -> Steps[FeatureNumbers]:
         if self.source.is_neurons:
-            return FeatureWeights(None, None, None, None, (), TokenEffects(off_because="a neuron has no decoder row"))
+            return FeatureNumbers(None, None, None, None, (), TokenEffects(off_because="a neuron has no decoder row"))
         with (yield weights.feature(self.source, self.index)) as feature:
             encoder = feature.encoder_column(self.index).cpu().numpy()
             bias, threshold = feature.offsets
             if feature.decoder is None:
                 effects = TokenEffects(off_because="its source has no decoder rows")
-                return FeatureWeights(encoder, None, bias, threshold, (), effects)
+                return FeatureNumbers(encoder, None, bias, threshold, (), effects)
             row = feature.decoder.float()
         with (yield weights.request(self.source)) as reader:
             nearest = reader.nearest_decoder_rows(row, self.n_neighbours + 1)
         yield None
         effects = weights.token_effects(self.source, row, self.n_tokens)
         others = tuple(one for one in nearest if one.index != self.index)[: self.n_neighbours]
-        return FeatureWeights(encoder, row.cpu().numpy(), bias, threshold, others, effects)
+        return FeatureNumbers(encoder, row.cpu().numpy(), bias, threshold, others, effects)
 
 
 @dataclass(frozen=True)

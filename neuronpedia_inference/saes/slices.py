@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import Protocol
 
 from neuronpedia_inference.errors import EngineFailed
+from neuronpedia_inference.recent import Recent
 from neuronpedia_inference.saes.residency import FreeLease
 
 KEPT_BYTES = 2**26
@@ -27,8 +27,7 @@ class Slices:
     def __init__(self) -> None:
         self._readers = ThreadPoolExecutor(_THREADS, thread_name_prefix="sae-slices")
         self._lock = Lock()
-        self._kept: OrderedDict[Hashable, _Sized] = OrderedDict()
-        self._n_bytes = 0
+        self._kept: Recent[Hashable, _Sized] = Recent(KEPT_BYTES, lambda kept: kept.nbytes)
         self.n_read = 0
         """From files, so far."""
 
@@ -39,8 +38,6 @@ class Slices:
         """
         with self._lock:
             kept = self._kept.get(key)
-            if kept is not None:
-                self._kept.move_to_end(key)
         if kept is None:
             return self._readers.submit(self._read, key, read)
         found: Future[FreeLease] = Future()
@@ -61,9 +58,5 @@ class Slices:
             ) from exc
         with self._lock:
             self.n_read += 1
-            if key not in self._kept:
-                self._kept[key] = found
-                self._n_bytes += found.nbytes
-            while self._n_bytes > KEPT_BYTES:
-                self._n_bytes -= self._kept.popitem(last=False)[1].nbytes
+            self._kept.put(key, lambda: found, found.nbytes)
         return FreeLease(found)

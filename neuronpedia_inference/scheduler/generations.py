@@ -64,11 +64,11 @@ class Generations:
 
     @property
     def decoding(self) -> list[Stint]:
-        return self._turns(is_parked=False)
+        return self._stints(is_parked=False)
 
     @property
     def parked(self) -> list[Stint]:
-        return self._turns(is_parked=True)
+        return self._stints(is_parked=True)
 
     @property
     def inside(self) -> bool:
@@ -110,10 +110,12 @@ class Generations:
 
     def decode(self) -> None:
         """One token for every row that is not parked."""
+        started = time.perf_counter()
         for lane in self._lanes:
             self._drop_strangers(lane)
-            if lane.n_decoding:
-                self._step(lane)
+        stepped = [self._step(lane) for lane in self._lanes if lane.decoding]
+        if any(stepped):
+            self._pace.stepped(time.perf_counter() - started)
         self._n_steps += 1
 
     def forget(self, job: Job) -> None:
@@ -151,28 +153,27 @@ class Generations:
 
     # Steps
 
-    def _step(self, lane: Lane) -> None:
-        """A step that fails is tried once more: what ran out of memory beside it may have left."""
+    def _step(self, lane: Lane) -> bool:
+        """Whether there was one. What fails is tried once more: what ran out of memory beside it may have left."""
         steps: list[RowStep] = []
         for is_last in (False, True):
-            started = time.perf_counter()
             failure = failure_of(lambda: steps.extend(lane.decode()))
             if failure is None:
-                self._pace.stepped(time.perf_counter() - started)
                 self._metrics.decoded(len(steps))
                 self._deliver(steps)
-                return
+                return True
             if is_last or not self._ends.give_up(failure):
-                for number in {row.job for row in lane.rows}:
+                for number in {row.job for row in lane.decoding}:
                     self._ends.fail(self._decoding[number].job, failure)
-                return
+                return False
             log.warning("a decode step failed and is tried once more", exc_info=failure)
+        return False
 
     def _lane_of(self, job: Job) -> Lane:
         assert isinstance(job.work, GenerateWork)
         return self._lanes[job.work.reproducible]
 
-    def _turns(self, *, is_parked: bool) -> list[Stint]:
+    def _stints(self, *, is_parked: bool) -> list[Stint]:
         found = [one for one in self._decoding.values() if one.is_parked == is_parked]
         return [Stint(one.job, self._n_steps - one.since) for one in found]
 

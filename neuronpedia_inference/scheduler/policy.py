@@ -31,7 +31,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """One turn of the worker. Every waiting job is in at most one of the four; the rest wait on."""
+    """One turn of the worker. A job is in one of these at the most; the rest wait on."""
 
     cancelled: tuple[Job, ...] = ()
     """Their callers have gone."""
@@ -78,8 +78,8 @@ def plan_tick(waiting: Sequence[Job], under_way: UnderWay, limits: Limits, now_s
     those first that have decoded longest since they came in. Where not even that is enough it waits, and those behind
     it wait too: a small request does not overtake a large one for ever. With nothing running, any fits.
     """
-    turns = [turn.job for turn in (*under_way.decoding, *under_way.parked)]
-    begun = (*under_way.reading, *under_way.joining, *turns, *under_way.paused)
+    stints = [stint.job for stint in (*under_way.decoding, *under_way.parked)]
+    begun = (*under_way.reading, *under_way.joining, *stints, *under_way.paused)
     cancelled = tuple(job for job in (*waiting, *begun) if job.ticket.cancelled)
     expired = tuple(job for job in waiting if not job.ticket.cancelled and _is_late(job, now_s))
     gone = {job.id for job in (*cancelled, *expired)}
@@ -97,8 +97,8 @@ class _Rows:
 
     def __init__(self, under_way: UnderWay, gone: Collection[int], limits: Limits) -> None:
         self._limits = limits
-        self._decoding = [turn for turn in under_way.decoding if turn.job.id not in gone]
-        self._parked = [turn for turn in under_way.parked if turn.job.id not in gone]
+        self._decoding = [stint for stint in under_way.decoding if stint.job.id not in gone]
+        self._parked = [stint for stint in under_way.parked if stint.job.id not in gone]
         self._n_coming = sum(_generation(job).n_rows for job in under_way.joining)
         """Rows that decode before the next tick, or soon."""
         self._is_blocked = False
@@ -108,11 +108,11 @@ class _Rows:
 
     def resume_due(self) -> None:
         """The one who has been parked longest, if it is time: others make way for it. One in a tick."""
-        turn = next(iter(self._parked), None)
-        if turn is not None and turn.n_steps >= PARKED_STEPS:
-            self._is_blocked = not self._make_room(_generation(turn.job).n_rows)
+        stint = next(iter(self._parked), None)
+        if stint is not None and stint.n_steps >= PARKED_STEPS:
+            self._is_blocked = not self._make_room(_generation(stint.job).n_rows)
             if not self._is_blocked:
-                self._resume(turn)
+                self._resume(stint)
 
     def resume_where_there_is_room(self) -> None:
         while not self._is_blocked and self._parked and self._fits(_generation(self._parked[0].job).n_rows):
@@ -138,13 +138,13 @@ class _Rows:
                 return ()
         return tuple(group)
 
-    def _resume(self, turn: Stint) -> None:
-        self._parked.remove(turn)
-        self.resumed.append(turn.job)
-        self._n_coming += _generation(turn.job).n_rows
+    def _resume(self, stint: Stint) -> None:
+        self._parked.remove(stint)
+        self.resumed.append(stint.job)
+        self._n_coming += _generation(stint.job).n_rows
 
     def _n_running(self) -> int:
-        return self._n_coming + sum(_generation(turn.job).n_rows for turn in self._decoding)
+        return self._n_coming + sum(_generation(stint.job).n_rows for stint in self._decoding)
 
     def _fits(self, n_rows: int) -> bool:
         running = self._n_running()
@@ -153,7 +153,7 @@ class _Rows:
     def _make_room(self, n_rows: int) -> bool:
         """Whether so many rows fit, once those who have decoded longest are parked. Who need not is not."""
         before = list(self._decoding)
-        makes_way = sorted((t for t in self._decoding if t.n_steps >= FIRST_STEPS), key=lambda t: -t.n_steps)
+        makes_way = sorted((one for one in self._decoding if one.n_steps >= FIRST_STEPS), key=lambda one: -one.n_steps)
         parked = []
         while not self._fits(n_rows) and makes_way:
             parked.append(makes_way.pop(0))
@@ -161,7 +161,7 @@ class _Rows:
         if not self._fits(n_rows):
             self._decoding = before
             return False
-        self.made_way += [turn.job for turn in parked]
+        self.made_way += [stint.job for stint in parked]
         return True
 
 

@@ -88,7 +88,7 @@ class Worker:
     @property
     def n_rows(self) -> int:
         """Rows that decode."""
-        return self._engine.lane.n_decoding + self._engine.reproducible_lane.n_decoding
+        return len(self._engine.lane.decoding) + len(self._engine.reproducible_lane.decoding)
 
     def submit(self, work: Work, *, on_event: Callable[[Any], None] | None = None) -> Ticket:
         """Raises NotReady once the worker is closing or its device has failed."""
@@ -150,7 +150,11 @@ class Worker:
             return
         if isinstance(job.work, GenerateWork):
             self._ends.attempt(job, lambda: self._prepare(job, job.work))
-        elif not self._readings.begin_known(job):
+        else:
+            self._ends.attempt(job, lambda: self._begin_or_wait(job))
+
+    def _begin_or_wait(self, job: Job) -> None:
+        if not self._readings.begin_known(job):
             self._waiting.append(job)
 
     def _prepare(self, job: Job, work: Work) -> None:
@@ -238,8 +242,8 @@ class Worker:
             if job is not None:
                 self._waiting.append(job)
         inside = self._under_way
-        turns = [turn.job for turn in (*inside.decoding, *inside.parked)]
-        begun = (*inside.reading, *inside.joining, *turns, *inside.paused)
+        stints = [stint.job for stint in (*inside.decoding, *inside.parked)]
+        begun = (*inside.reading, *inside.joining, *stints, *inside.paused)
         self._ends.forget = ()  # nothing runs here any more, and on a broken device even forgetting may raise
         for job in (*self._starting, *self._waiting, *begun):
             stopped = NotReady("The server stopped before it could answer. Try again soon.")

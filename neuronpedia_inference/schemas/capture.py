@@ -7,7 +7,17 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from neuronpedia_inference.domain import Positions, Precision
-from neuronpedia_inference.schemas.common import MAX_NAMES, AtMost, Many, MaybeModelName, Name, Ours, Reply, examples
+from neuronpedia_inference.schemas.common import (
+    MAX_NAMES,
+    AtMost,
+    Many,
+    MaybeModelName,
+    Name,
+    Ours,
+    Reply,
+    Reproducible,
+    examples,
+)
 from neuronpedia_inference.schemas.steer import AtMostMessages, NPSteerChatMessage
 
 _TEXT = "The cat sat on the mat."
@@ -35,6 +45,7 @@ class CaptureRequest(Ours):
     format: Literal["json", "safetensors"] | None = Field(
         default=None, description="How to answer; null means as the `Accept` header says, which is JSON by default."
     )
+    reproducible: Reproducible = False
     model: MaybeModelName = None
 
     model_config = ConfigDict(

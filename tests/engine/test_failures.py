@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -30,6 +31,7 @@ from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.scheduler.jobs import CaptureWork, GenerateWork, Steps, Ticket
 from neuronpedia_inference.scheduler.policy import Limits
 from neuronpedia_inference.scheduler.worker import Worker
+from neuronpedia_inference.watches.readings import VectorReading
 from tests import models
 from tests.engine.engines import engine
 from tests.engine.test_merging import PROMPTS, alone, ids, steering
@@ -150,6 +152,35 @@ def test_a_draw_that_fails_again_ends_its_own_row(expected: list[list[int]], mon
         found = to_the_end(lane, steps)
     assert [ids(found[0]), ids(found[1])] == expected[:2]
     assert [type(step.error) for step in found[2]] == [type(None), torch.OutOfMemoryError]
+
+
+class Broken:
+    """A rule whose lookout fails at the n-th reading."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def begin(self) -> Broken:
+        return Broken(self.at)
+
+    def see(self, numbers: Any, ids: Sequence[int]) -> bool:
+        self.at -= 1
+        if self.at == 0:
+            raise ZeroDivisionError("injected")
+        return False
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_rule_that_fails_ends_its_own_row(expected: list[list[int]], at: int) -> None:
+    """The others have drawn by then: their step must not be made again."""
+    watch = engine(FAMILY).watch(Point(1, "hook_resid_post"), VectorReading(32))
+    specs = [rows()[0], replace(rows()[1], watches=(watch,), rules=(Broken(at),)), rows()[2]]
+    with torch.inference_mode():
+        lane = Lane.merging(engine(FAMILY).decoder, MaskForm.ADDITIVE)
+        found = to_the_end(lane, lane.prefill([(RowId(n, 0), spec) for n, spec in enumerate(specs)]))
+    assert [ids(found[0]), ids(found[2])] == [expected[0], expected[2]]
+    assert isinstance(found[1][-1].error, ZeroDivisionError)
+    assert len(found[1]) == at
 
 
 @pytest.mark.parametrize("leaving", [0, 1])

@@ -194,10 +194,10 @@ class TestStore:
         assert store.stats()["features_read"] == 1
 
     def test_those_kept_are_bounded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        store = self.store(tmp_path)
-        one = store.feature("3-res-t", 0).result(SOON).reader
+        one = self.store(tmp_path).feature("3-res-t", 0).result(SOON).reader
         monkeypatch.setattr("neuronpedia_inference.saes.slices.KEPT_BYTES", 2 * one.nbytes)
-        for index in (1, 2):
+        store = self.store(tmp_path)
+        for index in (0, 1, 2):
             store.feature("3-res-t", index).result(SOON)
         assert store.feature("3-res-t", 2).done()
         store.feature("3-res-t", 0).result(SOON)

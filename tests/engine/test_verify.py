@@ -61,8 +61,7 @@ def loaded(folder: Path, family: str) -> Iterator[Runtime]:
     models.save(family, folder / "model")
     write_sae(folder / "saes" / "1-res-tiny", "jumprelu", "blocks.1.hook_resid_post")
     write_sae(folder / "saes" / "0-gated-tiny", "gated", "blocks.0.hook_resid_pre")
-    files = {"model_id": str(folder / "model"), "local_sae_dir": folder / "saes"}
-    settings = Settings.read(**files, num_threads=1, reuse_memory_gib=0)  # a fault put in later is met again
+    settings = Settings.read(model_id=str(folder / "model"), local_sae_dir=folder / "saes", num_threads=1)
     runtime = Runtime.load(settings)
     yield runtime
     runtime.close()

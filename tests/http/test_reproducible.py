@@ -9,9 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
-from served import SOURCE, TEXT, Served, running, small_settings
+from commands import command, line_with
+from served import SOON_S, SOURCE, TEXT, Served, running, small_settings
 
 from neuronpedia_inference import loading
+from neuronpedia_inference.embedded.weights import default_cache_dir
 from neuronpedia_inference.engine.linear import TIMED_ROWS, choose_products
 from neuronpedia_inference.runtime import Runtime
 
@@ -31,6 +33,7 @@ def requests() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "/v1/steer", {"prompt": CHAT, "features": [FEATURE], "temperature": 0.7, **SHORT}
     yield "/v1/steer", {"prompt": TEXT, "features": [FEATURE], "stream": True, "deltas": False, **SHORT}
     yield "/v1/steer", {"prompt": TEXT, "features": [FEATURE], "method": "ORTHOGONAL_DECOMP", **SHORT}
+    yield "/v1/capture", {"prompt": [TEXT, "A dog ran."], "points": ["blocks.15.hook_resid_post"], "positions": "mean"}
     yield "/v1/contrast", {"a": [TEXT, "A dog ran."], "b": ["It rains in Rome.", "The bank was closed."], "limit": 5}
 
 
@@ -62,10 +65,10 @@ def other() -> Iterator[Served]:
 
 def test_alone_among_others_and_after_a_restart(server: Served, other: Served) -> None:
     asked = list(requests())
-    assert len(asked) == 20
+    assert len(asked) == 21
     with server.client() as http, other.client() as elsewhere:
         alone = [ask(http, *one) for one in asked]
-        assert len(set(alone)) == 20
+        assert len(set(alone)) == 21
         plain = {"prompt": "The crowd asks for something else", "features": [FEATURE], "max_new_tokens": 40}
         with ThreadPoolExecutor(36) as pool:
             crowd = [pool.submit(http.post, "/v1/steer", json={**plain, "seed": n}) for n in range(16)]
@@ -74,6 +77,23 @@ def test_alone_among_others_and_after_a_restart(server: Served, other: Served) -
         assert beside == alone[:16]
         assert [ask(http, *one) for one in reversed(asked)] == alone[::-1]
         assert [ask(elsewhere, *one) for one in asked] == alone
+
+
+@pytest.mark.long
+def test_in_another_process_that_chooses_its_products_anew() -> None:
+    """After a real restart, with what was measured at the first start thrown away."""
+    asked = list(requests())
+    answers = []
+    for _ in range(2):
+        for kept in default_cache_dir().glob("products-*.json"):
+            kept.unlink()
+        words = ["serve", "--port", "0", "--sae-sets", "res-4k"]
+        with command(words, TOKEN_LIMIT="48", MAX_TOKENS="64", MAX_RESULTS="50") as process:
+            url = line_with(process, "Listening on").rpartition(" ")[2]
+            line_with(process, "Ready in")
+            with httpx.Client(base_url=url, timeout=SOON_S) as http:
+                answers.append([ask(http, *one) for one in asked])
+    assert answers[0] == answers[1]
 
 
 def test_what_is_reproducible_is_right(http: httpx.Client) -> None:

@@ -82,8 +82,8 @@ class CountingLane:
         self.parked: set[RowId] = set()
 
     @property
-    def n_decoding(self) -> int:
-        return len(self.left.keys() - self.parked)
+    def decoding(self) -> list[RowId]:
+        return [row for row in self.left if row not in self.parked]
 
     def park(self, rows: Collection[RowId]) -> None:
         self.parked |= set(rows)
@@ -100,10 +100,10 @@ class CountingLane:
         return CountingJoining(self, rows)
 
     def decode(self) -> list[RowStep]:
-        self.batches.append(self.n_decoding)
+        self.batches.append(len(self.decoding))
         if self.is_broken:
             raise ZeroDivisionError("bug")
-        return self.steps([row for row in self.rows if row not in self.parked])
+        return self.steps(self.decoding)
 
     def drop(self, rows: Collection[RowId]) -> None:
         self.left = {id_: n for id_, n in self.left.items() if id_ not in rows}

@@ -28,8 +28,8 @@ from neuronpedia_inference.domain import (
     ContrastedFeature,
     Dfa,
     FeatureActivations,
+    FeatureNumbers,
     FeatureValue,
-    FeatureWeights,
     Numbers,
     Part,
     RankedFeatures,
@@ -240,7 +240,7 @@ class FakeRuntime:
             case Weighed():
                 row = np.arange(question.source.width, dtype=np.float32)
                 effects = TokenEffects((FeatureValue(0, 2.5),), (FeatureValue(0, -1.5),))
-                return FeatureWeights(row, row + 1, 0.5, None, (FeatureValue(1, 0.9),), effects)
+                return FeatureNumbers(row, row + 1, 0.5, None, (FeatureValue(1, 0.9),), effects)
             case Contrast():
                 self.calls.append(("contrast", question))
                 first = ContrastedFeature(question.sources[0].name, 0, 2.0, 3.0, 1.0, 1.0, 0.5, None)
