@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 
@@ -17,6 +18,7 @@ SOURCE, NEURONS, WIDTH = f"15-{SOURCE_SET}", "15", 4096
 WORDS = ("the", "cat", "house", "river", "army", "court", "judge", "water", "church", "road")
 """Each a token of its own."""
 N_STEERS, MOST_STEERS, MOST_RESULTS, SORT_ENTRIES = 178_000, 512, 1000, 60_000
+N_LAYERS, N_CONTRASTED, N_EDITS = 30, 128, 64
 BODY_BYTES = 8 * 2**20
 Body = dict[str, Any]
 
@@ -25,7 +27,8 @@ Body = dict[str, Any]
 class Ask:
     name: str
     path: str
-    body: bytes
+    body: bytes = b""
+    """Empty: a GET."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,27 @@ def asks(bounds: Bounds, n_new: int) -> Iterator[Ask]:
     yield _ask(f"steer, {MOST_STEERS} vectors", "/v1/steer", largest_steer())
     yield _ask(f"steer, {n_new} tokens, whole", "/v1/steer/completion", logprobs)
     yield _ask(f"steer, {n_new} tokens, stream", "/v1/steer/completion", {**logprobs, "stream": True})
+    yield from _inside(prompt)
+    yield _ask("steer, 64 edits and 64 watches", "/v1/steer", edited_and_watched(bounds.top_k))
+
+
+def _inside(prompt: str) -> Iterator[Ask]:
+    """What passes in the model, sets of texts, and what is known of features."""
+    points = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
+    texts = [f"{n} {text(20)}" for n in range(N_CONTRASTED)]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": "Hi"} for n in range(15)]
+    yield _ask("capture, every layer, JSON", "/v1/capture", {"prompt": prompt, "points": points})
+    tensors = {"prompt": [prompt] * 4, "points": points, "format": "safetensors"}
+    yield _ask("capture, every layer of 4 texts, tensors", "/v1/capture", tensors)
+    yield _ask(
+        "contrast, 64 and 64 texts", "/v1/contrast", {"a": texts[:64], "b": texts[64:], "source_set": SOURCE_SET}
+    )
+    raw = {"prompts": [prompt], "model": MODEL, "layers": list(range(N_LAYERS))}
+    yield _ask("raw, every layer", "/v1/activation/raw", raw)
+    yield _ask("attention", "/v1/activation/attention", {"prompt": prompt, "model": MODEL, "layer": 3, "head": 1})
+    yield _ask("chat template, 15 messages", "/v1/apply-chat-template", {"messages": messages, "model": MODEL})
+    yield Ask("search, the first", f"/v1/features?{urlencode({'q': 'economy moon war river ' * 20, 'limit': 1000})}")
+    yield Ask("a feature, everything", f"/v1/features/{SOURCE}/1113")
 
 
 def small() -> Iterator[tuple[str, bytes]]:
@@ -110,6 +134,25 @@ def many_steers() -> bytes:
     body = f'{{"prompt":"Hi","features":[{",".join([one] * N_STEERS)}]}}'.encode()
     assert len(body) <= BODY_BYTES
     return body
+
+
+def edited_and_watched(top_k: int) -> Body:
+    """Each edit on listed positions and on a condition, each watch of its own features."""
+    on = {"positions": list(range(5, 500)), "except": {"token_ids": list(range(500))}}
+    edits = [
+        {
+            "do": "clamp",
+            "feature": f"{SOURCE}/{n}",
+            "amount": 3,
+            "on": on,
+            "when": {"feature": f"{SOURCE}/{n}", "above": 1},
+        }
+        for n in range(N_EDITS)
+    ]
+    watches: list[Body] = [{"source": SOURCE, "top_k": min(top_k, 200)}]
+    watches += [{"source": SOURCE, "index": n} for n in range(N_EDITS - 2)]
+    watches += [{"lens": "LOGIT_LENS", "top_n": 10}]
+    return {"prompt": text(100), "edits": edits, "watch": watches, "max_new_tokens": 50, "compare": False}
 
 
 def largest_steer() -> Body:

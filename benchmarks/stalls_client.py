@@ -127,7 +127,7 @@ class Server:
         """Read as fast as it comes, looking only for the ends of events."""
         frames, n_bytes, head, started_s = Frames(), 0, b"", time.perf_counter()
         headers = {"Content-Type": "application/json"}
-        async with self.http.stream("POST", path, content=body, headers=headers) as response:
+        async with self.http.stream("POST" if body else "GET", path, content=body or None, headers=headers) as response:
             async for chunk in response.aiter_raw():
                 frames.feed(chunk, time.perf_counter())
                 n_bytes += len(chunk)

@@ -12,6 +12,7 @@ from neuronpedia_inference.edits.plan import fires_in
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.edits import condition_of
 from neuronpedia_inference.operations.growing import GrowingList
+from neuronpedia_inference.operations.rendering import Rows
 from neuronpedia_inference.schemas.watch import (
     NPLogprobTop,
     SteerRule,
@@ -81,17 +82,22 @@ class _Column:
 
     place: Sequence[int]
     make: Make
-    newest: list[Any] = field(default_factory=list)
     all: GrowingList[Numbers] = field(init=False)
+    _n_newest: int = 0
 
     def __post_init__(self) -> None:
         self.all = GrowingList(self.make)
 
-    def add(self, numbers: Numbers) -> None:
-        """[pos, n] of all watches"""
-        mine = list(numbers[:, list(self.place)])
-        self.newest = [self.make(one) for one in mine]
+    def add(self, numbers: Numbers | None) -> None:
+        """[pos, n] of all watches; None where nothing new has been read."""
+        mine = [] if numbers is None else list(numbers[:, list(self.place)])
+        self._n_newest = len(mine)
         self.all.add(mine)
+
+    def newest(self) -> Rows[Any]:
+        """What the last `add` has brought, made while it is written."""
+        first = len(self.all) - self._n_newest
+        return Rows(self._n_newest, lambda n: self.make(self.all[first + n]))
 
 
 class Watched:
@@ -124,11 +130,7 @@ class Watched:
         self._newest = [] if numbers is None else [self._waiting.popleft() for _ in numbers]
         self._tokens.add(self._newest)
         for column in (*self._before, *self._after):
-            if column is None:
-                continue
-            if numbers is None:
-                column.newest = []
-            else:
+            if column is not None:
                 column.add(numbers)
 
     def so_far(self) -> SteerWatched:
@@ -136,7 +138,7 @@ class Watched:
 
     def newest(self) -> SteerWatched:
         """What the last `add` has brought."""
-        return self._reply(self._newest, lambda column: column.newest)
+        return self._reply(self._newest, lambda column: column.newest())
 
     def _reply(self, tokens: Any, of: Callable[[_Column], Any]) -> SteerWatched:
         return SteerWatched.model_construct(
