@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -103,12 +104,10 @@ class Newcomers:
             coming.n_bytes = sum(sizes.values())
             self._check(spec, sizes)
             log.info("fetching source %s: %.2f GiB", spec.name, coming.n_bytes / GIB)
-            try:
+            with ExitStack() as unless_fetched:
+                unless_fetched.callback(self._give_back, coming.n_bytes)
                 downloads.fetch_sae(spec)
-            except StartupError:
-                with self._lock:
-                    self._taken -= coming.n_bytes
-                raise
+                unless_fetched.pop_all()
         self._add(spec)
 
     def _check(self, spec: SourceSpec, sizes: Mapping[str, int]) -> None:
@@ -122,6 +121,10 @@ class Newcomers:
                 what = f"requests would have had {(self._taken + total) / GIB:.2f} GiB fetched in all"
                 raise _too_large(spec, what, "download_total_gib", self._settings)
             self._taken += total
+
+    def _give_back(self, n_bytes: int) -> None:
+        with self._lock:
+            self._taken -= n_bytes
 
     def _end(self, spec: SourceSpec, coming: _Coming, done: Future[None]) -> None:
         error = None if done.cancelled() else done.exception()

@@ -12,6 +12,7 @@ import numpy as np
 from neuronpedia_inference.domain import FeatureValue, Numbers, Source
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownSource
 from neuronpedia_inference.operations.operation import Operation
+from neuronpedia_inference.operations.rendering import Rows
 from neuronpedia_inference.questions import Weighed
 from neuronpedia_inference.schemas.features import (
     FeatureContext,
@@ -25,7 +26,7 @@ from neuronpedia_inference.schemas.features import (
 )
 
 if TYPE_CHECKING:
-    from neuronpedia_inference.annotations import Context, SourceAnnotations
+    from neuronpedia_inference.annotations import Context, Found, SourceAnnotations
     from neuronpedia_inference.runtime import Runtime
 
 
@@ -36,19 +37,7 @@ async def search(request: SearchRequest, rt: Runtime) -> SearchResponse:
         raise LimitExceeded(f"limit is {request.limit}, the most is {most}. Ask for fewer or raise MAX_RESULTS.")
     sources = _searched(request.source, rt)
     found = await asyncio.to_thread(rt.shelf.search, request.q, sources, request.limit)
-    return SearchResponse(
-        features=[
-            FoundFeature(
-                source=one.source,
-                index=one.index,
-                label=rt.shelf.label(one.source, one.index),
-                score=one.score,
-                context=next(iter(_contexts(rt.shelf.annotations(one.source), one.index)), None),
-                **known_numbers(rt.shelf.annotations(one.source), one.index, "density", "max"),
-            )
-            for one in found
-        ]
-    )
+    return SearchResponse.model_construct(features=Rows(len(found), lambda place: _found(found[place], rt)))
 
 
 async def feature(request: FeatureRequest, rt: Runtime) -> FeatureResponse:
@@ -83,6 +72,18 @@ async def feature(request: FeatureRequest, rt: Runtime) -> FeatureResponse:
         suppressed=_tokens(weights.effects.suppressed, rt),
         no_tokens_because=weights.effects.off_because or None,
         **known_numbers(known, index, "density", "max", "mean"),
+    )
+
+
+def _found(one: Found, rt: Runtime) -> FoundFeature:
+    known = rt.shelf.annotations(one.source)
+    return FoundFeature(
+        source=one.source,
+        index=one.index,
+        label=rt.shelf.label(one.source, one.index),
+        score=one.score,
+        context=next(iter(_contexts(known, one.index)), None),
+        **known_numbers(known, one.index, "density", "max"),
     )
 
 
