@@ -15,6 +15,7 @@ from neuronpedia_inference.edits.plan import (
     Feature,
     Fires,
     Not,
+    Plan,
     Target,
     Unit,
 )
@@ -24,25 +25,40 @@ from neuronpedia_inference.operations.prompts import choose_source
 from neuronpedia_inference.schemas import conditions as wire_conditions
 from neuronpedia_inference.schemas import edits as wire
 from neuronpedia_inference.schemas.conditions import FROM_THEN_ON, THIS_TOKEN, parts_of
-from neuronpedia_inference.schemas.steer import SteerByFeature, SteerRequest
+from neuronpedia_inference.schemas.steering import SteerByFeature, Steering
 from neuronpedia_inference.schemas.words import FeatureAddress
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
 
-def edits_of(request: SteerRequest, rt: Runtime) -> tuple[Edit, ...]:
+async def checked_plan(steering: Steering, rt: Runtime, *, skip_special_tokens: bool = False) -> Plan | None:
+    """What a steering does, which can be honoured; None where it does nothing. No tensor is touched.
+
+    skip_special_tokens: edits of everything leave the prompt's special tokens as they are, as in chats.
+
+    Raises InvalidRequest, UnknownSource, UnknownPoint and LimitExceeded, naming the field.
+    """
+    edits = edits_of(steering, rt)
+    if not edits:
+        return None
+    plan = Plan(edits, skip_special_tokens)
+    await rt.check_steering(plan)
+    return plan
+
+
+def edits_of(steering: Steering, rt: Runtime) -> tuple[Edit, ...]:
     """Features, vectors and edits, in this order. Raises InvalidRequest and UnknownSource, naming the field."""
-    do, factor = BY_METHOD[request.method], request.strength_multiplier
+    do, factor = BY_METHOD[steering.method], steering.strength_multiplier
     by_feature = [
         Edit(do, _feature(one, rt), factor * one.strength, field=f"features.{n}")
-        for n, one in enumerate(request.features or ())
+        for n, one in enumerate(steering.features or ())
     ]
     by_vector = [
         Edit(do, Direction(one.hook, one.vector), factor * one.strength, field=f"vectors.{n}")
-        for n, one in enumerate(request.vectors or ())
+        for n, one in enumerate(steering.vectors or ())
     ]
-    return (*by_feature, *by_vector, *(_edit(one, n, rt) for n, one in enumerate(request.edits or ())))
+    return (*by_feature, *by_vector, *(_edit(one, n, rt) for n, one in enumerate(steering.edits or ())))
 
 
 def _feature(one: SteerByFeature, rt: Runtime) -> Feature:

@@ -6,9 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
 from neuronpedia_inference.domain import Sampling, Written
-from neuronpedia_inference.edits.plan import Plan
 from neuronpedia_inference.errors import InvalidRequest
-from neuronpedia_inference.operations.edits import edits_of
+from neuronpedia_inference.operations.edits import checked_plan
 from neuronpedia_inference.operations.operation import Events, Operation, last
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.steer import Chat, Plans, chat_story, text_story
@@ -68,9 +67,8 @@ async def _checked_plans(request: SteerRequest, rt: Runtime) -> Plans:
     if request.model is not None:
         check_model(request.model, rt)
     is_chat = not isinstance(request.prompt, str)
-    plan = Plan(edits_of(request, rt), skip_special_tokens=is_chat and not request.steer_special_tokens)
-    await rt.check_steering(plan)
-    return [plan if plan.edits else None, *([None] if request.compare else [])]
+    plan = await checked_plan(request, rt, skip_special_tokens=is_chat and not request.steer_special_tokens)
+    return [plan, *([None] if request.compare else [])]
 
 
 def _sampling(request: SteerRequest) -> Sampling:

@@ -6,7 +6,6 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import ConfigDict, Field
 
-from neuronpedia_inference.domain import MAX_STEERS
 from neuronpedia_inference.schemas.common import (
     ALSO_SNAKE,
     AtMost,
@@ -25,27 +24,17 @@ from neuronpedia_inference.schemas.common import (
     Wire,
     examples,
 )
-from neuronpedia_inference.schemas.edits import MAX_EDITS, SteerEdit
+from neuronpedia_inference.schemas.steering import AtMostSteers, Method, Steering, Strength, StrengthMultiplier
 from neuronpedia_inference.schemas.watch import NPLogprobTop, SteerRule, SteerStop, SteerWatch, SteerWatched
 from neuronpedia_inference.watches.plan import MAX_WATCHES
 from neuronpedia_inference.watches.rules import MAX_RULES
 
 MAX_MESSAGES = 1024
 """Messages of a chat."""
-AtMostSteers = AtMost(MAX_STEERS)
 AtMostMessages = AtMost(MAX_MESSAGES)
 
-NPSteerMethod = Literal["SIMPLE_ADDITIVE", "ORTHOGONAL_DECOMP", "PROJECTION_CAP"]
 NPSteerType = Literal["STEERED", "DEFAULT"]
 
-Method = Annotated[
-    NPSteerMethod,
-    Field(
-        description="With c = strength multiplier × strength, state h and direction v (v̂ at unit length): "
-        "SIMPLE_ADDITIVE h + c·v; ORTHOGONAL_DECOMP h + (c − 1)(h·v̂)v̂; "
-        "PROJECTION_CAP h + (min(h·v̂, c) − h·v̂)v̂."
-    ),
-]
 Temperature = Annotated[
     float, Field(ge=0, le=100, description="0 takes the likeliest token; higher values draw more freely.")
 ]
@@ -66,13 +55,6 @@ NLogprobs = Annotated[
 Stream = Annotated[
     bool | None,
     Field(description="Answer with server-sent events, each the whole response so far."),
-]
-MAX_STRENGTH = 1e6
-StrengthMultiplier = Annotated[
-    float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH, description="Every strength is multiplied by this.")
-]
-Strength = Annotated[
-    float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH, description="How strongly; negative values steer away.")
 ]
 SteerSpecialTokens = Annotated[
     bool,
@@ -220,44 +202,20 @@ class SteerCompletionChatResponse(Reply):
     input: NPSteerChatResult = Field(description="The chat before the answer.")
 
 
-class SteerByFeature(Ours):
-    """Steer with a feature."""
+class TextOrChat(Ours):
+    """What is gone on from."""
 
-    source: SourceName | None = Field(
-        default=None, description="Source of the feature; may be left out when only one is loaded."
+    prompt: str | Annotated[Many[NPSteerChatMessage], AtMostMessages] = Field(
+        description="A text, which may not be empty, or the messages of a chat."
     )
-    index: int = Field(description="Index of the feature in its source.")
-    strength: Strength
 
 
-class SteerByVector(Ours):
-    """Steer with a vector of your own."""
-
-    hook: Name = Field(description='Where to steer, such as "blocks.15.hook_resid_post".')
-    vector: Vector = Field(description="The direction, as wide as the hook.")
-    strength: Strength
-
-
-class SteerRequest(Ours):
+class SteerRequest(Steering, TextOrChat):
     """Continue a text or answer a chat, steered, and by default unsteered next to it.
 
     `features`, `vectors` and `edits` act in this order; without any of them the model is as it is.
     """
 
-    prompt: str | Annotated[Many[NPSteerChatMessage], AtMostMessages] = Field(
-        description="A text, which may not be empty, or the messages of a chat."
-    )
-    features: Annotated[Many[SteerByFeature], AtMostSteers] | None = Field(
-        default=None, description="Features to steer with, in order."
-    )
-    vectors: Annotated[Many[SteerByVector], AtMostSteers] | None = Field(
-        default=None, description="Vectors to steer with, in order."
-    )
-    edits: Annotated[Many[SteerEdit], AtMost(MAX_EDITS)] | None = Field(
-        default=None, description="Edits, in order, each with a method of its own."
-    )
-    method: Method = "SIMPLE_ADDITIVE"
-    strength_multiplier: StrengthMultiplier = 1.0
     max_new_tokens: NewTokens = 32
     temperature: Temperature = 0.0
     freq_penalty: FreqPenalty = 0.0

@@ -17,7 +17,7 @@ from neuronpedia_inference.operations import answer_events, answer_events_json, 
 from neuronpedia_inference.operations.chat import open_reasoning, read_answer, without_reasoning
 from neuronpedia_inference.operations.operation import Events
 from neuronpedia_inference.operations.story import logprob_reply
-from neuronpedia_inference.schemas.steer import NPSteerMethod
+from neuronpedia_inference.schemas.steering import NPSteerMethod
 
 from .test_operations_fake import FakeRuntime, ask, client_reads
 

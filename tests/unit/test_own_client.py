@@ -34,7 +34,8 @@ from neuronpedia_inference.client.results import (
 from neuronpedia_inference.client.steering import FeatureName, Steering, Vector
 from neuronpedia_inference.client.written import Steered, Sweep, SweepCell, Text, Watched, WatchValues
 from neuronpedia_inference.errors import InferenceError, InvalidRequest, LimitExceeded, Overloaded
-from neuronpedia_inference.operations import InvalidBody, by_name, validate
+from neuronpedia_inference.operations import InvalidBody
+from neuronpedia_inference.schemas import steering as wire
 
 MOON = FeatureName("10-res-4k", 1608, "moon")
 COURT = FeatureName("15-res-4k", 7)
@@ -135,7 +136,9 @@ def test_edits_say_what_the_service_reads() -> None:
     vector = Vector([1.0, 2.0], "blocks.1.hook_resid_post")
     every += COURT.swap(MOON) + vector.orthogonal(2) + vector.cap(1) + vector.floor(1, "dose") + vector.add(1, "dose")
     when = (COURT > 1).lasting(3) | ~(COURT < 2)
-    validate(by_name["steer"], {"prompt": "a", **(every + vector.project_out()).on(first=3).when(when).body()})
+    for said in ((every + vector.project_out()).on(first=3).when(when), made, vector @ 3 + MOON @ 2, Steering()):
+        read = wire.Steering.model_validate(said.body())
+        assert read.model_dump(by_alias=False, exclude_unset=True) == said.body()
     assert repr(COURT.clamp(8)) == "Steering(15-res-4k/7 clamp 8)"
     with pytest.raises(ValueError, match="only additions can be multiplied, not 15-res-4k/7 clamp 8"):
         _ = COURT.clamp(8) * 2
