@@ -338,6 +338,14 @@ class Sampling:
     """Candidates reported per token; 0 reports no log-probabilities at all."""
     top_p: float = 1.0
     """Only the likeliest tokens are drawn, as many as it takes to reach this probability; 0 leaves one."""
+    frequency_penalty: float = 0.0
+    """Subtracted per earlier occurrence in the output, before the temperature, when greedy too."""
+    presence_penalty: float = 0.0
+    """Likewise, once for a token that has occurred."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit), each id once."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the output, of which they are no part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,7 +365,7 @@ class Written:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = field(default=())
     finish_reason: str | None = None
-    """None while it goes on, then "stop" (end-of-sequence token), "length" or "stop_rule"."""
+    """None while it goes on, then "stop" (end-of-sequence token), "length", "stop_string" or "stop_rule"."""
     tokens: tuple[str, ...] = ()
     """`token_ids` as strings."""
     rule: int | None = field(default=None, kw_only=True)

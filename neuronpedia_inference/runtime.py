@@ -21,6 +21,7 @@ from neuronpedia_inference.engine.completions import Completions, Writing
 from neuronpedia_inference.engine.memory import usage
 from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
+from neuronpedia_inference.engine.stops import StopStrings
 from neuronpedia_inference.engine.tokens import BosRule
 from neuronpedia_inference.errors import LimitExceeded, NotReady
 from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n_threads
@@ -200,11 +201,13 @@ class Runtime:
         *,
         watches: WatchPlan | None = None,
         rules: RulePlan | None = None,
+        seeds: Sequence[int] | None = None,
         stream: bool,
     ) -> AsyncIterator[tuple[Written, ...]]:
         """One row per plan, all in one batch; None generates unsteered. Plans have passed `check_steering`.
 
-        What is watched comes with every row, twice where that row is steered. `rules` are on what is watched.
+        seeds: one per plan, where they differ from the sampling's. What is watched comes with every row, twice where
+        that row is steered. `rules` are on what is watched.
 
         Checks and admits at once: every 4xx and 503 is raised by the call itself. With `stream` what is new in every
         row, as often as there is something and the reader asks; without, everything at once at the end. Closing the
@@ -216,8 +219,9 @@ class Runtime:
         for plan in steered:
             self._edits.check_selections(plan, prompt, sampling)
         held = ExitStack()
+        samplings = [replace(sampling, seed=seed) for seed in seeds or [sampling.seed] * len(plans)]
         work = GenerateWork(
-            lambda: self._rows(prompt, plans, sampling, watches, rules, held),
+            lambda: self._rows(prompt, plans, samplings, watches, rules, held),
             n_rows=len(plans),
             n_prompt_tokens=len(prompt),
             n_positions=len(prompt) + sampling.max_new_tokens,
@@ -231,7 +235,7 @@ class Runtime:
             work.n_prompt_tokens,
             sampling.max_new_tokens,
             n_logprobs=sampling.n_logprobs,
-            n_numbers=sum(plan.n_numbers for plan in steered),
+            n_numbers=sum(plan.n_numbers for plan in steered) + work.n_rows * len(sampling.logit_bias),
             n_read=n_read,
             read_whole=() if watches is None else watches.whole,
             n_edits=sum(len(plan.edits) for plan in steered),
@@ -239,7 +243,7 @@ class Runtime:
             pattern=pattern,
         )
         events = TicketEvents(lambda put: self._submit(work, demand, on_event=put, held=held), at_the_end=not stream)
-        return Writing(events, Completions(self._codec, len(plans)))
+        return Writing(events, Completions(self._codec, len(plans), sampling.stop))
 
     async def with_model(self, run: Callable[[Any], T]) -> T:
         """What `run` makes of Hugging Face's model, on the worker, while nothing else uses it: for those who check."""
@@ -303,13 +307,17 @@ class Runtime:
         self,
         prompt: Tokens,
         plans: Sequence[Plan | None],
-        sampling: Sampling,
+        samplings: Sequence[Sampling],
         watches: WatchPlan | None,
         rules: RulePlan | None,
         held: ExitStack,
     ) -> Steps:
         """-> list[RowSpec], one per plan, good until `held` is closed. Runs on the worker."""
-        rows: list[RowSpec] = yield from self._edits.rows(prompt, plans, sampling)
+        rows: list[RowSpec] = []
+        for plan, sampling in zip(plans, samplings, strict=True):
+            edits = () if plan is None else (yield from self._edits.resolve(plan))
+            stops = StopStrings(self._codec, sampling.stop) if sampling.stop else None
+            rows.append(RowSpec(prompt.ids, sampling, edits, stops=stops))
         if watches is None:
             return rows
         read = yield from self.watches.readings(watches, held)
@@ -318,8 +326,8 @@ class Runtime:
         for row, plan in zip(rows, plans, strict=True):
             points = self.edited(plan)
             of_row = [self._engine.watch(one.point, read[one], before=one.point in points) for one in watches.reads]
-            stops = () if rules is None else rules.of_row(watches.places(points), special)
-            watched.append(replace(row, watches=tuple(of_row), rules=stops))
+            ends = () if rules is None else rules.of_row(watches.places(points), special)
+            watched.append(replace(row, watches=tuple(of_row), rules=ends))
         return watched
 
     def _check_room(self, prompt: Tokens, sampling: Sampling) -> None:

@@ -16,7 +16,6 @@ from neuronpedia_inference.edits.rows import FeatureGauge, Gate, Norm, RowEdit, 
 from neuronpedia_inference.edits.select import EVERYTHING, Selection, ordinary, without_special_of_prompt
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.points import Point
-from neuronpedia_inference.engine.protocol import RowSpec
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from neuronpedia_inference.questions.checks import check_index, check_vector
 from neuronpedia_inference.saes.shelf import Shelf
@@ -70,14 +69,6 @@ class EditResolver:
     def written(self, plan: Plan) -> set[Point]:
         """Where a checked plan writes."""
         return {self._points(edit.target)[-1] for edit in plan.edits}
-
-    def rows(self, prompt: Tokens, plans: Sequence[Plan | None], sampling: Sampling) -> Steps:
-        """-> list[RowSpec], one per plan; None is not edited. Runs on the worker."""
-        found: list[RowSpec] = []
-        for plan in plans:
-            edits = () if plan is None else (yield from self.resolve(plan))
-            found.append(RowSpec(prompt.ids, sampling, edits))
-        return found
 
     def resolve(self, plan: Plan) -> Steps:
         """-> tuple[RowEdit, ...]: the edits as tensors on the engine's device. Runs on the worker."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from neuronpedia_inference.domain import Numbers, TokenLogprob, Written
 from neuronpedia_inference.engine.protocol import NO_TOKEN, RowStep
+from neuronpedia_inference.engine.stops import Cut
 from neuronpedia_inference.engine.tokens import TextCodec, TextStream
 from neuronpedia_inference.pacing import Pace
 
@@ -40,43 +42,85 @@ class _News:
         )
 
 
+class _Text:
+    """What one row says: its characters, and log-probabilities of the tokens that lie in them."""
+
+    def __init__(self, codec: TextCodec, stop: Sequence[str]) -> None:
+        self._stream = TextStream(codec)
+        self._cut = Cut(stop)
+        self._n_said = 0
+        self._n_read = 0
+        self._held: deque[tuple[int, TokenLogprob]] = deque()
+        """With the length of the text behind each."""
+
+    def push(self, token_id: int, news: _News) -> None:
+        self._read(self._stream.push(token_id), news)
+
+    def hold(self, logprob: TokenLogprob) -> None:
+        """Of the token that was pushed last."""
+        self._held.append((self._n_read, logprob))
+
+    def told(self) -> Iterator[TokenLogprob]:
+        """What lies in the text that has been said. Of a token of which a stop string took a part nothing is told."""
+        while self._held and self._held[0][0] <= self._n_said:
+            yield self._held.popleft()[1]
+
+    def end(self, news: _News) -> None:
+        """Say what was held back."""
+        self._read(self._stream.rest(), news)
+        self._say(self._cut.rest(), news)
+
+    def ending(self, token_id: int) -> str:
+        return self._stream.push(token_id) + self._stream.rest()
+
+    def _read(self, text: str, news: _News) -> None:
+        self._n_read += len(text)
+        self._say(self._cut.push(text), news)
+
+    def _say(self, text: str, news: _News) -> None:
+        self._n_said += len(text)
+        news.texts.append(text)
+
+
 class Completions:
     """The texts of one request's rows. Work for a step does not grow with what was there before it."""
 
-    def __init__(self, codec: TextCodec, n_rows: int) -> None:
+    def __init__(self, codec: TextCodec, n_rows: int, stop: Sequence[str] = ()) -> None:
+        """stop: strings at which texts end, and which are no part of them."""
         self._codec = codec
-        self._streams = [TextStream(codec) for _ in range(n_rows)]
+        self._texts = [_Text(codec, stop) for _ in range(n_rows)]
 
     async def written(self, steps: Sequence[RowStep]) -> tuple[Written, ...]:
         """What these steps have added to every row, in row order."""
-        news = [_News() for _ in self._streams]
+        news = [_News() for _ in self._texts]
         pace = Pace()
         for step in steps:
-            self._take(step, self._streams[step.row.place], news[step.row.place])
+            self._take(step, self._texts[step.row.place], news[step.row.place])
             await pace.give_way()
         return tuple(one.written() for one in news)
 
-    def _take(self, step: RowStep, stream: TextStream, news: _News) -> None:
+    def _take(self, step: RowStep, text: _Text, news: _News) -> None:
+        if step.numbers is not None:
+            news.numbers.append(step.numbers)
         if step.token_id != NO_TOKEN:
             news.ids.append(step.token_id)
             news.tokens.append(self._codec.token_string(step.token_id))
-            self._say(step, stream, news)
-        if step.numbers is not None:
-            news.numbers.append(step.numbers)
+            self._say(step, text, news)
         if step.ends:
             news.finish_reason, news.rule = step.finish_reason, step.rule
-        if step.logprob is not None:
-            news.logprobs.append(self._logprob(step, step.logprob))
+        news.logprobs.extend(text.told())
 
-    def _say(self, step: RowStep, stream: TextStream, news: _News) -> None:
+    def _say(self, step: RowStep, text: _Text, news: _News) -> None:
         """The token that stops a row is told apart from its text."""
-        if step.finish_reason == "stop":
-            news.texts.append(stream.rest())
-            news.ending = stream.push(step.token_id) + stream.rest()
+        if step.finish_reason != "stop":
+            text.push(step.token_id, news)
+        if step.logprob is not None:
+            text.hold(self._logprob(step, step.logprob))
+        if step.finish_reason is None:
             return
-        news.texts.append(stream.push(step.token_id))
-        if step.finish_reason is not None:
-            news.texts.append(stream.rest())
+        text.end(news)
+        if step.finish_reason == "stop":
+            news.ending = text.ending(step.token_id)
 
     def _logprob(self, step: RowStep, logprob: float) -> TokenLogprob:
         name = self._codec.token_string

@@ -23,7 +23,7 @@ from neuronpedia_inference.engine.decoder import Changes, Decoder, ends
 from neuronpedia_inference.engine.faults import failure_of, let_go
 from neuronpedia_inference.engine.prefixes import Prefixes
 from neuronpedia_inference.engine.prompts import PromptPass
-from neuronpedia_inference.engine.protocol import NO_TOKEN, Lookout, RowId, RowSpec, RowStep
+from neuronpedia_inference.engine.protocol import NO_TOKEN, Lookout, RowId, RowSpec, RowStep, StopReader
 from neuronpedia_inference.engine.reads import Reads
 from neuronpedia_inference.engine.sampling import Drawn, Sampler, draw
 from neuronpedia_inference.engine.slots import Slots
@@ -50,6 +50,8 @@ class _Row:
     """Of its rules."""
     rule: int | None = None
     """The one that has ended it."""
+    reader: StopReader | None = None
+    """Of its text, where texts may end it."""
     held: RowStep | None = None
     """Of a row with rules, the newest token, until they have seen it."""
     length: int = 0
@@ -304,6 +306,8 @@ class Lane:
         finish = None
         if drawn.token_id in self.decoder.stop_ids:
             finish = "stop"
+        elif row.reader is not None and row.reader.ends_at(drawn.token_id):
+            finish = "stop_string"
         elif len(row.generated) >= row.spec.sampling.max_new_tokens:
             finish = "length"
         row.finish = finish
@@ -321,7 +325,8 @@ class Joining:
         for id_, asked in rows:
             spec = begun(asked, lane.decoder.model.device)
             lookouts = [rule.begin() for rule in spec.rules]
-            row = _Row(id_, spec, Sampler(spec.sampling, spec.prompt_ids), lookouts=lookouts)
+            reader = None if spec.stops is None else spec.stops.begin()
+            row = _Row(id_, spec, Sampler(spec.sampling, spec.prompt_ids), lookouts=lookouts, reader=reader)
             is_read = bool(spec.watches)  # its prompt has to pass
             known = lane.prefixes.find(spec) if lane.memory.in_pieces and not is_read else None
             if known is None:

@@ -93,6 +93,20 @@ class Rule(Protocol):
     def begin(self) -> Lookout: ...
 
 
+class StopReader(Protocol):
+    """What has been written of one text."""
+
+    def ends_at(self, token_id: int, /) -> bool:
+        """Whether the next token ends it."""
+        ...
+
+
+class Stops(Protocol):
+    """Ends a text at a token for what is written."""
+
+    def begin(self) -> StopReader: ...
+
+
 @dataclass(frozen=True, slots=True)
 class RowSpec:
     """One sequence to generate."""
@@ -103,6 +117,7 @@ class RowSpec:
     watches: tuple[Watch, ...] = ()
     rules: tuple[Rule, ...] = ()
     """On what the watches read. A token is told once the rules have seen it."""
+    stops: Stops | None = None
     n_generated: int = 0
     """Of the ids, how many at the end were generated: of a text that is run again."""
     fired: Tensor | None = None

@@ -41,6 +41,21 @@ class Drawn:
     """Whether temperature and penalty left a distribution; if not, the token means nothing."""
 
 
+class Counts:
+    """Tokens, and how often each has been seen. A token keeps its place."""
+
+    def __init__(self, token_ids: Sequence[int] = ()) -> None:
+        self.ids, self.times = np.unique(np.asarray(token_ids, dtype=np.int64), return_counts=True)
+        self._places = {int(token): place for place, token in enumerate(self.ids)}
+
+    def add(self, token_id: int, times: int = 1) -> None:
+        place = self._places.setdefault(token_id, len(self.ids))
+        if place == len(self.ids):
+            self.ids = np.append(self.ids, token_id)
+            self.times = np.append(self.times, 0)
+        self.times[place] += times
+
+
 class Sampler:
     """The uniforms and the token counts of one row. Only `commit` changes what the next draw will be."""
 
@@ -48,12 +63,11 @@ class Sampler:
         self.sampling = sampling
         self._n_drawn = 0
         self._uniforms: tuple[int, Numbers] | None = None
-        self._places: dict[int, int] = {}
-        self._ids = np.zeros(0, dtype=np.int64)
-        self._counts = np.zeros(0, dtype=np.int64)
-        if self.is_penalised:
-            self._ids, self._counts = np.unique(np.asarray(prompt_ids, dtype=np.int64), return_counts=True)
-            self._places = {int(token): place for place, token in enumerate(self._ids)}
+        self._seen = Counts(prompt_ids if self.is_penalised else ())
+        self._written = Counts()
+        for token_id, _ in sampling.logit_bias:
+            self._written.add(token_id, 0)
+        self._biases = np.array([bias for _, bias in sampling.logit_bias])
 
     @property
     def is_greedy(self) -> bool:
@@ -61,7 +75,14 @@ class Sampler:
 
     @property
     def is_penalised(self) -> bool:
+        """After the temperature, by prompt and output."""
         return self.sampling.freq_penalty != 0 and not self.is_greedy
+
+    @property
+    def is_shifted(self) -> bool:
+        """Before the temperature, by biases and the output."""
+        sampling = self.sampling
+        return bool(sampling.frequency_penalty or sampling.presence_penalty or sampling.logit_bias)
 
     def uniforms(self) -> Numbers:
         """[2] of float32 in [0, 1): Philox keyed by the seed, at the count of the row's draws."""
@@ -73,52 +94,68 @@ class Sampler:
         return self._uniforms[1][at]
 
     def penalties(self, n_vocab: int) -> tuple[Numbers, Numbers]:
-        """Ids that have been seen, below `n_vocab`, and what is subtracted from each: penalty × count, float64."""
-        known = self._ids < n_vocab
+        """Ids that have been seen, below `n_vocab`, and what is added to each after the temperature, float64."""
+        known = self._seen.ids < n_vocab
         with np.errstate(over="ignore"):
-            return self._ids[known], self.sampling.freq_penalty * self._counts[known]
+            return self._seen.ids[known], -self.sampling.freq_penalty * self._seen.times[known]
+
+    def shifts(self) -> tuple[Numbers, Numbers]:
+        """Ids that have a bias or have been written, and what is added to the logit of each, float64."""
+        times = self._written.times
+        amounts = -self.sampling.frequency_penalty * times - self.sampling.presence_penalty * (times > 0)
+        amounts[: len(self._biases)] += self._biases
+        return self._written.ids, amounts
 
     def commit(self, token_id: int) -> None:
         """The token has been drawn: the next draw takes the next uniforms, and counts it."""
         self._n_drawn += 1
-        if not self.is_penalised:
-            return
-        place = self._places.setdefault(token_id, len(self._ids))
-        if place == len(self._ids):
-            self._ids = np.append(self._ids, token_id)
-            self._counts = np.append(self._counts, 0)
-        self._counts[place] += 1
+        if self.is_penalised:
+            self._seen.add(token_id)
+        if self.is_shifted:
+            self._written.add(token_id)
 
 
 def draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[Drawn]:
     """One token for every row; commits nothing. logits: [row, vocab], float32.
 
-    Greedy at temperature 0, else from softmax(logits / temperature − penalty × count), of which `top_p` keeps the
-    likeliest tokens, in order, until their probabilities reach it.
+    With z = logits + bias − frequency_penalty × times written − presence_penalty if written: the largest z at
+    temperature 0, else from softmax(z / temperature − freq_penalty × times seen), of which `top_p` keeps the likeliest
+    tokens, in order, until their probabilities reach it. Reports are of the logits.
     """
     least, most = logits.amin(-1, keepdim=True), logits.amax(-1, keepdim=True)  # aminmax takes twenty times as long
+    finite = (torch.isfinite(least) & torch.isfinite(most)).long()[:, 0]
+    shifts = [(row, *one.shifts()) for row, one in enumerate(samplers) if one.is_shifted]
+    shifted = logits
+    if shifts:
+        shifted = logits.clone()
+        _add(shifted, shifts)
+        most = shifted.amax(-1, keepdim=True)
     greedy = [row for row, one in enumerate(samplers) if one.is_greedy]
     sampled = [row for row, one in enumerate(samplers) if not one.is_greedy]
     tokens = torch.zeros(len(samplers), dtype=torch.long, device=logits.device)
     possible = torch.ones_like(tokens)
     if greedy:
-        _put(tokens, greedy, _of(logits, greedy).argmax(-1))
+        _put(tokens, greedy, _of(shifted, greedy).argmax(-1))
     if sampled:
         chosen = [samplers[row] for row in sampled]
-        drawn, total = _drawn(_of(logits, sampled), _of(most, sampled), chosen)
+        drawn, total = _drawn(_of(shifted, sampled), _of(most, sampled), chosen)
         _put(tokens, sampled, drawn)
         _put(possible, sampled, torch.isfinite(total).long())
-    finite = (torch.isfinite(least) & torch.isfinite(most)).long()[:, 0]
+    return _reported(logits, torch.stack([tokens, finite, possible], 1), samplers)
+
+
+def _reported(logits: Tensor, found: Tensor, samplers: Sequence[Sampler]) -> list[Drawn]:
+    """What has been found, [row, 3] of token, is_finite and is_possible, with the log-probabilities asked for."""
     reporting = [row for row, one in enumerate(samplers) if one.sampling.n_logprobs]
     n_top = min(max((one.sampling.n_logprobs for one in samplers), default=0), logits.shape[1])
     # Whole numbers and the bits of the others in one tensor, which is the one that the host reads.
-    parts = [torch.stack([tokens, finite, possible], 1).int()]
+    parts = [found.int()]
     if reporting:
         report = parts[0].new_zeros(len(samplers), 1 + 2 * n_top)
-        _put(report, reporting, _report(_of(logits, reporting), _of(tokens, reporting), n_top))
+        _put(report, reporting, _report(_of(logits, reporting), _of(found[:, 0], reporting), n_top))
         parts.append(report)
-    found = torch.cat(parts, 1)
-    return [_told(row, one.sampling.n_logprobs) for row, one in zip(_on_host(found), samplers, strict=True)]
+    read = _on_host(torch.cat(parts, 1))
+    return [_told(row, one.sampling.n_logprobs) for row, one in zip(read, samplers, strict=True)]
 
 
 def _drawn(logits: Tensor, most: Tensor, samplers: Sequence[Sampler]) -> tuple[Tensor, Tensor]:
@@ -140,7 +177,7 @@ def _drawn(logits: Tensor, most: Tensor, samplers: Sequence[Sampler]) -> tuple[T
     scaled[:, n_vocab:] = -torch.inf
     # Shifted before the division, so that a tiny temperature does not overflow.
     torch.sub(logits, most, out=scaled[:, :n_vocab]).div_(temperature)
-    _penalise(scaled[:, :n_vocab], samplers)
+    _add(scaled[:, :n_vocab], [(row, *one.penalties(n_vocab)) for row, one in enumerate(samplers) if one.is_penalised])
     weights = scaled.softmax(-1)
     cut = [row for row, one in enumerate(samplers) if one.sampling.top_p < 1]
     if cut:
@@ -153,24 +190,23 @@ def _drawn(logits: Tensor, most: Tensor, samplers: Sequence[Sampler]) -> tuple[T
     return block * BLOCK + token, sums.sum(-1)
 
 
-def _penalise(scaled: Tensor, samplers: Sequence[Sampler]) -> None:
-    """In place: penalty × count is subtracted, up to one number for all of a row. scaled: [row, vocab]"""
-    found = [(row, *one.penalties(scaled.shape[1])) for row, one in enumerate(samplers) if one.is_penalised]
+def _add(logits: Tensor, found: Sequence[tuple[int, Numbers, Numbers]]) -> None:
+    """In place: to these rows at these ids these amounts, up to one number for all of a row. logits: [row, vocab]"""
     if not found:
         return
     # The largest reward is taken off all instead of added to some: beside it, in float32, logits would lose digits.
-    rewards = np.zeros((len(samplers), 1))
+    rewards = np.zeros((len(logits), 1))
     for row, _, amounts in found:
-        rewards[row] = max(0.0, -amounts.min(initial=0.0))
+        rewards[row] = max(0.0, amounts.max(initial=0.0))
     at = np.concatenate([np.stack([np.full(len(ids), row), ids]) for row, ids, _ in found], 1)
     with np.errstate(over="ignore", invalid="ignore"):
-        rests = np.concatenate([-amounts - rewards[row] for row, _, amounts in found]).astype(np.float32)
+        rests = np.concatenate([amounts - rewards[row] for row, _, amounts in found]).astype(np.float32)
         offsets = rewards.astype(np.float32)
-    rows, ids = torch.from_numpy(at).to(scaled.device)
-    seen = scaled[rows, ids] + torch.from_numpy(rests).to(scaled.device)
+    rows, ids = torch.from_numpy(at).to(logits.device)
+    sums = logits[rows, ids] + torch.from_numpy(rests).to(logits.device)
     if offsets.any():
-        scaled.sub_(torch.from_numpy(offsets).to(scaled.device))
-    scaled[rows, ids] = seen
+        logits.sub_(torch.from_numpy(offsets).to(logits.device))
+    logits[rows, ids] = sums
 
 
 def _nucleus(weights: Tensor, top_p: Tensor) -> Tensor:

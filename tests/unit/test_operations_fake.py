@@ -339,6 +339,7 @@ class FakeRuntime:
         *,
         watches: WatchPlan | None = None,
         rules: RulePlan | None = None,
+        seeds: Sequence[int] | None = None,
         stream: bool,
     ) -> AsyncIterator[tuple[Written, ...]]:
         self.calls.append(("generate", (prompt, list(plans), sampling, stream)))

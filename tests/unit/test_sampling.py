@@ -20,6 +20,7 @@ from tests.host_reads import HostReads
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0])
 N_VOCAB = 3 * BLOCK + 17
+PROMPT = (3, 3, 5, 700, 784)
 SMALL = 2e-5
 """What float32 may move a boundary by: weights of any size have been exponents of at most 88, rounded by 6e-8 of that,
 and sums of 256 such weights add 256 roundings of half that size at the very most."""
@@ -38,9 +39,19 @@ def drawn(sampler: Sampler, logits: Tensor) -> Drawn:
     return found
 
 
+def shifted(logits: Tensor, sampling: Sampling, written: Sequence[int]) -> Any:
+    """[vocab], in float64: what is drawn from before the temperature. written: the output alone."""
+    wide = logits.double().numpy().copy()
+    for token, bias in sampling.logit_bias:
+        wide[token] += bias
+    for token, count in Counter(written).items():
+        wide[token] -= sampling.frequency_penalty * count + sampling.presence_penalty
+    return wide
+
+
 def probabilities(logits: Tensor, sampling: Sampling, seen: Sequence[int]) -> Any:
-    """[vocab], in float64 and in words of the contract."""
-    wide = logits.double().numpy()
+    """[vocab], in float64 and in words of the contract. seen: prompt and output."""
+    wide = shifted(logits, sampling, seen[len(PROMPT) :])
     scaled = (wide - wide.max()) / sampling.temperature
     for token, count in Counter(seen).items():
         scaled[token] -= sampling.freq_penalty * count
@@ -86,15 +97,19 @@ MANY = [
     Sampling(1, temperature=1.0, top_p=1.0, seed=9),
     Sampling(1, temperature=1e-30, seed=10),
     Sampling(1, seed=11),
+    Sampling(1, frequency_penalty=0.7, presence_penalty=1.5, logit_bias=((9, 3.0), (700, -100.0))),
+    Sampling(1, presence_penalty=-2.0),
+    Sampling(1, temperature=0.6, frequency_penalty=2.0, presence_penalty=2.0, seed=12),
+    Sampling(1, temperature=1.2, frequency_penalty=-2.0, logit_bias=((5, 100.0), (6, 99.0)), seed=13),
+    Sampling(1, temperature=0.9, freq_penalty=0.5, presence_penalty=-1.0, logit_bias=((3, -1.0),), top_p=0.8, seed=14),
 ]
 
 
 @pytest.mark.parametrize("scale", [0.5, 4.0, 1e30])
 def test_all_rows_in_one_pass_draw_what_each_draws_written_out(scale: float) -> None:
     made = torch.Generator().manual_seed(3)
-    prompt = (3, 3, 5, 700, 784)
-    samplers = [Sampler(one, prompt) for one in MANY]
-    seen: list[list[int]] = [list(prompt) for _ in MANY]
+    samplers = [Sampler(one, PROMPT) for one in MANY]
+    seen: list[list[int]] = [list(PROMPT) for _ in MANY]
     n_compared = 0
     for _ in range(12):
         logits = scale * torch.randn(len(MANY), N_VOCAB, generator=made)
@@ -103,7 +118,9 @@ def test_all_rows_in_one_pass_draw_what_each_draws_written_out(scale: float) -> 
             assert found[row].is_finite
             assert found[row].is_possible
             if one.is_greedy:
-                wanted, margin = int(logits[row].argmax()), 1.0
+                wide = shifted(logits[row], one.sampling, seen[row][len(PROMPT) :])
+                second, first = np.sort(wide)[-2:]
+                wanted, margin = int(wide.argmax()), 1.0 if first - second > 1e-6 * abs(wide).max() else 0.0
             else:
                 wanted, margin = expected(one, logits[row], seen[row])
             assert found[row].token_id == wanted or margin < SMALL, one.sampling
@@ -171,6 +188,24 @@ def test_rewards_keep_the_digits_of_what_they_lift() -> None:
 
 def test_greedy_takes_the_largest_and_ignores_seed_and_penalty() -> None:
     assert draws(Sampling(1, temperature=0, freq_penalty=9, seed=5), 20) == [0] * 20
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_penalties_of_the_output_count_nothing_of_the_prompt(temperature: float) -> None:
+    """Each token of the output takes three quarters of a logit off itself: the best, then the next, then the first."""
+    sampling = Sampling(1, temperature=temperature, top_p=0.0, frequency_penalty=0.5, presence_penalty=0.25)
+    logits = torch.tensor([1.0, 0.6, -9.0])
+    assert draws(sampling, 4, prompt=(0,) * 9, logits=logits) == [0, 1, 0, 1]
+    assert draws(Sampling(1, temperature=temperature, top_p=0.0), 4, logits=logits) == [0] * 4
+
+
+def test_a_bias_moves_what_is_drawn_and_not_what_is_reported() -> None:
+    plain, biased = (
+        drawn(Sampler(Sampling(1, n_logprobs=2, logit_bias=bias), ()), LOGITS) for bias in ((), ((2, 100.0),))
+    )
+    assert (plain.token_id, biased.token_id) == (0, 2)
+    assert biased.top == plain.top
+    assert biased.logprob == pytest.approx(float(LOGITS.log_softmax(-1)[2]), abs=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
