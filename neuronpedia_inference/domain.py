@@ -33,6 +33,10 @@ READ_BY_COLUMN = frozenset(
 """SAELens architectures whose features do not depend on each other."""
 
 
+CENTRED = "centred writing weights: its encoder's columns are centred instead, which reads the same"
+"""What an SAE may ask for, and what is done."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """One tokenised prompt; the three tuples have one entry per token."""
@@ -100,10 +104,16 @@ class Source:
     """Hook point where its decoder rows live, of a transcoder whose configuration says so."""
     has_dfa: bool = False
     """True for attention-output SAEs on hook_z: direct feature attribution is served."""
+    asks: tuple[str, ...] = ()
+    """What its configuration asks of the model beside a hook, and what becomes of that."""
 
     @property
     def is_neurons(self) -> bool:
         return self.architecture == "neurons"
+
+    @property
+    def is_centred(self) -> bool:
+        return CENTRED in self.asks
 
     @property
     def is_read_by_column(self) -> bool:

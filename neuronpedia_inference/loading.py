@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -181,6 +181,7 @@ def _load(
     store.describe_all(progress)
     for source in store.sources:
         _check_source(source, engine)
+    _say_what_is_asked(store.sources)
     left_bytes = max(0, free_bytes(engine.device) - store.n_bytes)
     request_bytes = _bytes(settings.request_memory_gib) or int(REQUEST_SHARE * left_bytes)
     info = engine.model_info(
@@ -245,6 +246,7 @@ def _add(store: SaeStore, engine: ModelEngine, spec: SourceSpec) -> None:
     """Serve another SAE, whose files are here. Raises StartupError."""
     about = store.describe(spec)
     _check_source(about.source, engine)
+    _say_what_is_asked([about.source])
     store.add(spec, about)
 
 
@@ -260,6 +262,21 @@ def _check_source(source: Source, engine: ModelEngine) -> None:
             f"Source {source.name!r} reads vectors of width {source.width}, but {source.hook} of this model "
             f"has width {engine.width(point)}."
         )
+
+    if source.is_centred and engine.has_rms_norms:
+        raise StartupError(
+            f"Source {source.name!r} asks for centred writing weights, which change what this model computes: "
+            "its norms do not take off the mean."
+        )
+
+
+def _say_what_is_asked(sources: Iterable[Source]) -> None:
+    asking: dict[str, list[str]] = {}
+    for source in sources:
+        for words in source.asks:
+            asking.setdefault(words, []).append(source.name)
+    for words, names in asking.items():
+        log.warning("%s ask%s for %s", ", ".join(names), "s" if len(names) == 1 else "", words)
 
 
 def _stop_ids(eos_id: object, generation_config: object) -> set[int]:

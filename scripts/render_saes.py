@@ -27,6 +27,13 @@ with L0 8 has its derived name. `gemma-scope-9b-it-res` is listed under `gemma-2
 for a folder in SAELens's format on the hub, and a local folder, written with `/`, `./`, `../` or `~` in front. With
 `NAME=` before it the SAE goes by that name, as in `7-mine=hf://me/my-saes/final`. Requests name sets and sources only.
 
+An SAE may ask for more of its model than a hook. With `center_writing_weights` (gpt2-small's `res-jb` and `mlp-tm`) it
+reads a residual stream without its mean over d_model. The model's weights stay as they are, and the SAE's encoder
+columns are centred instead, which reads the same; what is added to the stream has the same effect in both.
+`prepend_bos: false`, a `revision` and other options of loading are said at start and in `/v1/capabilities`
+(`sources_ask_for`). Norms or value biases that are to be folded where that changes what is read, centred weights for
+a gated SAE or for a model with RMS norms, and activations other than ReLU and TopK are refused at start.
+
 Where SAE_SETS is unset, a model of the directory gets a set on its residual stream (`hook_resid_pre` or
 `hook_resid_post`). The model's own come before its base's; those with Neuronpedia ids that have no suffix `__...`
 before others; then that of most layers, the narrowest, the first. A model without any says so and does not start

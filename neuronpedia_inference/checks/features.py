@@ -32,6 +32,12 @@ class WrittenSae:
     weights: Mapping[str, Tensor]
     """float32"""
 
+    @property
+    def is_centred(self) -> bool:
+        """Whether its model's writing weights are to be, so that what it reads has a mean of zero."""
+        asked = self.config.get("metadata", {}).get("model_from_pretrained_kwargs") or {}
+        return bool(asked.get("center_writing_weights"))
+
     def activations(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[pos, width] -> all [pos, feature]: activations, how far each is from its threshold, and the size of what
         they are sums of.
@@ -39,6 +45,8 @@ class WrittenSae:
         w = self.weights
         norms = w["W_dec"].norm(dim=1).clamp(min=_LEAST_NORM)
         x = x.float().cpu()
+        if self.is_centred:
+            x = x - x.mean(dim=1, keepdim=True)
         size = x.norm(dim=1, keepdim=True)
         if self.config.get("apply_b_dec_to_input"):
             size = size + w["b_dec"].norm()

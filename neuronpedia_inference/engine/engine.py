@@ -135,6 +135,11 @@ class ModelEngine:
         """Why decode steps run operation by operation; empty if they are replayed."""
         return self.verdict.unrecorded_because
 
+    @property
+    def has_rms_norms(self) -> bool:
+        """Whether its norms leave in the mean of what they read."""
+        return self._tree.rms_eps > 0
+
     def readable_places(self) -> tuple[str, ...]:
         """Places that some layer has."""
         return tuple(place for place in READABLE if any(not f.unread_because for f in self._layers(place)))

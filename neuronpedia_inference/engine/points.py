@@ -31,6 +31,9 @@ MLP_POST = "mlp.hook_post"
 WRITABLE = (RESID_PRE, HOOK_Z, ATTN_OUT, RESID_MID, MLP_OUT, RESID_POST)
 """Places that can be steered, in the order in which a block reaches them."""
 
+ON_THE_STREAM = frozenset((RESID_PRE, RESID_MID, RESID_POST, ATTN_OUT, MLP_OUT))
+"""Places whose vectors are added to the residual stream, or are it."""
+
 NORMALIZED = {"ln1.hook_normalized": RESID_PRE, "ln2.hook_normalized": RESID_MID}
 """Computed places: x / sqrt(mean(x²) + eps) of the residual stream named, before the norm's gain."""
 

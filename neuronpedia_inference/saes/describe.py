@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from neuronpedia_inference.domain import Source
-from neuronpedia_inference.errors import StartupError
+from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.errors import StartupError, UnknownPoint
 from neuronpedia_inference.saes import saelens
+from neuronpedia_inference.saes.asks import asked
 from neuronpedia_inference.saes.catalogue import hub_location
 from neuronpedia_inference.saes.convert import converted_folder
 from neuronpedia_inference.saes.feature import ACROSS_LAYERS, NORMALISATIONS, FeatureWeights, check_rows
@@ -102,7 +104,7 @@ def folder_of(spec: SourceSpec) -> Path | None:
 def config_of(spec: SourceSpec, folder: Path | None) -> Any:
     """With SAELens's names. Raises StartupError."""
     try:
-        config = _folder_config(spec, folder) if folder is not None else saelens.config_on_hub(spec)
+        config = _folder_config(spec, folder) if folder is not None else _hub_config(spec)
     except UNREADABLE as exc:
         raise StartupError(f"SAE {spec.name!r}: {spec.address!r} could not be read: {line(exc)}") from exc
     check_architecture(spec, config.architecture())
@@ -133,6 +135,10 @@ def source_of(spec: SourceSpec, config: Any) -> Source:
         raise StartupError(f"SAE {spec.name!r}: its metadata has no hook_name with a layer, but {hook!r}.")
     if metadata.get("hook_head_index") is not None:
         raise StartupError(f"SAE {spec.name!r} reads one attention head of {hook!r}, which is not served.")
+    try:
+        asks = asked(metadata, Point.parse(hook).place, config.architecture())
+    except (ValueError, UnknownPoint) as exc:
+        raise StartupError(f"SAE {spec.name!r}: {exc}; EXCLUDE_SAE leaves it out.") from None
     if config.normalize_activations not in NORMALISATIONS:
         raise StartupError(f"SAE {spec.name!r}: {config.normalize_activations!r} of its input is not folded in.")
     return Source(
@@ -145,6 +151,7 @@ def source_of(spec: SourceSpec, config: Any) -> Source:
         architecture=_architecture(spec, config),
         hook_out=metadata.get("hook_name_out"),
         has_dfa=hook.endswith("hook_z") and _reads_attention(spec, metadata.get("neuronpedia_id")),
+        asks=asks,
     )
 
 
@@ -162,7 +169,23 @@ def _reads_attention(spec: SourceSpec, written_id: Any) -> bool:
 
 
 def _folder_config(spec: SourceSpec, folder: Path) -> Any:
-    found = _read_config(spec, folder / CONFIG_NAME)
+    found = _checked(spec, folder / CONFIG_NAME)
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise StartupError(f"SAE {spec.name!r}: {str(folder / WEIGHTS_NAME)!r} is missing.")
+    return plain_config(found) or saelens.config_in(folder)
+
+
+def _hub_config(spec: SourceSpec) -> Any:
+    """Of one that is here, in its own format."""
+    snapshot = snapshot_of(spec)
+    if snapshot is not None and loader_of(spec) is None:
+        _checked(spec, snapshot / hub_location(spec)[1] / CONFIG_NAME)
+    return saelens.config_on_hub(spec)
+
+
+def _checked(spec: SourceSpec, config: Path) -> dict[str, Any]:
+    """A configuration of SAELens as it is written. Raises StartupError."""
+    found = _read_config(spec, config)
     check_architecture(spec, str(found.get("architecture", "standard")))
     # SAELens takes ReLU whatever is written there, but for TopK.
     activation = found.get("activation_fn_str", found.get("activation_fn"))
@@ -170,9 +193,7 @@ def _folder_config(spec: SourceSpec, folder: Path) -> Any:
         raise StartupError(
             f"SAE {spec.name!r}: its activation {activation!r} is not served; EXCLUDE_SAE leaves it out."
         )
-    if not (folder / WEIGHTS_NAME).is_file():
-        raise StartupError(f"SAE {spec.name!r}: {str(folder / WEIGHTS_NAME)!r} is missing.")
-    return plain_config(found) or saelens.config_in(folder)
+    return found
 
 
 def _read_config(spec: SourceSpec, config: Path) -> dict[str, Any]:

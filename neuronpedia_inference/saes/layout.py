@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from neuronpedia_inference.domain import Source
+from neuronpedia_inference.saes.asks import centred
 from neuronpedia_inference.saes.feature import ACROSS_LAYERS, FeatureWeights
 from neuronpedia_inference.saes.kinds import BIASES, LEAST_NORM, SCALED_BY_NORMS, shapes_of
 from neuronpedia_inference.saes.stored import Stored
@@ -99,6 +100,9 @@ class Layout:
         b_dec = self.parts["b_dec"].stored.whole().to(dtype) if takes_off else None
         if self.scale is not None and b_dec is not None:
             b_dec /= self.scale
+        if source.is_centred:
+            columns, gains = centred(column[None], b_dec)
+            column, numbers["b_enc"] = columns[0], (numbers["b_enc"][None] + gains.to(dtype))[0]
         if folds:
             norm = _norm(row)
             row, column = row / norm, column * norm

@@ -14,6 +14,7 @@ import torch
 from neuronpedia_inference.domain import READ_BY_COLUMN
 from neuronpedia_inference.errors import OutOfMemory, StartupError
 from neuronpedia_inference.saes import saelens
+from neuronpedia_inference.saes.asks import centred
 from neuronpedia_inference.saes.describe import (
     check_architecture,
     config_of,
@@ -51,6 +52,8 @@ def load_on_host(spec: SourceSpec, *, dtype: str) -> LoadedSae:
     source = source_of(spec, module.cfg)
     if source.architecture in READ_BY_COLUMN and not isinstance(module.activation_fn, torch.nn.ReLU):
         raise StartupError(f"SAE {spec.name!r}: its activation {module.activation_fn} is not ReLU, and is not served.")
+    if source.is_centred:
+        _centre(module)
     _fold_decoder_norms(module)
     return LoadedSae(source, _only_read(module))
 
@@ -139,6 +142,14 @@ def _from_hub(spec: SourceSpec, dtype: str) -> Any:
         raise StartupError(f"SAE {spec.name!r}: {spec.address!r} could not be read: {line(exc)}") from exc
     check_architecture(spec, module.cfg.architecture())
     return module
+
+
+def _centre(module: Any) -> None:
+    columns, gains = centred(
+        module.W_enc.data.T.contiguous(), module.b_dec if module.cfg.apply_b_dec_to_input else None
+    )
+    module.W_enc.data = columns.T.contiguous()
+    module.b_enc.data += gains.to(module.b_enc.dtype)
 
 
 def _fold_decoder_norms(module: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from neuronpedia_inference.annotations import Found, Searcher, SourceAnnotations
 from neuronpedia_inference.domain import Source, TokenEffects
 from neuronpedia_inference.engine.engine import ModelEngine
-from neuronpedia_inference.engine.points import ATTN_OUT, MLP_OUT, MLP_POST, RESID_MID, RESID_POST, RESID_PRE, Point
+from neuronpedia_inference.engine.points import MLP_POST, ON_THE_STREAM, Point
 from neuronpedia_inference.errors import InferenceError, InvalidRequest, LimitExceeded, UnknownSource
 from neuronpedia_inference.saes.encode import NeuronReader
 from neuronpedia_inference.saes.residency import FreeLease
@@ -20,8 +20,6 @@ from neuronpedia_inference.saes.store import SaeStore
 NEURONS = "neurons"
 LONGEST_NAME = 200
 """Of a source, as it is repeated to who asked for it."""
-ON_THE_STREAM = frozenset((RESID_PRE, RESID_MID, RESID_POST, ATTN_OUT, MLP_OUT))
-"""Places whose vectors are added to the residual stream, or are it."""
 
 
 class Refusal(Protocol):

@@ -19,6 +19,7 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from neuronpedia_inference.domain import CENTRED
 from neuronpedia_inference.embedded.weights import CACHE_VARIABLE
 from tests import models
 from tests.modal.local_modal.hub import a_hub
@@ -43,6 +44,24 @@ def seeded_sae(layer: int) -> StandardSAE:
     return sae
 
 
+def save_as_then(sae: StandardSAE, folder: Path) -> None:
+    """With a configuration from before SAELens 6, as the release has: to such alone it adds what the directory says."""
+    sae.save_model(folder)
+    config = {
+        "model_name": "gpt2-small",
+        "hook_point": sae.cfg.metadata.hook_name,
+        "hook_point_head_index": None,
+        "d_in": 32,
+        "d_sae": D_SAE,
+        "dtype": "torch.float32",
+        "device": "mps",
+        "activation_fn_str": "relu",
+        "context_size": 128,
+        "lr": 4e-4,
+    }
+    (folder / "cfg.json").write_text(json.dumps(config))
+
+
 def snapshot(hub: Path, repo: str) -> Path:
     """The folder that the hub's cache keeps for a repository's main revision."""
     folder = hub / f"models--{repo.replace('/', '--')}"
@@ -59,7 +78,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models.save("gpt2", snapshot(home / "hub", MODEL_REPO))
     saes = snapshot(home / "hub", SAE_REPO)
     for layer in LAYERS:
-        seeded_sae(layer).save_model(saes / f"blocks.{layer}.hook_resid_pre")
+        save_as_then(seeded_sae(layer), saes / f"blocks.{layer}.hook_resid_pre")
     return home
 
 
@@ -86,6 +105,7 @@ def expected_activations(ids: list[int], layer: int) -> torch.Tensor:
     hidden = models.read(models.model("gpt2"), "gpt2", ids, layer, "hook_resid_pre")
     sae = seeded_sae(layer)
     with torch.no_grad():
+        hidden = hidden - hidden.mean(dim=1, keepdim=True)  # the directory asks for centred writing weights
         return sae.encode(hidden) * sae.W_dec.norm(dim=1)
 
 
@@ -97,6 +117,7 @@ def answered(hub: Path) -> dict[str, Any]:
 def test_the_short_name_finds_weights_and_saes(answered: dict[str, Any]) -> None:
     assert [s["name"] for s in answered["sources"]] == ["1-res-jb", "2-res-jb"]
     assert [s["hook"] for s in answered["sources"]] == ["blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"]
+    assert [s["asks"] for s in answered["sources"]] == [[CENTRED], [CENTRED]]
     assert {MODEL_REPO, "gpt2-small"} <= set(answered["known_names"])
     assert answered["ids"][0] == 0  # BOS once
 
@@ -124,7 +145,9 @@ def test_steering_with_a_feature_is_its_unit_decoder_row(answered: dict[str, Any
 def test_local_folders_give_the_same_answers(hub: Path, tmp_path: Path, answered: dict[str, Any]) -> None:
     models.save("gpt2", tmp_path / "model")
     for layer in LAYERS:
-        seeded_sae(layer).save_model(tmp_path / "saes" / f"{layer}-res-jb")
+        sae = seeded_sae(layer)
+        sae.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": True}
+        sae.save_model(tmp_path / "saes" / f"{layer}-res-jb")
     empty = tmp_path / "no-cache"
     empty.mkdir()
     local = start(
@@ -144,8 +167,8 @@ def test_a_name_alone_starts_from_the_cache_and_asks_nobody(tmp_path: Path) -> N
     models.tokenizer().save_pretrained(folder)
     saes = snapshot(tmp_path / "hub", SAE_REPO)
     for layer in range(12):
-        seeded_sae(layer).save_model(saes / f"blocks.{layer}.hook_resid_pre")
-    seeded_sae(11).save_model(saes / "blocks.11.hook_resid_post")
+        save_as_then(seeded_sae(layer), saes / f"blocks.{layer}.hook_resid_pre")
+    save_as_then(seeded_sae(11), saes / "blocks.11.hook_resid_post")
     with a_hub({}) as (address, asked):
         alone = {"SAE_SETS": "", "INCLUDE_SAE": "", "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address}
         answered = start(tmp_path, MODEL_ID="gpt2-small", **alone)
