@@ -28,12 +28,13 @@ from neuronpedia_inference.operations import (
 from neuronpedia_inference.operations.tensors import MEDIA_TYPE
 from neuronpedia_inference.schemas.common import Wire
 from neuronpedia_inference.settings import Settings
+from neuronpedia_inference.web import pages
 from neuronpedia_inference.web.answers import error_response, json_response, problem_of
 from neuronpedia_inference.web.auth import SecretGate
 from neuronpedia_inference.web.body import Bodies
 from neuronpedia_inference.web.boundary import ID_HEADER, Boundary, RequestScope, note_problem
 from neuronpedia_inference.web.browsers import BrowserGate
-from neuronpedia_inference.web.openapi import TITLE, document
+from neuronpedia_inference.web.openapi import TITLE
 from neuronpedia_inference.web.paths import unrouted
 from neuronpedia_inference.web.pieces import PiecedAnswer
 from neuronpedia_inference.web.sse import EventStream, while_connected
@@ -55,9 +56,15 @@ def create_app(
     own_hosts: names of the server beside ALLOWED_HOSTS.
     """
     layers = _layers(settings, own_hosts, inside or Inside())
-    app = FastAPI(title=TITLE, version=__version__, redirect_slashes=False, middleware=layers)
+    app = FastAPI(
+        title=TITLE,
+        version=__version__,
+        redirect_slashes=False,
+        middleware=layers,
+        openapi_url=None,
+        routes=pages.routes(settings.send_timeout_s),
+    )
     bodies = Bodies(settings.max_body_bytes, settings.receive_timeout_s)
-    app.openapi = document
     app.add_exception_handler(HTTPException, _answer_unrouted)
     for operation in OPERATIONS:
         handler = _handler(operation, settings, bodies, get_runtime)
@@ -82,7 +89,7 @@ def _layers(settings: Settings, own_hosts: Sequence[str], inside: Inside) -> lis
         Middleware(GZipMiddleware, minimum_size=1000, compresslevel=1),
         Middleware(Boundary),
         Middleware(EndsWithServer, inside=inside),
-        Middleware(SecretGate, secret=settings.secret),
+        Middleware(SecretGate, secret=settings.secret, open_paths=pages.ASSETS),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from hashlib import sha256
 from hmac import compare_digest
 
@@ -14,17 +15,20 @@ from neuronpedia_inference.errors import Unauthorized
 HEADER = "X-SECRET-KEY"
 BEARER = "bearer "
 OPEN_PATHS = frozenset({"/health", "/ready"})
+"""What tells nothing of the model; beside them what is the same for every deployment: see `pages`."""
 
 
 class SecretGate:
     """Lets a request through when it knows the secret, asks for an open path, or is a browser's preflight."""
 
-    def __init__(self, app: ASGIApp, secret: SecretStr | None) -> None:
+    def __init__(self, app: ASGIApp, secret: SecretStr | None, open_paths: Iterable[str] = ()) -> None:
+        """open_paths: further ones."""
         self.app = app
+        self._open_paths = OPEN_PATHS.union(open_paths)
         self._accepted = _digests(secret.get_secret_value()) if secret else ()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._accepted and not _is_open(scope):
+        if scope["type"] == "http" and self._accepted and not self._is_open(scope):
             self._check(scope)
         await self.app(scope, receive, send)
 
@@ -32,6 +36,10 @@ class SecretGate:
         matches = [self._is_right(one) for one in _given(Headers(scope=scope)) or [b""]]
         if not all(matches):
             raise Unauthorized(f"Invalid or missing {HEADER} header")
+
+    def _is_open(self, scope: Scope) -> bool:
+        path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+        return scope["method"] == "OPTIONS" or path in self._open_paths
 
     def _is_right(self, given: bytes) -> bool:
         """Digests have one length and every one is compared, so the time tells nothing about the secret."""
@@ -59,8 +67,3 @@ def _digests(secret: str) -> tuple[bytes, ...]:
     if all(ord(char) < 256 for char in text):
         forms.add(text.encode("latin-1"))
     return tuple(sha256(form).digest() for form in forms)
-
-
-def _is_open(scope: Scope) -> bool:
-    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-    return scope["method"] == "OPTIONS" or path in OPEN_PATHS

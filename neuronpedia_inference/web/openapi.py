@@ -11,8 +11,10 @@ from neuronpedia_inference import __version__
 from neuronpedia_inference.operations import OPERATIONS, Operation
 from neuronpedia_inference.operations.operation import IN_PATH
 from neuronpedia_inference.operations.tensors import MEDIA_TYPE
+from neuronpedia_inference.schemas.common import Ours, Wire
 from neuronpedia_inference.schemas.service import Capabilities, ErrorBody, Health, Ready
 from neuronpedia_inference.web.auth import HEADER
+from neuronpedia_inference.web.explained import EXPLAINED, status_of
 
 TITLE = "Neuronpedia inference"
 SECURITY, BEARER = "SimpleSecretAuth", "BearerAuth"
@@ -28,6 +30,15 @@ MEANINGS = {
     500: "A fault of the server",
     503: "Loading, full or out of memory; see Retry-After",
 }
+START, NEURONPEDIA, OPENAI, SERVICE = "Start here", "Neuronpedia", "OpenAI", "Service"
+GROUPS = {
+    START: "Features by their labels, steering with its comparison: the routes that are this server's own.",
+    NEURONPEDIA: "The wire of Neuronpedia and of its published client.",
+    OPENAI: "The wire of OpenAI's clients.",
+    SERVICE: "What the server says of itself.",
+}
+"""Parts of the reference, in its order."""
+OPENAI_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 ANYWHERE = (403, 431)
 """What every request may be answered, whatever it asks."""
 WITHOUT_A_BODY = (400, 401, 422, 500, 503)
@@ -43,9 +54,11 @@ def document() -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": TITLE, "version": __version__},
+        "tags": [{"name": name, "description": about} for name, about in GROUPS.items()],
         "paths": {**_service_paths(refs), **paths},
         "components": {
             "schemas": definitions["$defs"],
+            "responses": {str(status): _failure(status, refs) for status in MEANINGS},
             "securitySchemes": {
                 SECURITY: {"type": "apiKey", "in": "header", "name": HEADER},
                 BEARER: {"type": "http", "scheme": "bearer"},
@@ -76,10 +89,17 @@ def _operation(operation: Operation[Any], refs: Refs) -> dict[str, Any]:
     return {
         "operationId": operation.name,
         "summary": operation.summary,
-        "tags": [operation.path.split("/")[2]],
+        "tags": [group_of(operation)],
         **_asked(operation, refs),
-        "responses": {"200": {"description": "The answer", "content": content}, **_failures(refs, *failures)},
+        "responses": {"200": {"description": "The answer", "content": content}, **_failures(*failures)},
     }
+
+
+def group_of(operation: Operation[Any]) -> str:
+    """The part of the reference that it stands in."""
+    if operation.path in OPENAI_PATHS:
+        return OPENAI
+    return START if issubclass(operation.request, Ours) else NEURONPEDIA
 
 
 def openapi_path(operation: Operation[Any]) -> str:
@@ -90,8 +110,10 @@ def openapi_path(operation: Operation[Any]) -> str:
 def _asked(operation: Operation[Any], refs: Refs) -> dict[str, Any]:
     """The body, or the parameters of a GET."""
     if operation.method == "POST":
-        return {"requestBody": {"required": True, "content": _json(refs[operation.request, "validation"])}}
+        content = {"schema": refs[operation.request, "validation"], "examples": _examples(operation.request)}
+        return {"requestBody": {"required": True, "content": {"application/json": content}}}
     schema = operation.request.model_json_schema(by_alias=False)
+    example = schema["examples"][0]
     in_path = set(IN_PATH.findall(operation.path))
     parameters = [
         {
@@ -100,23 +122,30 @@ def _asked(operation: Operation[Any], refs: Refs) -> dict[str, Any]:
             "required": name in schema.get("required", ()),
             "description": about.get("description", ""),
             "schema": {key: value for key, value in about.items() if key not in ("title", "description")},
+            **({"example": example[name]} if name in example else {}),
         }
         for name, about in schema["properties"].items()
     ]
     return {"parameters": parameters}
 
 
+def _examples(request: type[Wire]) -> dict[str, Any]:
+    """Bodies that can be sent as they are."""
+    bodies = request.model_json_schema(by_alias=False)["examples"]
+    return {f"example {place}": {"value": body} for place, body in enumerate(bodies, 1)}
+
+
 def _service_paths(refs: Refs) -> dict[str, Any]:
     def get(name: str, summary: str, model: Any, *codes: int) -> dict[str, Any]:
         answer = {"description": "The answer", "content": _json(refs[model, "serialization"])}
-        about = {"operationId": name, "summary": summary, "tags": ["service"]}
-        return {**about, "responses": {"200": answer, **_failures(refs, *codes)}}
+        about = {"operationId": name, "summary": summary, "tags": [SERVICE]}
+        return {**about, "responses": {"200": answer, **_failures(*codes)}}
 
     refused = {
         "operationId": "initialize",
         "summary": "Refused: a running server keeps its model",
-        "tags": ["service"],
-        "responses": _failures(refs, 401, 409),
+        "tags": [SERVICE],
+        "responses": _failures(401, 409),
     }
     return {
         "/health": {"get": {**get("health", "The process lives", Health), "security": []}},
@@ -132,17 +161,27 @@ def _metrics(refs: Refs) -> dict[str, Any]:
     return {
         "operationId": "metrics",
         "summary": "Counters and gauges for Prometheus",
-        "tags": ["service"],
+        "tags": [SERVICE],
         "responses": {
             "200": {"description": "The answer", "content": {"text/plain": text}},
-            **_failures(refs, 401, 503),
+            **_failures(401, 503),
         },
     }
 
 
-def _failures(refs: Refs, *codes: int) -> dict[str, Any]:
-    body = _json(refs[ErrorBody, "serialization"])
-    return {str(code): {"description": MEANINGS[code], "content": body} for code in sorted({*codes, *ANYWHERE})}
+def _failures(*codes: int) -> dict[str, Any]:
+    return {str(code): {"$ref": f"#/components/responses/{code}"} for code in sorted({*codes, *ANYWHERE})}
+
+
+def _failure(status: int, refs: Refs) -> dict[str, Any]:
+    """What an answer with this status looks like: an example for each of its codes."""
+    examples = {
+        code: {"summary": about.remedy, "value": about.body(code)}
+        for code, about in EXPLAINED.items()
+        if status_of(code) == status
+    }
+    content = {"schema": refs[ErrorBody, "serialization"], "examples": examples}
+    return {"description": MEANINGS[status], "content": {"application/json": content}}
 
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:

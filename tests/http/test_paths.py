@@ -11,7 +11,8 @@ from tests.http.served import Served
 @pytest.mark.parametrize(
     ("method", "path", "status", "says"),
     [
-        ("GET", "/", 404, "See GET /v1/capabilities and GET /docs."),
+        ("GET", "/nothing", 404, "See GET /v1/capabilities and GET /docs."),
+        ("POST", "/", 405, "/ is asked by GET, not by POST."),
         ("GET", "/v1", 404, "See GET /v1/capabilities"),
         ("GET", "/nothing/at/all", 404, "See GET /v1/capabilities"),
         ("POST", "/v1/top_k", 404, "Did you mean POST /v1/top-k"),

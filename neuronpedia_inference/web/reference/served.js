@@ -1,0 +1,48 @@
+// The examples of the reference name the built-in model. Where a server holds another, they are told in its names.
+
+const BUILT_IN = {
+  model: "smollm2-135m-instruct",
+  sources: ["10-res-4k", "15-res-4k", "20-res-4k"],
+  set: "res-4k",
+  width: 576,
+};
+const HOOK = /^blocks\.\d+\.hook_resid_post$/;
+
+/** The document with every example in the names of the server that `capabilities` describes. */
+export function inNamesOf(capabilities, document) {
+  const { model, sources = [], sae_sets: sets = [] } = capabilities;
+  if (model === BUILT_IN.model && BUILT_IN.sources.every((one) => sources.includes(one))) return document;
+  const names = new Map([[BUILT_IN.model, model]]);
+  if (sets.length) names.set(BUILT_IN.set, sets[0]);
+  if (sources.length) {
+    BUILT_IN.sources.forEach((name, place) => names.set(name, sources[Math.floor((place * sources.length) / 3)]));
+  }
+  const told = structuredClone(document);
+  for (const path of Object.values(told.paths)) {
+    for (const operation of Object.values(path)) {
+      for (const media of Object.values(operation.requestBody?.content ?? {})) {
+        for (const example of Object.values(media.examples ?? {})) {
+          example.value = renamed(example.value, names, capabilities);
+        }
+      }
+      for (const parameter of operation.parameters ?? []) {
+        if ("example" in parameter) parameter.example = renamed(parameter.example, names, capabilities);
+      }
+    }
+  }
+  return told;
+}
+
+function renamed(value, names, about) {
+  if (Array.isArray(value)) {
+    const isVector = value.length === BUILT_IN.width && value.every((one) => typeof one === "number");
+    return isVector ? Array(about.d_model).fill(value[0]) : value.map((one) => renamed(one, names, about));
+  }
+  if (value !== null && typeof value === "object") {
+    return Object.fromEntries(Object.entries(value).map(([key, one]) => [key, renamed(one, names, about)]));
+  }
+  if (typeof value !== "string") return value;
+  if (HOOK.test(value)) return `blocks.${Math.floor(about.num_layers / 2)}.hook_resid_post`;
+  const [source, ...index] = value.split("/");
+  return index.length && names.has(source) ? [names.get(source), ...index].join("/") : names.get(value) ?? value;
+}
