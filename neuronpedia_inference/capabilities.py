@@ -52,7 +52,12 @@ def describe(
         "unmerged_because": engine.unmerged_because or None,
         "max_rows": settings.max_rows,
         **load,
-        **offered(engine.verdict, shelf.sources, chat=model.has_chat_template),
+        **offered(
+            engine.verdict,
+            shelf.sources,
+            chat=model.has_chat_template,
+            keeps_vectors=settings.kept_vectors_mib > 0,
+        ),
     }
 
 

@@ -4,6 +4,7 @@ InferenceError
 ├── InvalidRequest          400  the caller asked for something that cannot be done
 │   ├── UnknownSource       400  no such SAE source or source set here
 │   ├── UnknownPoint        400  no such hook point in this model
+│   ├── UnknownVector       404  a digest whose vector is not kept here
 │   └── LimitExceeded       400  a bound was passed; the message names value, bound and remedy
 ├── MalformedHttp           400  not HTTP; answered by the connection, before there is a request
 ├── Unauthorized            401
@@ -62,6 +63,11 @@ class UnknownSource(InvalidRequest):
 
 class UnknownPoint(InvalidRequest):
     code = "unknown_hook"
+
+
+class UnknownVector(InvalidRequest):
+    code = "unknown_vector"
+    status = 404
 
 
 class LimitExceeded(InvalidRequest):

@@ -8,6 +8,7 @@ from typing import Any
 from neuronpedia_inference.domain import Source
 from neuronpedia_inference.engine.points import MLP_POST, PATTERN, READABLE, WRITABLE, Point
 from neuronpedia_inference.engine.verdict import Finding, Verdict
+from neuronpedia_inference.kept_vectors import NOT_KEPT
 from neuronpedia_inference.operations import by_name
 
 NOT_STEERED = "this place is only read"
@@ -26,11 +27,11 @@ Layers = Mapping[str, Any]
 """`layers`: those where it can be done. `refused`: the other ones by the reason."""
 
 
-def offered(verdict: Verdict, sources: Collection[Source], *, chat: bool) -> dict[str, Any]:
+def offered(verdict: Verdict, sources: Collection[Source], *, chat: bool, keeps_vectors: bool = True) -> dict[str, Any]:
     """The keys `places`, `edits`, `endpoints` (a map of names to whether they are served, as the wire has it) and
     `endpoints_off_because` (the reasons of those that are not). chat: whether there is a chat template.
     """
-    refused = refused_endpoints(verdict, sources, chat=chat)
+    refused = refused_endpoints(verdict, sources, chat=chat, keeps_vectors=keeps_vectors)
     return {
         "places": places(verdict),
         "edits": edits(verdict, sources),
@@ -102,7 +103,9 @@ def _by_reason(layers: Iterable[tuple[int, str]]) -> Layers:
     return {"layers": able, "refused": refused}
 
 
-def refused_endpoints(verdict: Verdict, sources: Collection[Source], *, chat: bool) -> dict[str, str]:
+def refused_endpoints(
+    verdict: Verdict, sources: Collection[Source], *, chat: bool, keeps_vectors: bool
+) -> dict[str, str]:
     """Why what the wire's clients look for is not served, empty where it is: every operation, `dfa` and `neurons`."""
     neurons = _none_can(verdict, MLP_POST)
     no_features = f"no SAEs are served, and this model has no neurons: {neurons}" if neurons and not sources else ""
@@ -110,6 +113,7 @@ def refused_endpoints(verdict: Verdict, sources: Collection[Source], *, chat: bo
     because |= {name: "" if route in by_name else NO_ROUTE for name, route in _LENSES.items()}
     because["util_similarity_matrix_pred"] = NO_TEMPORAL
     because["activation_attention"] = _none_can(verdict, PATTERN)
+    because["put_vectors"] = "" if keeps_vectors else NOT_KEPT
     if not chat:
         because |= {"steer_completion_chat": NO_TEMPLATE, "apply_chat_template": NO_TEMPLATE}
     return {**because, "dfa": _no_attribution(verdict, sources), "neurons": neurons}

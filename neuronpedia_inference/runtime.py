@@ -24,6 +24,7 @@ from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
 from neuronpedia_inference.engine.stops import StopStrings
 from neuronpedia_inference.engine.tokens import BosRule
 from neuronpedia_inference.errors import LimitExceeded, NotReady
+from neuronpedia_inference.kept_vectors import KeptVectors
 from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n_threads
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.pacing import paced
@@ -68,6 +69,7 @@ class Runtime:
         self.shelf = Shelf(loaded.store, loaded.engine, loaded.annotations, loaded.newcomers.refusal)
         self._edits = EditResolver(loaded.engine, self.shelf, loaded.codec.special_ids)
         self.watches = WatchResolver(loaded.engine, self.shelf, max_top_k=settings.max_top_k)
+        self.vectors = KeptVectors(int(settings.kept_vectors_mib * 2**20))
         self._costs = Costs(loaded.info)
         self.metrics = Metrics()
         loaded.engine.recent.budget_bytes = _reuse_bytes(settings, loaded.request_bytes)

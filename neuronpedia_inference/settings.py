@@ -140,6 +140,12 @@ class Settings(BaseSettings):
         description="GiB of what was computed of recent prompts, kept for whoever asks of them again; 0 keeps nothing. "
         "Unset: a thirty-second of the memory of requests, at most 1 GiB.",
     )
+    kept_vectors_mib: float = Field(
+        64.0,
+        ge=0,
+        description="MiB of vectors that callers have sent to be kept (`PUT /v1/vectors`), the least recently used "
+        "leaving first; 0 keeps none. Whoever has the secret shares them.",
+    )
     reproducible: bool = Field(
         False,
         description="Every request has the same bytes whatever else there is to do, and after a restart, as with the "

@@ -24,6 +24,8 @@ ENVIRONMENT = {
     "NEURONPEDIA_INFERENCE_CACHE": f"{MOUNT_PATH}/neuronpedia-inference",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
+    # A vector kept by one container is unknown to the others.
+    "KEPT_VECTORS_MIB": "0",
 }
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from neuronpedia_inference.client.captures import Captured
 from neuronpedia_inference.client.corpus import read_corpus
 from neuronpedia_inference.client.results import (
     ActiveFeature,
@@ -33,6 +34,7 @@ __all__ = [
     "ActiveFeature",
     "AsyncChat",
     "AsyncClient",
+    "Captured",
     "Chat",
     "Client",
     "Contrast",

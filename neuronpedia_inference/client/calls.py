@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from neuronpedia_inference.client.captures import Captured, read_captured
 from neuronpedia_inference.client.results import (
     Contrast,
     Feature,
@@ -14,8 +15,9 @@ from neuronpedia_inference.client.results import (
     TopFeature,
     TopFeatures,
 )
-from neuronpedia_inference.client.steering import FeatureName, OfFeature, Steering
+from neuronpedia_inference.client.steering import FeatureName, OfFeature, Steering, Vector
 from neuronpedia_inference.client.written import Steered
+from neuronpedia_inference.schemas.vectors import as_base64
 
 Answer = Mapping[str, Any]
 Messages = Sequence[Mapping[str, str]]
@@ -29,6 +31,15 @@ class Call(Generic[Out]):
     operation: str
     body: Mapping[str, Any]
     read: Callable[[Answer], Out]
+
+
+@dataclass(frozen=True)
+class TensorCall(Generic[Out]):
+    """One question that is answered by a file of tensors."""
+
+    operation: str
+    body: Mapping[str, Any]
+    read: Callable[[bytes], Out]
 
 
 def features(text: str, **fields: Any) -> Call[Features]:
@@ -94,6 +105,20 @@ def _watch(one: OfFeature | Answer) -> dict[str, Any]:
 
 def _steered(answer: Answer, prompt: str, steering: Steering) -> Steered:
     return Steered.read(answer, prompt=prompt, steering=steering)
+
+
+def capture(
+    prompt: str | Sequence[str] | Messages, points: str | Sequence[str], **fields: Any
+) -> TensorCall[list[Captured]]:
+    sent = prompt if isinstance(prompt, str) else [one if isinstance(one, str) else dict(one) for one in prompt]
+    body = {"prompt": sent, "points": [points] if isinstance(points, str) else list(points), **_given(fields)}
+    return TensorCall("capture", body, read_captured)
+
+
+def keep(vector: Vector) -> Call[Vector]:
+    numbers = vector.vector if isinstance(vector.vector, str) else as_base64(vector.vector)
+    body = {"vectors": [{"name": vector.hook, "vector": numbers}]}
+    return Call("put_vectors", body, lambda answer: Vector(answer["digests"][vector.hook], vector.hook))
 
 
 def _given(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,11 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from neuronpedia_inference.client.transports import Answer, Body
-from neuronpedia_inference.operations import answer, answer_events, by_name
+from neuronpedia_inference.operations import answer, answer_events, answer_pieces, by_name
 from neuronpedia_inference.settings import Settings
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ class InProcess:
     def ask(self, operation: str, body: Body) -> Answer:
         return self._run(answer(by_name[operation], body, self._runtime))
 
+    def ask_tensors(self, operation: str, body: Body) -> bytes:
+        return self._run(_tensors(operation, body, self._runtime))
+
     def stream(self, operation: str, body: Body) -> Iterator[Answer]:
         events = self._run(answer_events(by_name[operation], body, self._runtime))
         try:
@@ -68,6 +72,11 @@ class InProcess:
             future.cancel()  # where the caller was interrupted: what nobody waits for ends
 
 
+async def _tensors(operation: str, body: Body, runtime: Runtime) -> bytes:
+    async with aclosing(await answer_pieces(by_name[operation], body, runtime, accepts_tensors=True)) as pieces:
+        return b"".join([piece async for piece in pieces])
+
+
 async def _next(events: AsyncIterator[Answer]) -> Answer | None:
     async for event in events:
         return event
@@ -85,6 +94,9 @@ class AsyncInProcess:
 
     async def ask(self, operation: str, body: Body) -> Answer:
         return await answer(by_name[operation], body, self._runtime)
+
+    async def ask_tensors(self, operation: str, body: Body) -> bytes:
+        return await _tensors(operation, body, self._runtime)
 
     async def stream(self, operation: str, body: Body) -> AsyncIterator[Answer]:
         events = await answer_events(by_name[operation], body, self._runtime)

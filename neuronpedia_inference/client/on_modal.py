@@ -8,6 +8,7 @@ from typing import Any
 from neuronpedia_inference.client.failures import failure_from_text
 from neuronpedia_inference.client.transports import Answer, Body
 from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.operations import by_name
 
 CLASS = "Inference"
 STREAMS = {"steer": "steer_stream"}
@@ -29,6 +30,16 @@ def _streaming(instance: Any, operation: str) -> Any:
     return getattr(instance, STREAMS[operation])
 
 
+def _check_method(operation: str) -> None:
+    because = by_name[operation].off_modal_because
+    if because:
+        raise InvalidRequest(f"{operation} is not offered on Modal: {because}")
+
+
+def _for_tensors(body: Body) -> Body:
+    return {**body, "format": "safetensors"}
+
+
 class OnModal:
     """For threads."""
 
@@ -39,6 +50,13 @@ class OnModal:
         return f"OnModal({self._app!r})"
 
     def ask(self, operation: str, body: Body) -> Answer:
+        return self._call(operation, body)
+
+    def ask_tensors(self, operation: str, body: Body) -> bytes:
+        return self._call(operation, _for_tensors(body))
+
+    def _call(self, operation: str, body: Body) -> Any:
+        _check_method(operation)
         try:
             return getattr(self._instance, operation).remote(dict(body))
         except RAISED as exc:
@@ -67,6 +85,13 @@ class AsyncOnModal:
         return f"AsyncOnModal({self._app!r})"
 
     async def ask(self, operation: str, body: Body) -> Answer:
+        return await self._call(operation, body)
+
+    async def ask_tensors(self, operation: str, body: Body) -> bytes:
+        return await self._call(operation, _for_tensors(body))
+
+    async def _call(self, operation: str, body: Body) -> Any:
+        _check_method(operation)
         try:
             return await getattr(self._instance, operation).remote.aio(dict(body))
         except RAISED as exc:

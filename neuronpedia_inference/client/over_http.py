@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, TypeVar
 
 import httpx
 
@@ -14,6 +14,9 @@ from neuronpedia_inference.client.failures import failure
 from neuronpedia_inference.client.transports import Answer, Body
 from neuronpedia_inference.errors import InferenceError, InvalidRequest, Unavailable
 from neuronpedia_inference.operations import by_name
+from neuronpedia_inference.tensor_files import MEDIA_TYPE
+
+Out = TypeVar("Out")
 
 HEADER = "X-SECRET-KEY"
 DATA = "data: "
@@ -42,6 +45,9 @@ class _Address:
         path, sent = wanted.address(body)
         return {"method": wanted.method, "url": path, "json": sent}
 
+    def _tensor_request(self, operation: str, body: Body) -> dict[str, Any]:
+        return {**self._request(operation, body), "headers": {"Accept": MEDIA_TYPE}}
+
     def _pause(self, exc: Unavailable, began: float) -> float:
         """Seconds until the question is asked again; raises the error where patience ends."""
         if time.monotonic() - began + exc.retry_after_s > self._patience_s:
@@ -54,16 +60,28 @@ class _Address:
 
 def _read(response: httpx.Response) -> Answer:
     """Raises the error that the server has answered."""
-    try:
-        body = json.loads(response.content)
-    except ValueError:
-        body = None
+    body = _json(response)
     if response.is_success and isinstance(body, dict):
         return body
-    raise _failure(response, body)
+    raise _failure(response)
 
 
-def _failure(response: httpx.Response, body: Any) -> InferenceError:
+def _content(response: httpx.Response) -> bytes:
+    """As `_read`, of an answer that is no JSON."""
+    if response.is_success:
+        return response.content
+    raise _failure(response)
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return json.loads(response.content)
+    except ValueError:
+        return None
+
+
+def _failure(response: httpx.Response) -> InferenceError:
+    body = _json(response)
     retry = response.headers.get("Retry-After", "")
     seconds = int(retry[:9]) if retry.isascii() and retry.isdecimal() else None
     request_id = response.headers.get("X-Request-Id", "")
@@ -93,16 +111,19 @@ class OverHttp(_Address):
         self._client = httpx.Client(**self._options())
 
     def ask(self, operation: str, body: Body) -> Answer:
-        return self._patiently(self._request(operation, body))
+        return self._patiently(self._request(operation, body), _read)
+
+    def ask_tensors(self, operation: str, body: Body) -> bytes:
+        return self._patiently(self._tensor_request(operation, body), _content)
 
     def capabilities(self) -> Answer:
-        return self._patiently({"method": "GET", "url": "/v1/capabilities"})
+        return self._patiently({"method": "GET", "url": "/v1/capabilities"}, _read)
 
-    def _patiently(self, request: dict[str, Any]) -> Answer:
+    def _patiently(self, request: dict[str, Any], read: Callable[[httpx.Response], Out]) -> Out:
         began = time.monotonic()
         while True:
             try:
-                return _read(self._client.request(**request))
+                return read(self._client.request(**request))
             except Unavailable as exc:
                 time.sleep(self._pause(exc, began))
             except (httpx.HTTPError, httpx.InvalidURL) as exc:
@@ -133,16 +154,19 @@ class AsyncOverHttp(_Address):
         self._client = httpx.AsyncClient(**self._options())
 
     async def ask(self, operation: str, body: Body) -> Answer:
-        return await self._patiently(self._request(operation, body))
+        return await self._patiently(self._request(operation, body), _read)
+
+    async def ask_tensors(self, operation: str, body: Body) -> bytes:
+        return await self._patiently(self._tensor_request(operation, body), _content)
 
     async def capabilities(self) -> Answer:
-        return await self._patiently({"method": "GET", "url": "/v1/capabilities"})
+        return await self._patiently({"method": "GET", "url": "/v1/capabilities"}, _read)
 
-    async def _patiently(self, request: dict[str, Any]) -> Answer:
+    async def _patiently(self, request: dict[str, Any], read: Callable[[httpx.Response], Out]) -> Out:
         began = time.monotonic()
         while True:
             try:
-                return _read(await self._client.request(**request))
+                return read(await self._client.request(**request))
             except Unavailable as exc:
                 await asyncio.sleep(self._pause(exc, began))
             except (httpx.HTTPError, httpx.InvalidURL) as exc:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, overload
 
 from neuronpedia_inference.client import calls
-from neuronpedia_inference.client.calls import Call, Messages
+from neuronpedia_inference.client.calls import Call, Messages, TensorCall
+from neuronpedia_inference.client.captures import Captured, difference, in_parts
 from neuronpedia_inference.client.corpus import Say, corpus, quiet
 from neuronpedia_inference.client.results import (
     Contrast,
@@ -17,7 +18,7 @@ from neuronpedia_inference.client.results import (
     SearchResults,
     TopFeatures,
 )
-from neuronpedia_inference.client.steering import OfFeature, Steering
+from neuronpedia_inference.client.steering import OfFeature, Steering, Vector
 from neuronpedia_inference.client.transports import AsyncTransport, Transport
 from neuronpedia_inference.client.written import Steered, Sweep, SweepCell
 from neuronpedia_inference.errors import InvalidRequest
@@ -91,6 +92,24 @@ class Client:
         """The features that separate two sets of texts."""
         return self._ask(calls.contrast(a, b, **fields))
 
+    def capture(
+        self, prompt: str | Sequence[str] | Messages, points: str | Sequence[str], **fields: Any
+    ) -> list[Captured]:
+        """The vectors that pass at points, such as `"blocks.15.hook_resid_post"`, one result for each text."""
+        return self._ask_tensors(calls.capture(prompt, points, **fields))
+
+    def mean_difference(self, a: Sequence[str], b: Sequence[str], point: str) -> Vector:
+        """The vector from the texts of b to those of a at a point: the difference of the means of both sides, each
+        over its texts' means over their tokens, special ones aside."""
+        sides = [
+            [one for part in in_parts(side) for one in self.capture(part, point, positions="mean")] for side in (a, b)
+        ]
+        return difference(sides[0], sides[1], point)
+
+    def keep(self, vector: Vector) -> Vector:
+        """The same by the digest under which the service keeps it from now on, so that requests with it are short."""
+        return self._ask(calls.keep(vector))
+
     def steer(self, prompt: str | Messages, steering: Steering | None = None, **fields: Any) -> Steered:
         """What the model writes steered, and what it writes by itself. `watch=[feature, ...]` shows where they fire."""
         return self._ask(calls.steer(prompt, steering, **fields))
@@ -134,6 +153,9 @@ class Client:
 
     def _ask(self, call: Call[Out]) -> Out:
         return call.read(self._transport.ask(call.operation, call.body))
+
+    def _ask_tensors(self, call: TensorCall[Out]) -> Out:
+        return call.read(self._transport.ask_tensors(call.operation, call.body))
 
 
 @dataclass
@@ -211,6 +233,24 @@ class AsyncClient:
         """The features that separate two sets of texts."""
         return await self._ask(calls.contrast(a, b, **fields))
 
+    async def capture(
+        self, prompt: str | Sequence[str] | Messages, points: str | Sequence[str], **fields: Any
+    ) -> list[Captured]:
+        """The vectors that pass at points, such as `"blocks.15.hook_resid_post"`, one result for each text."""
+        return await self._ask_tensors(calls.capture(prompt, points, **fields))
+
+    async def mean_difference(self, a: Sequence[str], b: Sequence[str], point: str) -> Vector:
+        """The vector from the texts of b to those of a at a point, as `Client.mean_difference`."""
+        sides = [
+            [one for part in in_parts(side) for one in await self.capture(part, point, positions="mean")]
+            for side in (a, b)
+        ]
+        return difference(sides[0], sides[1], point)
+
+    async def keep(self, vector: Vector) -> Vector:
+        """The same by the digest under which the service keeps it from now on, so that requests with it are short."""
+        return await self._ask(calls.keep(vector))
+
     async def steer(self, prompt: str | Messages, steering: Steering | None = None, **fields: Any) -> Steered:
         """What the model writes steered, and what it writes by itself. `watch=[feature, ...]` shows where they fire."""
         return await self._ask(calls.steer(prompt, steering, **fields))
@@ -257,6 +297,9 @@ class AsyncClient:
 
     async def _ask(self, call: Call[Out]) -> Out:
         return call.read(await self._transport.ask(call.operation, call.body))
+
+    async def _ask_tensors(self, call: TensorCall[Out]) -> Out:
+        return call.read(await self._transport.ask_tensors(call.operation, call.body))
 
 
 @dataclass

@@ -20,7 +20,8 @@ class Edit:
     do: str
     feature: str | None = None
     """`source/index`"""
-    vector: tuple[float, ...] | None = None
+    vector: tuple[float, ...] | str | None = None
+    """Numbers, or the digest of those that the service keeps."""
     hook: str | None = None
     amount: float | None = None
     unit: str = ABSOLUTE
@@ -35,7 +36,7 @@ class Edit:
         return self.do == ADD and self.unit == ABSOLUTE and self.on is None and self.when is None
 
     def body(self) -> dict[str, Any]:
-        vector = None if self.vector is None else list(self.vector)
+        vector = None if self.vector is None else sent(self.vector)
         other = list(self.other) if isinstance(self.other, tuple) else self.other
         said = {"feature": self.feature, "vector": vector, "hook": self.hook, "amount": self.amount, "with": other}
         more = {"unit": None if self.unit == ABSOLUTE else self.unit, "on": self.on, "when": self.when}
@@ -51,7 +52,8 @@ class Edit:
         return cls(**(told | lists))
 
     def __str__(self) -> str:
-        of = self.feature or f"vector[{len(self.vector or ())}] at {self.hook}"
+        size = self.vector[:20] if isinstance(self.vector, str) else f"vector[{len(self.vector or ())}]"
+        of = self.feature or f"{size} at {self.hook}"
         if self.do == ADD:
             told = f"{of} @ {self.amount:g}"
         else:
@@ -110,7 +112,7 @@ class Steering:
             return {"edits": [one.body() for one in self.edits]}
         features = [_by_feature(one.feature, one.amount) for one in self.edits if one.feature is not None]
         vectors = [
-            {"vector": list(one.vector), "hook": one.hook, "strength": one.amount}
+            {"vector": sent(one.vector), "hook": one.hook, "strength": one.amount}
             for one in self.edits
             if one.vector is not None
         ]
@@ -131,7 +133,7 @@ class Steering:
             for one in body.get("features", ())
         ]
         made += [
-            Edit(ADD, vector=tuple(map(float, one["vector"])), hook=str(one["hook"]), amount=float(one["strength"]))
+            Edit(ADD, vector=held(one["vector"]), hook=str(one["hook"]), amount=float(one["strength"]))
             for one in body.get("vectors", ())
         ]
         return cls((*made, *(Edit.from_body(one) for one in body.get("edits", ()))))
@@ -140,6 +142,16 @@ class Steering:
     def from_json(cls, text: str) -> Steering:
         """What `to_json` has written."""
         return cls.from_body(json.loads(text))
+
+
+def held(vector: Sequence[float] | str) -> tuple[float, ...] | str:
+    """Of a vector what an edit holds."""
+    return vector if isinstance(vector, str) else tuple(map(float, vector))
+
+
+def sent(vector: tuple[float, ...] | str) -> list[float] | str:
+    """Of a vector what a request says."""
+    return vector if isinstance(vector, str) else list(vector)
 
 
 def _by_feature(name: str | None, strength: float | None) -> dict[str, Any]:
@@ -171,7 +183,8 @@ class When:
 class Vector:
     """A direction of your own at a hook, `Vector(numbers, "blocks.15.hook_resid_post") @ 3`."""
 
-    vector: Sequence[float]
+    vector: Sequence[float] | str
+    """Numbers; or, as text, the digest that `keep` gives."""
     hook: str
 
     def __matmul__(self, strength: float) -> Steering:
@@ -195,8 +208,9 @@ class Vector:
         return self._do("project_out")
 
     def _do(self, do: str, amount: float | None = None, unit: str = ABSOLUTE) -> Steering:
-        numbers = tuple(map(float, self.vector))
-        made = Edit(do, vector=numbers, hook=self.hook, amount=None if amount is None else float(amount), unit=unit)
+        made = Edit(
+            do, vector=held(self.vector), hook=self.hook, amount=None if amount is None else float(amount), unit=unit
+        )
         return Steering((made,))
 
 

@@ -17,6 +17,10 @@ class Transport(Protocol):
         """The answer's JSON."""
         ...
 
+    def ask_tensors(self, operation: str, body: Body) -> bytes:
+        """The answer as a file of tensors."""
+        ...
+
     def stream(self, operation: str, body: Body) -> Iterator[Answer]:
         """The answer's events. Closing the iterator ends the request."""
         ...
@@ -34,6 +38,8 @@ class AsyncTransport(Protocol):
     """The same, for coroutines."""
 
     async def ask(self, operation: str, body: Body) -> Answer: ...
+
+    async def ask_tensors(self, operation: str, body: Body) -> bytes: ...
 
     def stream(self, operation: str, body: Body) -> AsyncIterator[Answer]: ...
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from neuronpedia_inference.domain import Numbers
 from neuronpedia_inference.edits.select import Selection
 
 
@@ -89,7 +90,7 @@ class Direction:
     """A caller's own vector at a named hook."""
 
     hook: str
-    vector: Sequence[float]
+    vector: Sequence[float] | Numbers
 
 
 Target = Feature | Direction

@@ -201,7 +201,7 @@ class EditResolver:
         point = Point.parse(direction.hook)
         self._engine.check(point, write=True)
         check_vector(direction.vector, self._engine.width(point), direction.hook)
-        if edit.needs_direction and not any(direction.vector):
+        if edit.needs_direction and not np.any(direction.vector):
             raise InvalidRequest(
                 f"The steering vector at {direction.hook!r} is zero, which has no direction: "
                 f"{edit.do.value!r}{' with normalize_steering' if edit.normalize else ''} needs one."

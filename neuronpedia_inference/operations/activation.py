@@ -21,6 +21,7 @@ from neuronpedia_inference.domain import (
     Tokens,
 )
 from neuronpedia_inference.errors import InvalidRequest, UnknownSource
+from neuronpedia_inference.operations.kept_vectors import numbers_of
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model, check_size, tokenize_prompts
 from neuronpedia_inference.operations.rendering import Entries, Rows
@@ -97,7 +98,7 @@ async def _single(request: FeatureOrVector, prompts: Sequence[str], rt: Runtime)
         return await _feature(rt.shelf.source(request.source), _index(request.index), prompts, rt)
     assert request.hook is not None, request
     assert request.vector is not None, request
-    return await _projection(request.hook, request.vector, prompts, rt)
+    return await _projection(request.hook, numbers_of(request.vector, rt), prompts, rt)
 
 
 def _index(text: str) -> int:
@@ -117,7 +118,7 @@ async def _feature(source: Source, index: int, prompts: Sequence[str], rt: Runti
 
 
 async def _projection(
-    hook: str, vector: Sequence[float], prompts: Sequence[str], rt: Runtime
+    hook: str, vector: Sequence[float] | Numbers, prompts: Sequence[str], rt: Runtime
 ) -> list[ActivationSingleResponse]:
     """Nothing is left out or masked."""
     batch = tokenize_prompts(rt, prompts, "natural", allow_empty=False)

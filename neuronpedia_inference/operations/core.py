@@ -25,17 +25,19 @@ from neuronpedia_inference.operations.features import FEATURE, SEARCH
 from neuronpedia_inference.operations.friendly import STEER
 from neuronpedia_inference.operations.health import STEER_HEALTH
 from neuronpedia_inference.operations.inside import ACTIVATION_ATTENTION, ACTIVATION_RAW
+from neuronpedia_inference.operations.kept_vectors import PUT_VECTORS
 from neuronpedia_inference.operations.operation import Events, Operation
 from neuronpedia_inference.operations.reading import ACTIVATIONS, TOP_K
 from neuronpedia_inference.operations.rendering import Spelling, json_pieces, plain_pieces
 from neuronpedia_inference.operations.steer import STEER_COMPLETION, STEER_COMPLETION_CHAT
-from neuronpedia_inference.operations.tensors import MEDIA_TYPE, tensor_pieces
+from neuronpedia_inference.operations.tensors import tensor_pieces
 from neuronpedia_inference.operations.tokenize import TOKENIZE
 from neuronpedia_inference.operations.top_k import ACTIVATION_TOPK_BY_TOKEN, ACTIVATION_TOPK_BY_TOKEN_BATCH
 from neuronpedia_inference.operations.vectors import UTIL_SAE_TOPK_BY_DECODER_COSSIM, UTIL_SAE_VECTOR
 from neuronpedia_inference.pacing import paced, paced_items
 from neuronpedia_inference.scheduler.stay import Stay
 from neuronpedia_inference.schemas.common import Wire, lists_of_objects
+from neuronpedia_inference.tensor_files import MEDIA_TYPE
 
 if TYPE_CHECKING:
     from neuronpedia_inference.metrics import RequestCount
@@ -78,6 +80,7 @@ OPERATIONS: tuple[Operation[Any], ...] = (
     FEATURE,
     CONTRAST,
     CAPTURE,
+    PUT_VECTORS,
 )
 by_name: dict[str, Operation[Any]] = {operation.name: operation for operation in OPERATIONS}
 

@@ -21,11 +21,13 @@ from neuronpedia_inference.edits.plan import (
 )
 from neuronpedia_inference.edits.select import Phase, Selection
 from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.operations.kept_vectors import numbers_of
 from neuronpedia_inference.operations.prompts import choose_source
 from neuronpedia_inference.schemas import conditions as wire_conditions
 from neuronpedia_inference.schemas import edits as wire
 from neuronpedia_inference.schemas.conditions import FROM_THEN_ON, THIS_TOKEN, parts_of
 from neuronpedia_inference.schemas.steering import SteerByFeature, Steering
+from neuronpedia_inference.schemas.vectors import Digest
 from neuronpedia_inference.schemas.words import FeatureAddress
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def edits_of(steering: Steering, rt: Runtime) -> tuple[Edit, ...]:
         for n, one in enumerate(steering.features or ())
     ]
     by_vector = [
-        Edit(do, Direction(one.hook, one.vector), factor * one.strength, field=f"vectors.{n}")
+        Edit(do, Direction(one.hook, numbers_of(one.vector, rt)), factor * one.strength, field=f"vectors.{n}")
         for n, one in enumerate(steering.vectors or ())
     ]
     return (*by_feature, *by_vector, *(_edit(one, n, rt) for n, one in enumerate(steering.edits or ())))
@@ -131,8 +133,10 @@ def _edit(one: wire.SteerEdit, number: int, rt: Runtime) -> Edit:
 
 
 def _target(given: Any, hook: str | None, field: str, rt: Runtime) -> Target:
-    """given: a list of numbers at `hook`, or a feature."""
-    return Direction(hook or "", given) if isinstance(given, list) else feature_of(given, field, rt)
+    """given: a vector at `hook`, or a feature."""
+    if isinstance(given, list | Digest):
+        return Direction(hook or "", numbers_of(given, rt))
+    return feature_of(given, field, rt)
 
 
 def _positions(

@@ -37,18 +37,22 @@ class Operation(Generic[Req]):
     """Answers once; raises `InferenceError`."""
     stream: Callable[[Req, Runtime], Awaitable[AsyncIterator[Wire]]] | None = None
     """Answers in cumulative events. Raises every 4xx when awaited, before it returns the iterator."""
-    method: Literal["POST", "GET"] = "POST"
+    method: Literal["POST", "PUT", "GET"] = "POST"
     """GET: fields are parts of the path or of the query, and there is no body."""
     casing: Literal["snake", "camel", "both"] = "snake"
     """Spelling of the answer when the request's keys do not show one."""
     tensors: Callable[[Any], tuple[Mapping[str, Numbers], Wire]] | None = None
     """Of its answer the arrays and the rest, where it may be a file of tensors."""
+    from_tensors: Callable[[Mapping[str, Numbers]], dict[str, Any]] | None = None
+    """Of a file of tensors the body that means the same, where it may be sent instead."""
+    off_modal_because: str = ""
+    """Why no Modal method offers it; empty where one does."""
     omits_null: bool = False
     """Leave unset optional fields out of the answer instead of sending null."""
 
     def address(self, body: Mapping[str, Any]) -> tuple[str, Mapping[str, Any] | None]:
         """Where to ask for it and with which body, None for a GET: path with query, each text percent-encoded."""
-        if self.method == "POST":
+        if self.method != "GET":
             return self.path, body
         path, rest = self.path, dict(body)
         for name in IN_PATH.findall(self.path):

@@ -11,6 +11,7 @@ from neuronpedia_inference.domain import ChatMessage, Sampling, Tokens
 from neuronpedia_inference.edits.plan import BY_METHOD, Direction, Edit, Feature, Plan
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.chat import open_reasoning, read_answer, without_reasoning
+from neuronpedia_inference.operations.kept_vectors import numbers_of
 from neuronpedia_inference.operations.operation import Events, Operation, last
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.story import Story, Transcript
@@ -173,7 +174,7 @@ async def _checked_plans(request: SteerFields, rt: Runtime, *, skip_special_toke
         raise InvalidRequest(STEER_RULE)
     if len(set(request.types)) < len(request.types):
         raise InvalidRequest("types: each of STEERED and DEFAULT may be given once")
-    edits = _edits(request)
+    edits = _edits(request, rt)
     if any(not math.isfinite(edit.amount) for edit in edits):
         raise InvalidRequest("strength_multiplier × strength is too large to be a number")
     if not edits:
@@ -183,10 +184,12 @@ async def _checked_plans(request: SteerFields, rt: Runtime, *, skip_special_toke
     return [plan if kind == "STEERED" else None for kind in request.types]
 
 
-def _edits(request: SteerFields) -> tuple[Edit, ...]:
+def _edits(request: SteerFields, rt: Runtime) -> tuple[Edit, ...]:
     do, factor = BY_METHOD[request.steer_method], request.strength_multiplier
     features = [(Feature(one.source, one.index), one.strength) for one in request.features or ()]
-    vectors = [(Direction(one.hook, one.steering_vector), one.strength) for one in request.vectors or ()]
+    vectors = [
+        (Direction(one.hook, numbers_of(one.steering_vector, rt)), one.strength) for one in request.vectors or ()
+    ]
     return tuple(
         Edit(do, target, factor * strength, normalize=request.normalize_steering)
         for target, strength in (*features, *vectors)

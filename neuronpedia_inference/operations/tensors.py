@@ -11,7 +11,6 @@ from pydantic import BaseModel
 from neuronpedia_inference.domain import Numbers
 from neuronpedia_inference.operations.rendering import Entries, Rows, Spelling, json_pieces
 
-MEDIA_TYPE = "application/x-safetensors"
 PIECE_BYTES = 2**18
 DTYPES = {"float32": "F32", "float16": "F16"}
 

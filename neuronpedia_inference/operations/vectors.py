@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from neuronpedia_inference.domain import Source
 from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.operations.kept_vectors import numbers_of
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.questions import EncoderColumn, NearestRows
@@ -43,7 +44,8 @@ async def util_sae_topk_by_decoder_cossim(
     source = _sae(request.source, rt)
     feature = request.feature and (_sae(request.feature.source, rt), request.feature.index)
     limit = min(request.num_results, MAX_NEAREST, source.n_features)
-    nearest = await rt.ask(NearestRows(source, limit, request.vector or (), feature))
+    vector = () if request.vector is None else numbers_of(request.vector, rt)
+    nearest = await rt.ask(NearestRows(source, limit, vector, feature))
     return UtilSaeTopkByDecoderCossimResponse(
         feature=request.feature,
         topk_decoder_cossim_features=[

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from neuronpedia_inference.domain import Source, Tokens
+from neuronpedia_inference.domain import Numbers, Source, Tokens
 from neuronpedia_inference.errors import InvalidRequest
 
 
@@ -19,7 +19,7 @@ def check_index(source: Source, index: int) -> None:
         )
 
 
-def check_vector(vector: Sequence[float], width: int, where: str) -> None:
+def check_vector(vector: Sequence[float] | Numbers, width: int, where: str) -> None:
     """Raises InvalidRequest for the wrong length or a number that is not finite in float32."""
     if len(vector) != width:
         raise InvalidRequest(f"The vector for {where!r} has {len(vector)} numbers; {width} are needed.")

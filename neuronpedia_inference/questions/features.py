@@ -82,7 +82,7 @@ class Projection:
 
     prompts: Sequence[Tokens]
     hook: str
-    vector: Sequence[float]
+    vector: Sequence[float] | Numbers
 
     @property
     def points(self) -> set[Point]:

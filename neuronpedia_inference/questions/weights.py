@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from neuronpedia_inference.domain import FeatureNumbers, FeatureValue, Source, TokenEffects, Tokens
+from neuronpedia_inference.domain import FeatureNumbers, FeatureValue, Numbers, Source, TokenEffects, Tokens
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import Captured
 from neuronpedia_inference.questions.checks import check_index, check_vector
@@ -83,7 +83,7 @@ class NearestRows(_OfWeights):
     """
 
     limit: int
-    vector: Sequence[float] = ()
+    vector: Sequence[float] | Numbers = ()
     feature: tuple[Source, int] | None = None
 
     def check(self, places: Places, vocab_size: int) -> None:

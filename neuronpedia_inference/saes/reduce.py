@@ -32,7 +32,7 @@ def feature_values(reader: OneReader, x: Tensor, index: int) -> Numbers:
     return on_host(values)
 
 
-def projections(hidden: Tensor, vector: Sequence[float], hook: str) -> Numbers:
+def projections(hidden: Tensor, vector: Sequence[float] | Numbers, hook: str) -> Numbers:
     """h·v at every position, the vector in the activation's dtype: [pos, width] -> [pos].
 
     Raises InvalidRequest if the vector is too large for it.

@@ -24,10 +24,10 @@ from neuronpedia_inference.schemas.common import (
     SourceName,
     SourceSetName,
     TopK,
-    Vector,
     Wire,
     examples,
 )
+from neuronpedia_inference.schemas.vectors import Vector
 
 _MODEL = "smollm2-135m-instruct"
 _TEXT = "The cat sat on the mat."

@@ -183,7 +183,6 @@ MAX_NAMES = 4096
 """Sources that are picked from a set."""
 
 AtMostABatch = AtMost(MAX_BATCH, "Batch size {n} exceeds maximum of {most}")
-Vector = Annotated[Many[float], AtMost(MAX_NUMBERS)]
 
 _OF_MODEL = "Name of the model. One server holds one model, so this is checked only in strict mode."
 ModelName = Annotated[Name, Field(description=_OF_MODEL)]

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from neuronpedia_inference.edits.plan import OF_DIRECTIONS, OF_FEATURES, WITHOUT_AMOUNT, Do
-from neuronpedia_inference.schemas.common import AtMost, Many, Name, Vector
+from neuronpedia_inference.schemas.common import AtMost, Many, Name
 from neuronpedia_inference.schemas.conditions import Condition
+from neuronpedia_inference.schemas.vectors import Digest, Vector
 from neuronpedia_inference.schemas.words import A_FEATURE, FeatureName, problem, with_keywords
 
 MAX_AMOUNT = 1e6
@@ -79,7 +80,7 @@ class Selection(with_keywords(_EXCEPT, Positions)):
 
 _WITH = {
     "with": (
-        FeatureName | Vector,
+        Annotated[Vector | FeatureName, Field(union_mode="left_to_right")],
         None,
         "Of `swap`: the feature, or the vector at the same hook, that gets what the other had.",
     )
@@ -164,5 +165,5 @@ class SteerEdit(with_keywords(_WITH)):
         other: Any = getattr(self, "with")
         if (do is Do.SWAP) != (other is not None):
             raise problem("with goes with swap, which needs it")
-        if other is not None and isinstance(other, list) != (self.vector is not None):
+        if other is not None and isinstance(other, list | Digest) != (self.vector is not None):
             raise problem("swap gives a feature's number to a feature, a vector's to a vector at the same hook")

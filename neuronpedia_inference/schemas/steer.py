@@ -20,11 +20,11 @@ from neuronpedia_inference.schemas.common import (
     Reproducible,
     Seed,
     SourceName,
-    Vector,
     Wire,
     examples,
 )
 from neuronpedia_inference.schemas.steering import AtMostSteers, Method, Steering, Strength, StrengthMultiplier
+from neuronpedia_inference.schemas.vectors import Vector
 from neuronpedia_inference.schemas.watch import NPLogprobTop, SteerRule, SteerStop, SteerWatch, SteerWatched
 from neuronpedia_inference.watches.plan import MAX_WATCHES
 from neuronpedia_inference.watches.rules import MAX_RULES

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from neuronpedia_inference.domain import MAX_STEERS
-from neuronpedia_inference.schemas.common import AtMost, Many, Name, Ours, SourceName, Vector
+from neuronpedia_inference.schemas.common import AtMost, Many, Name, Ours, SourceName
 from neuronpedia_inference.schemas.edits import MAX_EDITS, SteerEdit
+from neuronpedia_inference.schemas.vectors import Vector
 
 MAX_STRENGTH = 1e6
 AtMostSteers = AtMost(MAX_STEERS)

@@ -11,10 +11,10 @@ from neuronpedia_inference.schemas.common import (
     NPFeature,
     Reply,
     SourceName,
-    Vector,
     Wire,
     examples,
 )
+from neuronpedia_inference.schemas.vectors import Vector
 
 _MODEL = "smollm2-135m-instruct"
 

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, create_model
 from pydantic_core import PydanticCustomError
 
 from neuronpedia_inference.schemas.common import Name, Ours, SourceName
+from neuronpedia_inference.schemas.vectors import BASE64, DIGEST
 
 
 def problem(what: str) -> PydanticCustomError:
@@ -36,6 +37,8 @@ class FeatureAddress(Ours):
 
 
 def _named(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith((BASE64, DIGEST)):
+        raise problem("it begins like a vector, not like a feature")
     if isinstance(value, str | Mapping | FeatureAddress):
         return value
     raise problem('a feature is a text, "source/index", or an object with source and index')

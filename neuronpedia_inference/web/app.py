@@ -25,9 +25,9 @@ from neuronpedia_inference.operations import (
     validate,
     validate_texts,
 )
-from neuronpedia_inference.operations.tensors import MEDIA_TYPE
 from neuronpedia_inference.schemas.common import Wire
 from neuronpedia_inference.settings import Settings
+from neuronpedia_inference.tensor_files import MEDIA_TYPE
 from neuronpedia_inference.web import pages
 from neuronpedia_inference.web.answers import error_response, json_response, problem_of
 from neuronpedia_inference.web.auth import SecretGate
@@ -113,7 +113,7 @@ def _handler(operation: Operation[Any], settings: Settings, bodies: Bodies, get_
         with ExitStack() as if_unread:
             with suppress(NotReady):
                 if_unread.enter_context(get_runtime().metrics.request(operation.name, left=ClientDisconnect))
-            body = _fields(operation, request) if operation.method == "GET" else await bodies.object(request)
+            body = _fields(operation, request) if operation.method == "GET" else await bodies.object(request, operation)
             if_unread.pop_all()
             return body
 

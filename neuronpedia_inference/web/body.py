@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from email.message import Message
 from typing import Any
 
 from starlette.requests import Request
 
+from neuronpedia_inference.domain import Numbers
 from neuronpedia_inference.errors import BodyTooLarge, Overloaded, RequestTimeout
-from neuronpedia_inference.operations import InvalidBody
+from neuronpedia_inference.operations import InvalidBody, Operation
 from neuronpedia_inference.pacing import paced
+from neuronpedia_inference.tensor_files import MEDIA_TYPE, read_tensors
 from neuronpedia_inference.web.parsing import MAX_CONTAINERS, n_containers, parsed
 
 BODIES_AT_ONCE = 16
@@ -28,18 +30,18 @@ class Bodies:
         self._timeout_s = timeout_s
         self._n_inside = 0
 
-    async def object(self, request: Request) -> dict[str, Any]:
-        """The body as a dictionary.
+    async def object(self, request: Request, operation: Operation[Any]) -> dict[str, Any]:
+        """The body as a dictionary; of a file of tensors what the operation makes of it, where it takes one.
 
         Raises BodyTooLarge or Overloaded before a bound is passed in memory, RequestTimeout, or InvalidBody.
         """
         with self._room() as held:
-            value = await self._value(request, held)
+            value = await self._value(request, operation, held)
         if not isinstance(value, dict):
             raise _invalid("dict_type", "The body must be a JSON object")
         return value
 
-    async def _value(self, request: Request, held: _Held) -> Any:
+    async def _value(self, request: Request, operation: Operation[Any], held: _Held) -> Any:
         try:
             async with asyncio.timeout(self._timeout_s):
                 raw = await self._read(request, held)
@@ -47,8 +49,12 @@ class Bodies:
             raise RequestTimeout(
                 f"The request body did not come in within {self._timeout_s:g} s (RECEIVE_TIMEOUT)"
             ) from None
-        if not _is_json(request.headers.get("content-type", "")):
-            raise _invalid("content_type", "Content-Type must be application/json")
+        kind = _media_type(request.headers.get("content-type", ""))
+        if operation.from_tensors is not None and kind == MEDIA_TYPE:
+            return _of_tensors(raw, operation.from_tensors)
+        if not _is_json(kind):
+            also = f" or {MEDIA_TYPE}" if operation.from_tensors is not None else ""
+            raise _invalid("content_type", f"Content-Type must be application/json{also}")
         try:
             return await paced(parsed(raw))
         except ValueError as exc:
@@ -107,10 +113,21 @@ class _Held:
         self.n_bytes += n_bytes
 
 
-def _is_json(header: str) -> bool:
+def _of_tensors(raw: bytes, body_of: Callable[[Mapping[str, Numbers]], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        tensors = read_tensors(raw)
+    except ValueError as exc:
+        raise _invalid("safetensors_invalid", f"The body is no file of tensors: {exc}") from None
+    return body_of(tensors)
+
+
+def _media_type(header: str) -> str:
     message = Message()
     message["content-type"] = header or "none/none"
-    kind = message.get_content_type()
+    return message.get_content_type()
+
+
+def _is_json(kind: str) -> bool:
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 

@@ -49,6 +49,13 @@ EXPLAINED: dict[str, Explained] = {
         "Unknown hook 'blocks.99.hook_resid_post'.",
         "Use TransformerLens's names, such as `blocks.15.hook_resid_post`, with a layer that the model has.",
     ),
+    "unknown_vector": Explained(
+        "A vector was named by its digest, and the server does not keep it: it was never sent to this process, which "
+        "forgets at its end, or others have taken its place.",
+        "The vector vec:sha256:5f70... is not kept here: it was never sent to this process, or has made way for others "
+        "(KEPT_VECTORS_MIB). Send it again with PUT /v1/vectors, or its numbers instead.",
+        "Send the vector again with `PUT /v1/vectors`, and the same request once more.",
+    ),
     "limit_exceeded": Explained(
         "A bound of the server was passed: tokens in a prompt, tokens of prompt and completion together, items of a "
         "list, `top_k`, activations in an answer.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Any, cast
 
@@ -10,9 +11,10 @@ from pydantic.json_schema import models_json_schema
 from neuronpedia_inference import __version__
 from neuronpedia_inference.operations import OPERATIONS, Operation
 from neuronpedia_inference.operations.operation import IN_PATH
-from neuronpedia_inference.operations.tensors import MEDIA_TYPE
 from neuronpedia_inference.schemas.common import Ours, Wire
 from neuronpedia_inference.schemas.service import Capabilities, ErrorBody, Health, Ready
+from neuronpedia_inference.schemas.vectors import PUT_VECTORS
+from neuronpedia_inference.tensor_files import MEDIA_TYPE
 from neuronpedia_inference.web.auth import HEADER
 from neuronpedia_inference.web.explained import EXPLAINED, status_of
 
@@ -21,6 +23,7 @@ SECURITY, BEARER = "SimpleSecretAuth", "BearerAuth"
 MEANINGS = {
     400: "The request cannot be honoured as asked",
     401: "Missing or wrong secret",
+    404: "A vector is named by a digest that is not kept here",
     403: "A web page that may not call, or a name that is not the server's",
     408: "The body did not come in time",
     409: "The server's state forbids it",
@@ -70,7 +73,7 @@ def document() -> dict[str, Any]:
 
 def _schemas() -> tuple[Refs, dict[str, Any]]:
     """References by (model, mode), and what they refer to."""
-    asked: list[Any] = [(op.request, "validation") for op in OPERATIONS if op.method == "POST"]
+    asked: list[Any] = [(op.request, "validation") for op in OPERATIONS if op.method != "GET"]
     given: list[Any] = [(op.response, "serialization") for op in OPERATIONS]
     service: list[Any] = [(model, "serialization") for model in (Capabilities, ErrorBody, Health, Ready)]
     wanted = list(dict.fromkeys(asked + given + service))
@@ -83,7 +86,9 @@ def _operation(operation: Operation[Any], refs: Refs) -> dict[str, Any]:
     if operation.stream is not None:
         note = "With `stream`: events `data: {json}`, each holding the whole answer so far."
         content["text/event-stream"] = {"schema": {"type": "string", "description": note}}
-    failures = FAILURES if operation.method == "POST" else WITHOUT_A_BODY
+    failures = WITHOUT_A_BODY if operation.method == "GET" else FAILURES
+    if _may_name_a_vector(operation):
+        failures = (*failures, 404)
     if operation.tensors is not None:
         content[MEDIA_TYPE] = {"schema": {"type": "string", "format": "binary"}}
     return {
@@ -102,6 +107,10 @@ def group_of(operation: Operation[Any]) -> str:
     return START if issubclass(operation.request, Ours) else NEURONPEDIA
 
 
+def _may_name_a_vector(operation: Operation[Any]) -> bool:
+    return f"`{PUT_VECTORS}`" in json.dumps(operation.request.model_json_schema())
+
+
 def openapi_path(operation: Operation[Any]) -> str:
     """The path with its fields in braces."""
     return IN_PATH.sub(r"{\1}", operation.path)
@@ -109,9 +118,12 @@ def openapi_path(operation: Operation[Any]) -> str:
 
 def _asked(operation: Operation[Any], refs: Refs) -> dict[str, Any]:
     """The body, or the parameters of a GET."""
-    if operation.method == "POST":
-        content = {"schema": refs[operation.request, "validation"], "examples": _examples(operation.request)}
-        return {"requestBody": {"required": True, "content": {"application/json": content}}}
+    if operation.method != "GET":
+        as_json = {"schema": refs[operation.request, "validation"], "examples": _examples(operation.request)}
+        content: dict[str, Any] = {"application/json": as_json}
+        if operation.from_tensors is not None:
+            content[MEDIA_TYPE] = {"schema": {"type": "string", "format": "binary"}}
+        return {"requestBody": {"required": True, "content": content}}
     schema = operation.request.model_json_schema(by_alias=False)
     example = schema["examples"][0]
     in_path = set(IN_PATH.findall(operation.path))

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from neuronpedia_inference.operations import Events
-from neuronpedia_inference.operations.tensors import MEDIA_TYPE
+from neuronpedia_inference.tensor_files import MEDIA_TYPE
 from neuronpedia_inference.web.sending import in_time
 from neuronpedia_inference.web.sse import while_connected
 

@@ -120,6 +120,9 @@ WAYS: dict[str, Callable[[Here], httpx.Response]] = {
     "malformed_http": lambda here: sent(here.server, b"\x16\x03\x01 hello\r\n\r\n"),
     "unknown_hook": unknown_hook,
     "unknown_source": lambda here: here.asked(source="99-res-4k"),
+    "unknown_vector": lambda here: here.asked(
+        source=None, index=None, vector="vec:sha256:" + "0" * 64, hook="blocks.15.hook_resid_post"
+    ),
     "unauthorized": unauthorized,
     "forbidden": forbidden,
     "not_found": lambda here: here.asked("/v1/top_k"),

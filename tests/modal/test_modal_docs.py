@@ -24,7 +24,12 @@ from tests.modal.test_modal_commands import problem
 
 GUIDE = ROOT / "docs" / "operating.md"
 PAGES = (GUIDE, ROOT / "README.md")
-METHODS = {*(operation.name for operation in OPERATIONS), "steer_stream", "answer_many", "capabilities"}
+METHODS = {
+    *(operation.name for operation in OPERATIONS if not operation.off_modal_because),
+    "steer_stream",
+    "answer_many",
+    "capabilities",
+}
 CALLS = {"remote", "remote_gen", "map", "spawn", "get", "with_options"}
 
 SHAPES = {

@@ -26,7 +26,9 @@ SHORT: dict[str, dict[str, Any]] = {
     "steer_completion": {"n_completion_tokens": 4},
     "steer_completion_chat": {"n_completion_tokens": 4},
 }
-BODIES = {op.name: {**example_of(op.request), **SHORT.get(op.name, {})} for op in OPERATIONS}
+BODIES = {
+    op.name: {**example_of(op.request), **SHORT.get(op.name, {})} for op in OPERATIONS if not op.off_modal_because
+}
 STEERING = {"features": [{"source": "15-res-4k", "index": 42, "strength": 60}], "max_new_tokens": 6}
 
 
@@ -50,7 +52,7 @@ def answers(deployed: Deployed) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda op: op.name)
+@pytest.mark.parametrize("operation", [op for op in OPERATIONS if op.name in BODIES], ids=lambda op: op.name)
 def test_methods_and_routes_give_the_same_answers(deployed: Deployed, answers: dict[str, Any], operation: Any) -> None:
     path, body = operation.address(BODIES[operation.name])
     response = httpx.request(operation.method, deployed.url + path, json=body, timeout=600)

@@ -46,6 +46,7 @@ from neuronpedia_inference.domain import (
 from neuronpedia_inference.edits.plan import Plan
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownSource
+from neuronpedia_inference.kept_vectors import KeptVectors
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.operations import answer, by_name
 from neuronpedia_inference.questions import (
@@ -113,6 +114,7 @@ class FakeRuntime:
             device="cpu",
         )
         self.metrics = Metrics()
+        self.vectors = KeptVectors(2**20)
         self.sources = sources
         self.natural_bos = natural_bos
         self.completions = completions
@@ -275,7 +277,7 @@ class FakeRuntime:
         shares = [50.0 if place == 0 else place / 10 for place in range(len(values))]
         return FeatureActivations(np.array(values), Dfa(np.array(shares), target))
 
-    def projections(self, prompts: Sequence[Tokens], hook: str, vector: Sequence[float]) -> list[Numbers]:
+    def projections(self, prompts: Sequence[Tokens], hook: str, vector: Any) -> list[Numbers]:
         self.calls.append(("projections", (hook, tuple(vector))))
         return [np.array(self.column(tokens, 0)) for tokens in prompts]
 

@@ -156,7 +156,7 @@ def test_a_body_of_empty_lists_is_refused_with_its_beginning(inside: bytes, monk
     headers = [(b"content-type", b"application/json")]
     request = Request({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive)
     with pytest.raises(BodyTooLarge, match=f"more than {MAX_CONTAINERS} objects and lists"):
-        asyncio.run(Bodies(2**23, timeout_s=300).object(request))
+        asyncio.run(Bodies(2**23, timeout_s=300).object(request, by_name["steer"]))
     assert n_taken == 1 + -(-MAX_CONTAINERS // (2**13 * n_containers(inside)))
 
 
