@@ -23,12 +23,12 @@ from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
 from neuronpedia_inference.engine.stops import StopStrings
 from neuronpedia_inference.engine.tokens import BosRule
-from neuronpedia_inference.errors import LimitExceeded, NotReady
+from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, NotReady
 from neuronpedia_inference.kept_vectors import KeptVectors
 from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n_threads
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.pacing import paced
-from neuronpedia_inference.questions import Question
+from neuronpedia_inference.questions import Begun, Completion, Question
 from neuronpedia_inference.questions.checks import check_prompts
 from neuronpedia_inference.saes.shelf import Shelf
 from neuronpedia_inference.scheduler.admission import Admission
@@ -187,6 +187,30 @@ class Runtime:
 
     # Generation
 
+    async def complete(self, wanted: Completion, *, stream: bool) -> Begun:
+        """Checks everything, admits, and begins; with `stream` what is written comes as it is, else all at the end.
+
+        Raises LimitExceeded, InvalidRequest, UnknownSource or UnknownPoint, and Overloaded where there is no room.
+        """
+        steered = {id(plan): plan for plan in (wanted.named, *wanted.plans) if plan is not None}
+        for plan in steered.values():
+            await self.check_steering(plan)
+        rendered, prompt = self._prompt(wanted.prompt)
+        if not prompt.ids:
+            raise InvalidRequest("Prompt is empty")
+        reads = wanted.reads
+        watches = None if reads is None else reads.watches
+        written = self.generate(
+            prompt,
+            wanted.plans,
+            wanted.sampling,
+            watches=watches,
+            rules=reads,
+            seeds=wanted.seeds,
+            stream=stream,
+        )
+        return Begun(prompt, rendered, [self.edited(plan) for plan in wanted.plans], written)
+
     async def check_steering(self, plan: Plan) -> None:
         """Raises LimitExceeded, InvalidRequest, UnknownSource or UnknownPoint unless the plan can be honoured."""
         await paced(self._edits.checks(plan))
@@ -287,6 +311,12 @@ class Runtime:
     @property
     def _is_reproducible(self) -> bool:
         return reproducible.is_wanted() or self.settings.reproducible
+
+    def _prompt(self, prompt: str | Sequence[ChatMessage] | Tokens) -> tuple[str, Tokens]:
+        """A chat as its template gives it, and the tokens. Raises InvalidRequest or LimitExceeded."""
+        if isinstance(prompt, Tokens):
+            return "", prompt
+        return ("", self.tokenize(prompt, "once")) if isinstance(prompt, str) else self.render_chat(prompt)
 
     def _n_read(
         self, prompt: Tokens, plans: Sequence[Plan | None], sampling: Sampling, watches: WatchPlan | None

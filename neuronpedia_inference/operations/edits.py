@@ -35,18 +35,23 @@ if TYPE_CHECKING:
 
 
 async def checked_plan(steering: Steering, rt: Runtime, *, skip_special_tokens: bool = False) -> Plan | None:
-    """What a steering does, which can be honoured; None where it does nothing. No tensor is touched.
-
-    skip_special_tokens: edits of everything leave the prompt's special tokens as they are, as in chats.
+    """As `plan_of`, of what can be honoured. No tensor is touched.
 
     Raises InvalidRequest, UnknownSource, UnknownPoint and LimitExceeded, naming the field.
     """
-    edits = edits_of(steering, rt)
-    if not edits:
-        return None
-    plan = Plan(edits, skip_special_tokens)
-    await rt.check_steering(plan)
+    plan = plan_of(steering, rt, skip_special_tokens=skip_special_tokens)
+    if plan is not None:
+        await rt.check_steering(plan)
     return plan
+
+
+def plan_of(steering: Steering, rt: Runtime, *, skip_special_tokens: bool = False) -> Plan | None:
+    """What a steering does; None where it does nothing. Raises InvalidRequest and UnknownSource, naming the field.
+
+    skip_special_tokens: edits of everything leave the prompt's special tokens as they are, as in chats.
+    """
+    edits = edits_of(steering, rt)
+    return Plan(edits, skip_special_tokens) if edits else None
 
 
 def edits_of(steering: Steering, rt: Runtime) -> tuple[Edit, ...]:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from neuronpedia_inference.domain import Sampling, Written
 from neuronpedia_inference.errors import InvalidRequest
-from neuronpedia_inference.operations.edits import checked_plan
+from neuronpedia_inference.operations.edits import plan_of
 from neuronpedia_inference.operations.operation import Events, Operation, last
 from neuronpedia_inference.operations.prompts import check_model
-from neuronpedia_inference.operations.steer import Chat, Plans, chat_story, text_story
+from neuronpedia_inference.operations.steer import Chat, chat_story, text_story, turns
 from neuronpedia_inference.operations.story import Story, Transcript, logprob_reply
+from neuronpedia_inference.operations.watching import watch_plan
+from neuronpedia_inference.questions import Completion
 from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.schemas.steer import SteerRequest, SteerResponse, SteerText
 from neuronpedia_inference.schemas.watch import SteerStop
@@ -36,14 +38,13 @@ async def _steered(request: SteerRequest, rt: Runtime, *, stream: bool) -> Async
         raise InvalidRequest("deltas: goes with stream, whose events it makes smaller")
     if isinstance(request.prompt, str):
         _check_text(request, request.prompt)
-    plans, sampling = await _checked_plans(request, rt), _sampling(request)
-    reads = {"watch": request.watch or (), "rules": request.rules or ()}
+    watch = request.watch or ()
+    wanted = _wanted(request, rt)
     with reproducibly(request.reproducible):
         if isinstance(request.prompt, str):
-            chat = None
-            story = text_story(request.prompt, plans, sampling, rt, stream=stream, keeps_ending=False, **reads)
+            chat, story = None, await text_story(wanted, rt, stream=stream, keeps_ending=False, watch=watch)
         else:
-            chat, story = chat_story(request.prompt, plans, sampling, rt, stream=stream, keeps_ending=False, **reads)
+            chat, story = await chat_story(request.prompt, wanted, rt, stream=stream, keeps_ending=False, watch=watch)
     if request.deltas:
         return Events(story, lambda news: _side_by_side([_new(chat, story, *pair) for pair in enumerate(news)]))
     return Events(story, lambda _: _side_by_side([_so_far(chat, row) for row in story.rows]))
@@ -62,13 +63,18 @@ def _check_text(request: SteerRequest, text: str) -> None:
         )
 
 
-async def _checked_plans(request: SteerRequest, rt: Runtime) -> Plans:
+def _wanted(request: SteerRequest, rt: Runtime) -> Completion:
     """Steered, and unsteered to compare."""
     if request.model is not None:
         check_model(request.model, rt)
     is_chat = not isinstance(request.prompt, str)
-    plan = await checked_plan(request, rt, skip_special_tokens=is_chat and not request.steer_special_tokens)
-    return [plan, *([None] if request.compare else [])]
+    plan = plan_of(request, rt, skip_special_tokens=is_chat and not request.steer_special_tokens)
+    return Completion(
+        request.prompt if isinstance(request.prompt, str) else turns(request.prompt),
+        [plan, *([None] if request.compare else [])],
+        _sampling(request),
+        reads=watch_plan(request.watch or (), request.rules or (), rt),
+    )
 
 
 def _sampling(request: SteerRequest) -> Sampling:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from neuronpedia_inference.domain import ChatMessage, Sampling, Tokens
+from neuronpedia_inference.domain import ChatMessage, Sampling
 from neuronpedia_inference.edits.plan import BY_METHOD, Direction, Edit, Feature, Plan
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.chat import open_reasoning, read_answer, without_reasoning
@@ -15,7 +15,8 @@ from neuronpedia_inference.operations.kept_vectors import numbers_of
 from neuronpedia_inference.operations.operation import Events, Operation, last
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.story import Story, Transcript
-from neuronpedia_inference.operations.watching import Watched, watch_plan
+from neuronpedia_inference.operations.watching import Watched
+from neuronpedia_inference.questions import Begun, Completion
 from neuronpedia_inference.schemas.steer import (
     NPSteerChatMessage,
     NPSteerChatResult,
@@ -26,7 +27,7 @@ from neuronpedia_inference.schemas.steer import (
     SteerCompletionResponse,
     SteerFields,
 )
-from neuronpedia_inference.schemas.watch import SteerRule, SteerWatch
+from neuronpedia_inference.schemas.watch import SteerWatch
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
@@ -62,16 +63,18 @@ async def steer_completion_chat_events(
 async def _complete(
     request: SteerCompletionRequest, rt: Runtime, *, stream: bool
 ) -> AsyncIterator[SteerCompletionResponse]:
-    plans = await _checked_plans(request, rt)
-    story = text_story(request.prompt, plans, sampling_of(request), rt, stream=stream)
+    plan = _plan(request, rt)
+    wanted = Completion(request.prompt, _plans(request, plan), sampling_of(request), named=plan)
+    story = await text_story(wanted, rt, stream=stream)
     return Events(story, lambda _: _texts(request, story.rows))
 
 
 async def _complete_chat(
     request: SteerCompletionChatRequest, rt: Runtime, *, stream: bool
 ) -> AsyncIterator[SteerCompletionChatResponse]:
-    plans = await _checked_plans(request, rt, skip_special_tokens=not request.steer_special_tokens)
-    chat, story = chat_story(request.prompt, plans, sampling_of(request), rt, stream=stream)
+    plan = _plan(request, rt, skip_special_tokens=not request.steer_special_tokens)
+    wanted = Completion(turns(request.prompt), _plans(request, plan), sampling_of(request), named=plan)
+    chat, story = await chat_story(request.prompt, wanted, rt, stream=stream)
     return Events(story, lambda _: _chats(request, chat, story.rows))
 
 
@@ -91,69 +94,50 @@ class Chat:
         return [*self.messages, *([NPSteerChatMessage(role="assistant", content=content)] if content else [])]
 
 
-def text_story(
-    text: str,
-    plans: Plans,
-    sampling: Sampling,
-    rt: Runtime,
-    *,
-    stream: bool,
-    keeps_ending: bool = True,
-    watch: Sequence[SteerWatch] = (),
-    rules: Sequence[SteerRule] = (),
+async def text_story(
+    wanted: Completion, rt: Runtime, *, stream: bool, keeps_ending: bool = True, watch: Sequence[SteerWatch] = ()
 ) -> Story:
-    """A row per plan, in order, each watched, and ended by `rules`. Raises every 4xx and 503 before it returns.
+    """A row per plan, in order. Raises every 4xx and 503 before it returns.
 
-    keeps_ending: whether texts end in the token that stopped them, as the wire's do.
+    keeps_ending: whether texts end in the token that stopped them, as the wire's do. watch: the first of what is
+    watched is told as this asks for it; what is behind it only `rules` look at.
     """
-    rows = _rows("", plans, sampling, keeps_ending=keeps_ending)
-    return _generate(rt.tokenize(text, "once"), rows, plans, sampling, rt, stream=stream, watch=watch, rules=rules)
+    begun = await rt.complete(wanted, stream=stream)
+    return _story("", begun, wanted, rt, keeps_ending=keeps_ending, watch=watch)
 
 
-def chat_story(
+async def chat_story(
     said: list[NPSteerChatMessage],
-    plans: Plans,
-    sampling: Sampling,
+    wanted: Completion,
     rt: Runtime,
     *,
     stream: bool,
     keeps_ending: bool = True,
     watch: Sequence[SteerWatch] = (),
-    rules: Sequence[SteerRule] = (),
 ) -> tuple[Chat, Story]:
     """As `text_story`, for the answers to a chat."""
+    begun = await rt.complete(wanted, stream=stream)
+    chat = Chat(said, rt.decode(begun.prompt.ids), open_reasoning(begun.rendered))
+    return chat, _story(chat.raw, begun, wanted, rt, keeps_ending=keeps_ending, watch=watch)
+
+
+def turns(said: Sequence[NPSteerChatMessage]) -> list[ChatMessage]:
+    """What the model is to read of a chat: reasoning of earlier answers is left out. Raises InvalidRequest."""
     messages = without_reasoning([ChatMessage(one.role, one.content) for one in said])
     if not messages:
         raise InvalidRequest("At least one message with content is required")
-    rendered, prompt = rt.render_chat(messages)
-    chat = Chat(said, rt.decode(prompt.ids), open_reasoning(rendered))
-    rows = _rows(chat.raw, plans, sampling, keeps_ending=keeps_ending)
-    return chat, _generate(prompt, rows, plans, sampling, rt, stream=stream, watch=watch, rules=rules)
+    return messages
 
 
-def _rows(raw: str, plans: Plans, sampling: Sampling, *, keeps_ending: bool) -> list[Transcript]:
-    return [Transcript(raw, has_logprobs=bool(sampling.n_logprobs), keeps_ending=keeps_ending) for _ in plans]
-
-
-def _generate(
-    prompt: Tokens,
-    rows: Sequence[Transcript],
-    plans: Plans,
-    sampling: Sampling,
-    rt: Runtime,
-    *,
-    stream: bool,
-    watch: Sequence[SteerWatch],
-    rules: Sequence[SteerRule],
+def _story(
+    raw: str, begun: Begun, wanted: Completion, rt: Runtime, *, keeps_ending: bool, watch: Sequence[SteerWatch]
 ) -> Story:
-    if not prompt.ids:
-        raise InvalidRequest("Prompt is empty")
-    ruled = watch_plan(watch, rules, rt)
-    watches = None if ruled is None else ruled.watches
-    if watches is not None and watch:
-        for row, of_row in zip(rows, plans, strict=True):
-            row.watched = Watched(watch, watches, rt.edited(of_row), prompt.strings, rt)
-    return Story(rt.generate(prompt, plans, sampling, watches=watches, rules=ruled, stream=stream), rows)
+    has_logprobs = bool(wanted.sampling.n_logprobs)
+    rows = [Transcript(raw, has_logprobs=has_logprobs, keeps_ending=keeps_ending) for _ in wanted.plans]
+    if wanted.reads is not None and watch:
+        for row, edited in zip(rows, begun.edited, strict=True):
+            row.watched = Watched(watch, wanted.reads.watches, edited, begun.prompt.strings, rt)
+    return Story(begun.written, rows)
 
 
 def sampling_of(request: SteerFields) -> Sampling:
@@ -167,8 +151,8 @@ def sampling_of(request: SteerFields) -> Sampling:
     )
 
 
-async def _checked_plans(request: SteerFields, rt: Runtime, *, skip_special_tokens: bool = False) -> Plans:
-    """One per requested type, in order; None for DEFAULT, and where nothing is named to steer with."""
+def _plan(request: SteerFields, rt: Runtime, *, skip_special_tokens: bool = False) -> Plan | None:
+    """What the request names; None where nothing is named to steer with. Raises InvalidRequest."""
     check_model(request.model, rt)
     if (request.features is None) == (request.vectors is None):
         raise InvalidRequest(STEER_RULE)
@@ -177,10 +161,11 @@ async def _checked_plans(request: SteerFields, rt: Runtime, *, skip_special_toke
     edits = _edits(request, rt)
     if any(not math.isfinite(edit.amount) for edit in edits):
         raise InvalidRequest("strength_multiplier × strength is too large to be a number")
-    if not edits:
-        return [None for _ in request.types]
-    plan = Plan(edits, skip_special_tokens)
-    await rt.check_steering(plan)  # also where only DEFAULT is asked for: what is named must exist
+    return Plan(edits, skip_special_tokens) if edits else None
+
+
+def _plans(request: SteerFields, plan: Plan | None) -> Plans:
+    """One per requested type, in order."""
     return [plan if kind == "STEERED" else None for kind in request.types]
 
 

@@ -225,6 +225,17 @@ def test_two_packages_import_each_other_and_no_more() -> None:
     assert {pair for pair in edges if pair[::-1] in edges and pair[0] < pair[1]} == {("edits", "engine")}
 
 
+def test_a_steered_completion_enters_the_runtime_once() -> None:
+    """What the operations ask of it besides is how tokens are written."""
+    called = [
+        node.func.attr
+        for name in ("steer", "friendly")
+        for node in ast.walk(ast.parse((PACKAGE / "operations" / f"{name}.py").read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "rt"
+    ]
+    assert sorted(called) == ["complete", "complete", "decode"]  # of a text, and of a chat
+
+
 def _package(module: str) -> str:
     return module.partition(".")[0]
 

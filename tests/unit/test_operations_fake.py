@@ -51,6 +51,8 @@ from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.operations import answer, by_name
 from neuronpedia_inference.questions import (
     Active,
+    Begun,
+    Completion,
     EncoderColumn,
     NearestRows,
     OneFeature,
@@ -62,8 +64,6 @@ from neuronpedia_inference.questions import (
 from neuronpedia_inference.questions.contrast import Contrast, Contrasted
 from neuronpedia_inference.questions.states import HeadPattern, States
 from neuronpedia_inference.settings import Settings
-from neuronpedia_inference.watches.plan import WatchPlan
-from neuronpedia_inference.watches.rules import RulePlan
 
 BOS = "<s>"
 SPECIAL = (BOS, "<|im_start|>", "<|im_end|>")
@@ -324,23 +324,26 @@ class FakeRuntime:
         places, values = zip(*(pair for entries in found.values() for pair in entries), strict=True)
         return ActiveFeatures(np.array(list(found)), starts, ends, np.array(places), np.array(values))
 
-    async def check_steering(self, plan: Plan) -> None:
-        self.calls.append(("check_steering", plan))
+    async def complete(self, wanted: Completion, *, stream: bool) -> Begun:
+        rendered, prompt = "", wanted.prompt
+        if isinstance(prompt, str):
+            prompt = self.tokenize(prompt, "once")
+        elif not isinstance(prompt, Tokens):
+            rendered, prompt = self.render_chat(prompt)
+        if not prompt.ids:
+            raise InvalidRequest("Prompt is empty")
+        written = self._generate(prompt, wanted.plans, wanted.sampling, stream=stream)
+        return Begun(prompt, rendered, [set() for _ in wanted.plans], written)
 
     def token_string(self, token_id: int) -> str:
         return self.vocabulary[token_id]
 
-    def edited(self, plan: Plan | None) -> set[Any]:
-        return set()
-
-    def generate(
+    def _generate(
         self,
         prompt: Tokens,
         plans: Sequence[Plan | None],
         sampling: Sampling,
         *,
-        watches: WatchPlan | None = None,
-        rules: RulePlan | None = None,
         seeds: Sequence[int] | None = None,
         stream: bool,
     ) -> AsyncIterator[tuple[Written, ...]]:

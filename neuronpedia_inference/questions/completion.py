@@ -1,0 +1,40 @@
+"""What is asked of a model that is to go on with a text, and what it begins with."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import dataclass
+
+from neuronpedia_inference.domain import ChatMessage, Sampling, Tokens, Written
+from neuronpedia_inference.edits.plan import Plan
+from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.watches.rules import RulePlan
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A text or a chat to be gone on with, once for every plan, all in one batch."""
+
+    prompt: str | Sequence[ChatMessage] | Tokens
+    plans: Sequence[Plan | None]
+    """One per row, in order; None goes on unsteered."""
+    sampling: Sampling
+    seeds: Sequence[int] | None = None
+    """By row, where they differ from the sampling's."""
+    reads: RulePlan | None = None
+    """What is watched in every row, twice where that row is steered, and what ends it early."""
+    named: Plan | None = None
+    """Has to be possible too, whether or not a row is steered by it."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A completion that was checked and admitted."""
+
+    prompt: Tokens
+    rendered: str
+    """A chat as its template gives it; empty for a text."""
+    edited: Sequence[Collection[Point]]
+    """By row, where it is steered."""
+    written: AsyncIterator[tuple[Written, ...]]
+    """What is new in every row. Closing it frees them."""
