@@ -29,6 +29,7 @@ from served import (
     raising,
     small_settings,
     until,
+    writing,
 )
 
 from neuronpedia_inference.errors import EngineFailed, NotReady, OutOfMemory, Overloaded
@@ -192,7 +193,7 @@ def test_hanging_up_before_the_answer(runtime: Runtime, serve: Serve, stream: bo
             begun.set()
             await asyncio.sleep(3600)
 
-    served = serve(small_settings(), lambda: Wrapped(runtime, generate=lambda *_, **__: Silent()))
+    served = serve(small_settings(), lambda: Wrapped(runtime, complete=writing(lambda _: Silent())))
     with served.client() as client, counting(client, cancelled=1):
         hang_up(served, "/v1/steer/completion", {**STEER, "stream": stream}, begun.is_set)
 

@@ -8,15 +8,17 @@ import json
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
-from served import MODEL, SECRET, SOON_S, SOURCE, WIDTH, Serve, Served, Wrapped, hang_up, small_settings, until
+from served import MODEL, SECRET, SOON_S, SOURCE, WIDTH, Serve, Served, Wrapped, hang_up, small_settings, until, writing
 
 from neuronpedia_inference.domain import Written
 from neuronpedia_inference.errors import EngineFailed, Overloaded
 from neuronpedia_inference.operations import answer_events, by_name
+from neuronpedia_inference.questions import Begun, Completion
 from neuronpedia_inference.runtime import Runtime
 from tests.rounding import differences
 
@@ -140,15 +142,16 @@ def test_a_stream_asks_for_the_secret(locked_server: Served) -> None:
 
 
 class FailingAfter:
-    """`Runtime.generate` that raises after some events."""
+    """`Runtime.complete` whose text raises after some events."""
 
     def __init__(self, runtime: Runtime, n_events: int, exc: Exception) -> None:
         self._runtime = runtime
         self._n_events = n_events
         self._exc = exc
 
-    def __call__(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        return self._fail(self._runtime.generate(*args, **kwargs))
+    async def __call__(self, wanted: Completion, *, stream: bool) -> Begun:
+        begun = await self._runtime.complete(wanted, stream=stream)
+        return replace(begun, written=self._fail(begun.written))
 
     async def _fail(self, events: Any) -> AsyncIterator[Any]:
         try:
@@ -166,7 +169,7 @@ class FailingAfter:
 def test_a_failure_after_the_first_event_is_an_error_event(
     runtime: Runtime, serve: Serve, exc: Exception, code: str
 ) -> None:
-    broken = Wrapped(runtime, generate=FailingAfter(runtime, 2, exc))
+    broken = Wrapped(runtime, complete=FailingAfter(runtime, 2, exc))
     with (
         serve(small_settings(), lambda: broken).client() as client,
         client.stream("POST", "/v1/steer/completion", json=STEER) as answer,
@@ -182,7 +185,7 @@ def test_a_failure_after_the_first_event_is_an_error_event(
 
 
 def test_a_failure_before_the_first_event_has_its_own_status(runtime: Runtime, serve: Serve) -> None:
-    full = Wrapped(runtime, generate=FailingAfter(runtime, 0, Overloaded("Full")))
+    full = Wrapped(runtime, complete=FailingAfter(runtime, 0, Overloaded("Full")))
     with serve(small_settings(), lambda: full).client() as client:
         answer = client.post("/v1/steer/completion", json=STEER)
     assert answer.status_code == 503
@@ -190,16 +193,13 @@ def test_a_failure_before_the_first_event_has_its_own_status(runtime: Runtime, s
 
 
 class Endless:
-    """`Runtime.generate` that gives some events and then nothing more; tells when it was closed."""
+    """Events for each of so many rows, some and then nothing more; tells when it was closed."""
 
     def __init__(self, n_events: int) -> None:
         self.begun, self.closed = threading.Event(), threading.Event()
         self._n_events = n_events
 
-    def __call__(self, _prompt: Any, plans: Any, *_: Any, **__: Any) -> AsyncIterator[tuple[Written, ...]]:
-        return self._events(len(plans))
-
-    async def _events(self, n_rows: int) -> AsyncIterator[tuple[Written, ...]]:
+    async def __call__(self, n_rows: int) -> AsyncIterator[tuple[Written, ...]]:
         self.begun.set()
         try:
             for _ in range(self._n_events):
@@ -212,14 +212,14 @@ class Endless:
 @pytest.mark.parametrize("stream", [True, False])
 def test_hanging_up_before_the_first_event_closes_the_generation(runtime: Runtime, serve: Serve, stream: bool) -> None:
     endless = Endless(0)
-    served = serve(small_settings(), lambda: Wrapped(runtime, generate=endless))
+    served = serve(small_settings(), lambda: Wrapped(runtime, complete=writing(endless)))
     hang_up(served, "/v1/steer/completion", {**STEER, "stream": stream}, endless.begun.is_set)
     assert endless.closed.wait(SOON_S)
 
 
 def test_hanging_up_while_nothing_comes_closes_the_generation(runtime: Runtime, serve: Serve) -> None:
     endless = Endless(2)
-    served = serve(small_settings(), lambda: Wrapped(runtime, generate=endless))
+    served = serve(small_settings(), lambda: Wrapped(runtime, complete=writing(endless)))
     with served.client() as client, client.stream("POST", "/v1/steer/completion", json=STEER) as answer:
         events = events_of(answer.iter_lines())  # kept: dropping it would hang up
         assert len(list(itertools.islice(events, 2))) == 2
@@ -228,16 +228,13 @@ def test_hanging_up_while_nothing_comes_closes_the_generation(runtime: Runtime, 
 
 
 class Flood:
-    """`Runtime.generate` that never ends and says much; tells when it was closed."""
+    """Events without end that say much; tells when it was closed."""
 
     def __init__(self) -> None:
         self.closed = threading.Event()
         self.n_events = 0
 
-    def __call__(self, _prompt: Any, plans: Any, *_: Any, **__: Any) -> AsyncIterator[tuple[Written, ...]]:
-        return self._events(len(plans))
-
-    async def _events(self, n_rows: int) -> AsyncIterator[tuple[Written, ...]]:
+    async def __call__(self, n_rows: int) -> AsyncIterator[tuple[Written, ...]]:
         try:
             while True:
                 self.n_events += 1
@@ -249,7 +246,7 @@ class Flood:
 def test_who_never_reads_holds_up_nobody_and_is_cut_off(runtime: Runtime, serve: Serve) -> None:
     """Events are made only as fast as they are taken, so what a reader does not take costs nothing either."""
     flood = Flood()
-    served = serve(small_settings(send_timeout_s=2.0), lambda: Wrapped(runtime, generate=flood))
+    served = serve(small_settings(send_timeout_s=2.0), lambda: Wrapped(runtime, complete=writing(flood)))
     host, port = served.url.removeprefix("http://").split(":")
     body = json.dumps(STEER).encode()
     head = "POST /v1/steer/completion HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
