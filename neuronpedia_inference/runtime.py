@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from neuronpedia_inference import reproducible
 from neuronpedia_inference.capabilities import describe, max_tokens, token_limit
+from neuronpedia_inference.completion import Begun, Completion
 from neuronpedia_inference.costs import NO_GRID, RECORDED_GRID, Costs, Demand
 from neuronpedia_inference.domain import ChatMessage, RenderedChat, Sampling, Tokens, Written
 from neuronpedia_inference.edits.plan import Plan
@@ -28,7 +29,7 @@ from neuronpedia_inference.kept_vectors import KeptVectors
 from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n_threads
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.pacing import paced
-from neuronpedia_inference.questions import Begun, Completion, Question
+from neuronpedia_inference.questions import Question
 from neuronpedia_inference.questions.checks import check_prompts
 from neuronpedia_inference.saes.shelf import Shelf
 from neuronpedia_inference.scheduler.admission import Admission

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
+from neuronpedia_inference.completion import Completion
 from neuronpedia_inference.domain import Sampling, Written
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.edits import plan_of
@@ -13,7 +14,6 @@ from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.steer import Chat, chat_story, text_story, turns
 from neuronpedia_inference.operations.story import Story, Transcript, logprob_reply
 from neuronpedia_inference.operations.watching import watch_plan
-from neuronpedia_inference.questions import Completion
 from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.schemas.steer import SteerRequest, SteerResponse, SteerText
 from neuronpedia_inference.schemas.watch import SteerStop

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from neuronpedia_inference.completion import Begun, Completion
 from neuronpedia_inference.domain import ChatMessage, Sampling
 from neuronpedia_inference.edits.plan import BY_METHOD, Direction, Edit, Feature, Plan
 from neuronpedia_inference.errors import InvalidRequest
@@ -16,7 +17,6 @@ from neuronpedia_inference.operations.operation import Events, Operation, last
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.story import Story, Transcript
 from neuronpedia_inference.operations.watching import Watched
-from neuronpedia_inference.questions import Begun, Completion
 from neuronpedia_inference.schemas.steer import (
     NPSteerChatMessage,
     NPSteerChatResult,

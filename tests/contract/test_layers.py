@@ -18,6 +18,7 @@ LAYERS = {
     "": 0,
     "errors": 0,
     "domain": 0,
+    "completion": 0,
     "schemas": 0,
     "edits.plan": 0,
     "edits.rows": 0,

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import uvicorn
 
+from neuronpedia_inference.completion import Begun, Completion
 from neuronpedia_inference.domain import Tokens, Written
-from neuronpedia_inference.questions import Begun, Completion
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.web.app import create_app

@@ -15,10 +15,10 @@ import httpx
 import pytest
 from served import MODEL, SECRET, SOON_S, SOURCE, WIDTH, Serve, Served, Wrapped, hang_up, small_settings, until, writing
 
+from neuronpedia_inference.completion import Begun, Completion
 from neuronpedia_inference.domain import Written
 from neuronpedia_inference.errors import EngineFailed, Overloaded
 from neuronpedia_inference.operations import answer_events, by_name
-from neuronpedia_inference.questions import Begun, Completion
 from neuronpedia_inference.runtime import Runtime
 from tests.rounding import differences
 

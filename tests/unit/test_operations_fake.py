@@ -21,6 +21,7 @@ from pydantic.alias_generators import to_pascal
 
 import neuronpedia_inference
 from neuronpedia_inference.annotations import Found, SourceAnnotations
+from neuronpedia_inference.completion import Begun, Completion
 from neuronpedia_inference.domain import (
     ActiveFeatures,
     Attended,
@@ -51,8 +52,6 @@ from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.operations import answer, by_name
 from neuronpedia_inference.questions import (
     Active,
-    Begun,
-    Completion,
     EncoderColumn,
     NearestRows,
     OneFeature,
