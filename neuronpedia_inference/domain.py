@@ -35,6 +35,7 @@ READ_BY_COLUMN = frozenset(
 
 CENTRED = "centred writing weights: its encoder's columns are centred instead, which reads the same"
 """What an SAE may ask for, and what is done."""
+UNNORMED = "what a module gives before any norm: in this model none follows it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,10 @@ class Source:
     @property
     def is_centred(self) -> bool:
         return CENTRED in self.asks
+
+    @property
+    def is_unnormed(self) -> bool:
+        return UNNORMED in self.asks
 
     @property
     def is_read_by_column(self) -> bool:

@@ -18,7 +18,7 @@ from neuronpedia_inference.folders import existing_folder, folders_beside, missi
 from neuronpedia_inference.saes.catalogue import hub_location, resolve
 from neuronpedia_inference.saes.files import cached, is_here
 from neuronpedia_inference.saes.names import all_names, hugging_face_name
-from neuronpedia_inference.saes.originals import CONVERTED, all_files, loader_of, needed_files
+from neuronpedia_inference.saes.originals import all_files, is_converted, loader_among, loaders_of, needed_files
 from neuronpedia_inference.saes.specs import SourceSpec
 from neuronpedia_inference.settings import Settings
 
@@ -117,7 +117,7 @@ def fetch_saes(specs: Sequence[SourceSpec], progress: Callable[[str], None]) -> 
     sizes = [missing_sizes(spec, listed) for spec in missing]
     total = sum(sum(one.values()) for one in sizes)
     progress(f"{len(missing)} SAEs are not on this machine: {total / GIB:.2f} GiB to download")
-    check_disk(sum(disk_bytes(spec, one) for spec, one in zip(missing, sizes, strict=True)))
+    check_disk(sum(map(disk_bytes, sizes)))
     for number, (spec, one) in enumerate(zip(missing, sizes, strict=True), 1):
         progress(f"Downloading SAE {number} of {len(missing)}: {spec.name}, {sum(one.values()) / GIB:.2f} GiB")
         fetch_sae(spec)
@@ -127,7 +127,8 @@ def fetch_saes(specs: Sequence[SourceSpec], progress: Callable[[str], None]) -> 
 def fetch_sae(spec: SourceSpec) -> None:
     """Raises StartupError, one line."""
     repo, path = hub_location(spec)
-    _download(repo, all_files(spec, path), f"SAE {spec.name!r}")
+    wanted = [name for loader in loaders_of(spec) for name in all_files(loader, path)]
+    _download(repo, wanted, f"SAE {spec.name!r}")
 
 
 def missing_sizes(spec: SourceSpec, listed: Callable[[str], Mapping[str, int]] | None = None) -> dict[str, int]:
@@ -138,16 +139,18 @@ def missing_sizes(spec: SourceSpec, listed: Callable[[str], Mapping[str, int]] |
     """
     repo, path = hub_location(spec)
     files, there = (listed or hub_files)(repo), cached(repo)
-    for name in needed_files(spec, path):
-        if name not in files:
-            raise StartupError(f"SAE {spec.name!r}: {repo!r} lists no {name!r}.")
-    wanted = [name for name in all_files(spec, path) if name in files]
+    try:
+        loader = loader_among(spec, path, files.__contains__)
+    except LookupError:
+        missing = next(name for name in needed_files(loaders_of(spec)[0], path) if name not in files)
+        raise StartupError(f"SAE {spec.name!r}: {repo!r} lists no {missing!r}.") from None
+    wanted = [name for name in all_files(loader, path) if name in files]
     return {name: files[name] for name in wanted if there is None or not (there / name).exists()}
 
 
-def disk_bytes(spec: SourceSpec, sizes: Mapping[str, int]) -> int:
+def disk_bytes(sizes: Mapping[str, int]) -> int:
     """What files of an SAE take on disk once it is used: those in other formats are there twice."""
-    return sum(sizes.values()) * (2 if loader_of(spec) in CONVERTED else 1)
+    return sum(size * (2 if is_converted(name) else 1) for name, size in sizes.items())
 
 
 def check_disk(n_bytes: int) -> None:

@@ -12,9 +12,8 @@ from typing import Any
 from neuronpedia_inference.errors import StartupError, unknown_name
 from neuronpedia_inference.memory import item_bytes, sae_numbers
 from neuronpedia_inference.saes import files
-from neuronpedia_inference.saes.catalogue import OfferedSet, SourceSpec, hub_location, known_models, offered, resolve
+from neuronpedia_inference.saes.catalogue import OfferedSet, SourceSpec, known_models, offered, resolve
 from neuronpedia_inference.saes.explicit import is_explicit, located
-from neuronpedia_inference.saes.originals import all_files
 from neuronpedia_inference.saes.specs import CONFIG_NAME
 from neuronpedia_inference.settings import Settings
 
@@ -154,35 +153,37 @@ def find(source: str, settings: Settings) -> Sae:
 
 def described(spec: SourceSpec, sae_dtype: str, snapshots: Snapshots) -> Sae:
     """Nothing is asked of the hub. Raises StartupError for files that cannot be read."""
-    there = _files(spec, snapshots)
+    found = files.files_of(spec, snapshots)
+    there = found.all if found is not None else []
     on_disk = sum(file.stat().st_size for file in there) if there else None
     resident = item_bytes(sae_dtype) * sae_numbers([spec])[0] if there else None
     if spec.listed is not None:
         return Sae(spec, spec.listed.kind, spec.listed.hook, spec.listed.n_features, on_disk, resident)
-    kind, hook, width = _written(spec)
+    kind, hook, width = _written(spec, found)
     return Sae(spec, kind, hook, width, on_disk, resident)
 
 
-def _files(spec: SourceSpec, snapshots: Snapshots) -> list[Path]:
-    """Those of an SAE that are here, none unless all that are needed are."""
-    if spec.folder is not None:
-        return [file for file in sorted(spec.folder.iterdir()) if file.is_file()]
-    repo, path = hub_location(spec)
-    here = files.snapshot_of(spec, snapshots)
-    return [here / name for name in all_files(spec, path) if (here / name).is_file()] if here else []
-
-
-def _written(spec: SourceSpec) -> tuple[str, str | None, int | None]:
+def _written(spec: SourceSpec, found: files.Files | None) -> tuple[str, str | None, int | None]:
     """Kind, hook and width by the configuration in an SAE's folder."""
-    if spec.folder is None:
+    if found is None:
         return "sae", None, None
     try:
-        config = json.loads((spec.folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = _json(found.folder / CONFIG_NAME) if found.loader is None else _foreign(found)
         metadata = config.get("metadata") or {}
-        hook, width = metadata.get("hook_name", config.get("hook_name")), config.get("d_sae")
-        return str(config.get("architecture", "standard")), hook, width
-    except (OSError, ValueError, AttributeError) as exc:
-        raise StartupError(f"SAE {spec.name!r}: its {CONFIG_NAME} cannot be read: {exc}") from None
+        hook = metadata.get("hook_name", config.get("hook_name", config.get("hook_point")))
+        return str(config.get("architecture", "standard")), hook, config.get("d_sae")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as exc:
+        raise StartupError(f"SAE {spec.name!r}: its configuration cannot be read: {exc}") from None
+
+
+def _foreign(found: files.Files) -> dict[str, Any]:
+    from neuronpedia_inference.saes import foreign  # takes torch along
+
+    return foreign.written(found)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _place(hook: str) -> str:

@@ -268,6 +268,11 @@ def _check_source(source: Source, engine: ModelEngine) -> None:
             f"Source {source.name!r} asks for centred writing weights, which change what this model computes: "
             "its norms do not take off the mean."
         )
+    if source.is_unnormed and engine.is_behind_norm(point):
+        raise StartupError(
+            f"Source {source.name!r} reads what a module gives, but {source.hook} of this model is what a norm "
+            "makes of that."
+        )
 
 
 def _say_what_is_asked(sources: Iterable[Source]) -> None:

@@ -26,10 +26,10 @@ from neuronpedia_inference.costs import ITEM_BYTES, cache_numbers
 from neuronpedia_inference.engine.quantised import method_of
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.load_options import without_places
-from neuronpedia_inference.saes.catalogue import WEIGHTS_NAME, SourceSpec, hub_location, resolve
-from neuronpedia_inference.saes.files import snapshot_of
+from neuronpedia_inference.saes.catalogue import SourceSpec, hub_location, resolve
+from neuronpedia_inference.saes.files import files_of
 from neuronpedia_inference.saes.names import hugging_face_name
-from neuronpedia_inference.saes.originals import counted_files
+from neuronpedia_inference.saes.originals import counted_files, loader_among, loaders_of
 from neuronpedia_inference.settings import Settings
 
 GIB = 2**30
@@ -239,15 +239,13 @@ def sae_numbers(specs: Sequence[SourceSpec]) -> list[int]:
     known: dict[tuple[str, int], int] = {}
     numbers = []
     for spec in specs:
-        if spec.folder is not None:
-            numbers.append(tensor_numbers(spec.folder / WEIGHTS_NAME))
+        here = files_of(spec)
+        if here is not None:
+            names, times = counted_files(here.loader, here.path)
+            numbers.append(times * sum(_file_numbers(here.root / name) for name in names))
             continue
         repo, path = hub_location(spec)
-        names, times = counted_files(spec, path)
-        here = snapshot_of(spec)
-        if here is not None:
-            numbers.append(times * sum(_file_numbers(here / name) for name in names))
-            continue
+        names, times = counted_files(_listed_loader(spec, path, hub_files(repo)), path)
         files = {name: hub_files(repo)[name] for name in names if name in hub_files(repo)}
         if not files:
             raise StartupError(f"SAE {spec.name!r}: {repo!r} lists no weights under {path!r}.")
@@ -256,6 +254,13 @@ def sae_numbers(specs: Sequence[SourceSpec]) -> list[int]:
                 known[repo, size] = _hub_numbers(repo, name, size)
         numbers.append(times * sum(known[repo, size] for size in files.values()))
     return numbers
+
+
+def _listed_loader(spec: SourceSpec, path: str, listed: Mapping[str, int]) -> str | None:
+    try:
+        return loader_among(spec, path, listed.__contains__)
+    except LookupError:
+        return loaders_of(spec)[0]
 
 
 def _file_numbers(file: Path) -> int:

@@ -115,7 +115,7 @@ class Newcomers:
         largest, total = max(sizes.values(), default=0), sum(sizes.values())
         if largest > self._settings.download_file_gib * GIB:
             raise _too_large(spec, f"a file of it has {largest / GIB:.2f} GiB", "download_file_gib", self._settings)
-        downloads.check_disk(downloads.disk_bytes(spec, sizes))
+        downloads.check_disk(downloads.disk_bytes(sizes))
         with self._lock:
             if self._taken + total > self._settings.download_total_gib * GIB:
                 what = f"requests would have had {(self._taken + total) / GIB:.2f} GiB fetched in all"

@@ -56,8 +56,8 @@ class Settings(BaseSettings):
     )
     local_sae_dir: Path | None = Field(
         None,
-        description="Folder of SAELens SAE folders named by source (`7-res-jb/`), or one of these, used before the "
-        "directory.",
+        description="Folder of SAE folders named by source (`7-res-jb/`), or one of these, used before the directory: "
+        "as SAELens or dictionary_learning write them.",
     )
     labels_dir: Path | None = Field(
         None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from neuronpedia_inference.saes import listed
+from neuronpedia_inference.saes.foreign import CLASSES
 from neuronpedia_inference.saes.listed import ListedSae
 
 Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
@@ -24,8 +25,16 @@ SAE's Neuronpedia id: that of `pythia-70m-deduped-res-sm` is named `e-res-sm` he
 with L0 8 has its derived name. `gemma-scope-9b-it-res` is listed under `gemma-2-9b-it`, on which it was trained.
 
 `SAE_SETS` takes sets, single sources, and where an SAE is: `release/sae_id` in SAELens's names, `hf://owner/repo/path`
-for a folder in SAELens's format on the hub, and a local folder, written with `/`, `./`, `../` or `~` in front. With
-`NAME=` before it the SAE goes by that name, as in `7-mine=hf://me/my-saes/final`. Requests name sets and sources only.
+for a folder on the hub, and a local folder, written with `/`, `./`, `../` or `~` in front. With `NAME=` before it the
+SAE goes by that name, as in `7-mine=hf://me/my-saes/final`. Requests name sets and sources only. Such folders may be:
+
+- **SAELens's**, of any version: `cfg.json` and `sae_weights.safetensors`.
+- **EleutherAI's sparsify**: `cfg.json` and `sae.safetensors`, in a folder called by the module whose output it reads:
+  `layers.5`, `layers.5.mlp`, `h.5.attn`. Transcoders, skip connections, `signed` and `groupmax` are refused.
+- **dictionary_learning's**: `config.json` and `ae.pt`, of the classes {classes}. `submodule_name` may be the residual
+  stream, an MLP or an attention. Converted once, into the cache folder.
+
+An SAE on what an MLP or an attention gives is refused where the model has a norm behind that (Gemma 2 and 3, OLMo 2).
 
 An SAE may ask for more of its model than a hook. With `center_writing_weights` (gpt2-small's `res-jb` and `mlp-tm`) it
 reads a residual stream without its mean over d_model. The model's weights stay as they are, and the SAE's encoder
@@ -55,6 +64,7 @@ def saes(table: Table) -> str:
     rows = [(f"`{name}`", *_counts(group)) for name, group in largest_first]
     reasons = [(why, [sae for sae in every if why in (sae.refused, sae.limited)]) for why in listed.REASONS]
     return TEXT.format(
+        classes=", ".join(f"`{name}`" for name in CLASSES),
         n=len(every),
         models=len(listed.models()),
         formats=table(

@@ -140,6 +140,10 @@ class ModelEngine:
         """Whether its norms leave in the mean of what they read."""
         return self._tree.rms_eps > 0
 
+    def is_behind_norm(self, point: Point) -> bool:
+        """Whether a contribution to the residual stream is what a norm makes of it."""
+        return (self._tree.part_at(point) or "").startswith("ln")
+
     def readable_places(self) -> tuple[str, ...]:
         """Places that some layer has."""
         return tuple(place for place in READABLE if any(not f.unread_because for f in self._layers(place)))

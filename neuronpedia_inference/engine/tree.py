@@ -110,6 +110,14 @@ class Tree:
         found = [(parts.get(part), on_input) for part, on_input in CANDIDATES[point.place]]
         return [None if module is None else ModuleSide(module, on_input) for module, on_input in found]
 
+    def part_at(self, point: Point) -> str | None:
+        """The part of its block whose input or output a place is; None for those that are computed."""
+        side = self._sides.get(point)
+        if side is None:
+            return None
+        named = zip(CANDIDATES[point.place], self.candidates(point), strict=True)
+        return next(name for (name, _), one in named if one == side)
+
     def adopt(self, chosen: Mapping[Point, int]) -> None:
         """From now on these are the places: which of its candidates each point is."""
         sides = {point: self.candidates(point)[which] for point, which in chosen.items()}

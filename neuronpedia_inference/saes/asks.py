@@ -14,10 +14,21 @@ from typing import Any
 
 from torch import Tensor
 
-from neuronpedia_inference.domain import CENTRED
-from neuronpedia_inference.engine.points import ATTN_IN, HOOK_V, HOOK_Z, MLP_IN, NORMALIZED, ON_THE_STREAM
+from neuronpedia_inference.domain import CENTRED, UNNORMED
+from neuronpedia_inference.engine.points import (
+    ATTN_IN,
+    ATTN_OUT,
+    HOOK_V,
+    HOOK_Z,
+    MLP_IN,
+    MLP_OUT,
+    NORMALIZED,
+    ON_THE_STREAM,
+)
 
 WITHOUT_BOS = "texts without BOS: here every text begins with it, where the tokenizer has one"
+MODULE_OUTPUT = "module_output"
+"""In the metadata of SAEs that read what a module gives, and not what a norm behind it makes of that."""
 _BEHIND_NORMS = {ATTN_IN, MLP_IN, *NORMALIZED}
 _VALUES = {HOOK_Z, HOOK_V}
 _CHANGES = {
@@ -37,6 +48,8 @@ def asked(metadata: Mapping[str, Any], place: str, kind: str) -> tuple[str, ...]
     Raises ValueError for what would give other numbers and is not done.
     """
     words = [] if metadata.get("prepend_bos", True) in (True, None) else [WITHOUT_BOS]
+    if metadata.get(MODULE_OUTPUT) and place in (ATTN_OUT, MLP_OUT):
+        words.append(UNNORMED)
     options = metadata.get("model_from_pretrained_kwargs") or {}
     for name, value in options.items():
         if name not in _CHANGES:

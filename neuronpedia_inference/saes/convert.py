@@ -18,10 +18,9 @@ from safetensors.torch import save_file
 
 from neuronpedia_inference.embedded.weights import default_cache_dir
 from neuronpedia_inference.errors import StartupError
-from neuronpedia_inference.saes import saelens
-from neuronpedia_inference.saes.catalogue import hub_location
-from neuronpedia_inference.saes.files import snapshot_of
-from neuronpedia_inference.saes.originals import weight_files
+from neuronpedia_inference.saes import foreign, saelens
+from neuronpedia_inference.saes.files import Files, files_of
+from neuronpedia_inference.saes.originals import FOREIGN
 from neuronpedia_inference.saes.reading import UNREADABLE, line
 from neuronpedia_inference.saes.specs import CONFIG_NAME, WEIGHTS_NAME, SourceSpec
 
@@ -29,23 +28,24 @@ FORM = 1
 """Of the copies: another number when they change."""
 
 
-def converted_folder(spec: SourceSpec, snapshot: Path, path: str) -> Path:
+def converted_folder(spec: SourceSpec, files: Files) -> Path:
     """Where the copy is, or would be. It is another where the original is another."""
-    originals = [snapshot / name for name in weight_files(spec, path)]
-    versions = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in originals]
-    key = hashlib.sha256(repr((FORM, spec.repo, path, versions)).encode()).hexdigest()[:24]
+    versions = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files.weights]
+    key = hashlib.sha256(repr((FORM, spec.repo or str(files.root), files.path, versions)).encode()).hexdigest()[:24]
     return default_cache_dir() / "saes" / key
 
 
 def convert(spec: SourceSpec) -> Path:
     """The folder with the copy, made if it is not there. Raises StartupError."""
-    snapshot, (_, path) = snapshot_of(spec), hub_location(spec)
-    if snapshot is None:
+    files = files_of(spec)
+    if files is None:
         raise StartupError(f"SAE {spec.name!r}: {spec.address!r} is not on this machine.")
-    folder = converted_folder(spec, snapshot, path)
+    folder = converted_folder(spec, files)
     try:
         if not folder.is_dir():
-            _write(saelens.sae_on_hub(spec, _precision(snapshot / weight_files(spec, path)[0])), folder)
+            dtype = _precision(files.weights[0])
+            is_foreign = files.loader in FOREIGN
+            _write(foreign.sae_in(files, dtype) if is_foreign else saelens.sae_on_hub(spec, dtype), folder)
     except UNREADABLE as exc:
         raise StartupError(f"SAE {spec.name!r}: {spec.address!r} could not be rewritten: {line(exc)}") from exc
     return folder

@@ -15,16 +15,15 @@ from torch import Tensor
 from neuronpedia_inference.domain import Source
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.errors import StartupError, UnknownPoint
-from neuronpedia_inference.saes import saelens
+from neuronpedia_inference.saes import foreign, saelens
 from neuronpedia_inference.saes.asks import asked
-from neuronpedia_inference.saes.catalogue import hub_location
 from neuronpedia_inference.saes.convert import converted_folder
 from neuronpedia_inference.saes.feature import ACROSS_LAYERS, NORMALISATIONS, FeatureWeights, check_rows
-from neuronpedia_inference.saes.files import snapshot_of
+from neuronpedia_inference.saes.files import Files, files_of
 from neuronpedia_inference.saes.kinds import SERVED, shapes_of
 from neuronpedia_inference.saes.layout import Layout
 from neuronpedia_inference.saes.layouts import folder_layout, original_layout
-from neuronpedia_inference.saes.originals import CONVERTED, SCALED, loader_of
+from neuronpedia_inference.saes.originals import CONVERTED, FOREIGN, SCALED, loaders_of
 from neuronpedia_inference.saes.plain import PlainConfig, plain_config
 from neuronpedia_inference.saes.reading import UNREADABLE, line
 from neuronpedia_inference.saes.specs import CONFIG_NAME, WEIGHTS_NAME, SourceSpec
@@ -77,34 +76,40 @@ def describe(spec: SourceSpec, dtype: str) -> Described:
     Raises StartupError, one line naming the source and the file or the architecture, for an SAE that is missing, broken
     or of a kind that is not served.
     """
-    folder = folder_of(spec)
-    config = config_of(spec, folder)
+    files = here(spec)
+    folder = folder_of(spec, files)
+    config = config_of(spec, files, folder)
     source = source_of(spec, config)
-    layout = _layout(spec, folder, config)
-    is_original = folder is None and loader_of(spec) in CONVERTED
+    layout = _layout(spec, files, folder, config)
+    is_original = folder is None and files.loader in CONVERTED
     return Described(source, config, _precision(spec, dtype, layout), layout, is_original)
 
 
-def folder_of(spec: SourceSpec) -> Path | None:
-    """Where it lies as SAELens writes SAEs, its own or a copy that was made; None for other formats and the hub's.
-
-    Raises StartupError where its files are not here.
-    """
-    if spec.folder is not None:
-        return spec.folder
-    snapshot = snapshot_of(spec)
-    if snapshot is None:
+def here(spec: SourceSpec) -> Files:
+    """Raises StartupError where its files are not on this machine."""
+    files = files_of(spec)
+    if files is None:
         raise StartupError(f"SAE {spec.name!r}: {spec.address!r} is not on this machine.")
-    if loader_of(spec) not in CONVERTED:
-        return None
-    folder = converted_folder(spec, snapshot, hub_location(spec)[1])
-    return folder if folder.is_dir() else None
+    return files
 
 
-def config_of(spec: SourceSpec, folder: Path | None) -> Any:
-    """With SAELens's names. Raises StartupError."""
+def folder_of(spec: SourceSpec, files: Files) -> Path | None:
+    """Where it lies as SAELens writes SAEs, its own or a copy that was made; None for other formats and the hub's."""
+    if files.loader in CONVERTED:
+        folder = converted_folder(spec, files)
+        return folder if folder.is_dir() else None
+    return spec.folder if files.loader is None else None
+
+
+def config_of(spec: SourceSpec, files: Files, folder: Path | None) -> Any:
+    """With SAELens's names. folder: where it lies as SAELens writes SAEs. Raises StartupError."""
     try:
-        config = _folder_config(spec, folder) if folder is not None else _hub_config(spec)
+        if folder is not None:
+            config = _folder_config(spec, folder)
+        elif files.loader in FOREIGN:
+            config = foreign.config_in(files)
+        else:
+            config = _hub_config(spec, files)
     except UNREADABLE as exc:
         raise StartupError(f"SAE {spec.name!r}: {spec.address!r} could not be read: {line(exc)}") from exc
     check_architecture(spec, config.architecture())
@@ -157,7 +162,7 @@ def source_of(spec: SourceSpec, config: Any) -> Source:
 
 def _architecture(spec: SourceSpec, config: Any) -> str:
     """What SAELens says, but for one layer of a cross-layer transcoder, which it loads as a transcoder of its own."""
-    is_one_layer = loader_of(spec) == "mntss_clt_layer_transcoder"
+    is_one_layer = loaders_of(spec) == ("mntss_clt_layer_transcoder",)
     return ACROSS_LAYERS if is_one_layer else config.architecture()
 
 
@@ -175,11 +180,9 @@ def _folder_config(spec: SourceSpec, folder: Path) -> Any:
     return plain_config(found) or saelens.config_in(folder)
 
 
-def _hub_config(spec: SourceSpec) -> Any:
-    """Of one that is here, in its own format."""
-    snapshot = snapshot_of(spec)
-    if snapshot is not None and loader_of(spec) is None:
-        _checked(spec, snapshot / hub_location(spec)[1] / CONFIG_NAME)
+def _hub_config(spec: SourceSpec, files: Files) -> Any:
+    if files.loader is None:
+        _checked(spec, files.folder / CONFIG_NAME)
     return saelens.config_on_hub(spec)
 
 
@@ -208,9 +211,9 @@ def _read_config(spec: SourceSpec, config: Path) -> dict[str, Any]:
         raise StartupError(f"SAE {spec.name!r}: {str(config)!r} could not be read: {line(exc)}") from exc
 
 
-def _layout(spec: SourceSpec, folder: Path | None, config: Any) -> Layout | None:
+def _layout(spec: SourceSpec, files: Files, folder: Path | None, config: Any) -> Layout | None:
     try:
-        layout = folder_layout(folder) if folder is not None else _hub_layout(spec)
+        layout = folder_layout(folder) if folder is not None else _hub_layout(spec, files)
         if layout is not None:
             layout.check(config.architecture(), config.d_in, config.d_sae, getattr(config, "d_out", config.d_in))
         return layout
@@ -219,12 +222,11 @@ def _layout(spec: SourceSpec, folder: Path | None, config: Any) -> Layout | None
         raise StartupError(f"SAE {spec.name!r}: {str(where)!r} could not be read: {line(exc)}") from exc
 
 
-def _hub_layout(spec: SourceSpec) -> Layout | None:
-    snapshot, (_, path), loader = snapshot_of(spec), hub_location(spec), loader_of(spec)
-    assert snapshot is not None, spec
-    if loader is None:
-        return folder_layout(snapshot / path)
-    return original_layout(loader, snapshot, path, saelens.scale_of(spec) if loader in SCALED else None)
+def _hub_layout(spec: SourceSpec, files: Files) -> Layout | None:
+    if files.loader is None:
+        return folder_layout(files.folder)
+    scale = saelens.scale_of(spec) if files.loader in SCALED else None
+    return original_layout(files.loader, files.root, files.path, scale)
 
 
 def _precision(spec: SourceSpec, dtype: str, layout: Layout | None) -> str:

@@ -4,6 +4,7 @@ where it is to be called otherwise. Only a configuration has them; a request nev
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from neuronpedia_inference.errors import StartupError, unknown_name
@@ -70,7 +71,7 @@ def _on_hub(name: str | None, place: str) -> SourceSpec:
             for sae_id, listed_path in about.paths.items():
                 if listed_path == path:
                     return from_directory(find(release, sae_id), name)
-    name = name or derived_name(f"{owner}-{repo}", path)
+    name = name or _derived(f"{owner}-{repo}", path)
     if name is None:
         raise _unnamed(place)
     return SourceSpec(name, set_of(name), repo=f"{owner}/{repo}", path=path)
@@ -84,7 +85,7 @@ def _in_folder(name: str | None, folder: Path) -> tuple[SourceSpec, ...]:
     found = [child for child in folder.iterdir() if holds_sae(child)]
     if not found or name is not None:
         kind = "an SAE" if name is not None else "SAEs"
-        raise StartupError(f"SAE_SETS: {str(folder)!r} is not the folder of {kind}: it holds no cfg.json.")
+        raise StartupError(f"SAE_SETS: {str(folder)!r} is not the folder of {kind}: it holds no cfg.json and no ae.pt.")
     named = [from_folder(child, _name_of(None, child)) for child in found]
     return tuple(sorted(named, key=lambda spec: (spec.source_set, layer_order(spec.name))))
 
@@ -92,10 +93,15 @@ def _in_folder(name: str | None, folder: Path) -> tuple[SourceSpec, ...]:
 def _name_of(name: str | None, folder: Path) -> str:
     if name is not None or is_source_name(folder.name):
         return name or folder.name
-    derived = derived_name("local", folder.name)
+    derived = _derived("local", folder.name)
     if derived is None:
         raise _unnamed(str(folder))
     return derived
+
+
+def _derived(collection: str, path: str) -> str | None:
+    """As in the directory. EleutherAI's folders are called by modules, `layers.5.mlp`."""
+    return derived_name(collection, re.sub(r"(?<![A-Za-z])(?:layers|h)\.(\d+)", r"layer_\1", path))
 
 
 def _unnamed(place: str) -> StartupError:

@@ -40,6 +40,13 @@ class Part:
             return shape[0], *shape[2:]
         return shape[::-1] if self.is_turned else shape
 
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """In SAELens's order. Of what is stored plainly, or turned."""
+        assert not self.is_log, self
+        assert not self.is_summed, self
+        tensor = self.stored.whole().to(dtype)
+        return tensor.T if self.is_turned else tensor
+
     def row(self, index: int, dtype: torch.dtype) -> Tensor:
         """[columns]; of a vector []"""
         if self.is_turned:

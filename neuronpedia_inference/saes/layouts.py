@@ -41,6 +41,8 @@ def original_layout(loader: str, snapshot: Path, path: str, scale: float | None)
         case "mwhanna_transcoder":
             parts = {name: Part(stored) for name, stored in tensors_in(snapshot / path).items()}
             return _known(parts | {"W_enc": replace(parts["W_enc"], is_turned=True)})
+        case "sparsify":
+            return _sparsify(snapshot / path / "sae.safetensors")
         case "mntss_clt_layer_transcoder":
             return _one_layer(snapshot, path)
     return None
@@ -66,6 +68,17 @@ def _linear(file: Path) -> dict[str, Part]:
     if "log_jumprelu_threshold" in found:
         parts["threshold"] = Part(found["log_jumprelu_threshold"], is_log=True)
     return parts
+
+
+def _sparsify(file: Path) -> Layout:
+    found = tensors_in(file)
+    parts = {
+        "W_enc": Part(found["encoder.weight"], is_turned=True),
+        "b_enc": Part(found["encoder.bias"]),
+        "W_dec": Part(found["W_dec"]),
+        "b_dec": Part(found["b_dec"]),
+    }
+    return Layout(parts)
 
 
 def _one_layer(snapshot: Path, layer: str) -> Layout:

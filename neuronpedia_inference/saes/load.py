@@ -13,16 +13,19 @@ import torch
 
 from neuronpedia_inference.domain import READ_BY_COLUMN
 from neuronpedia_inference.errors import OutOfMemory, StartupError
-from neuronpedia_inference.saes import saelens
+from neuronpedia_inference.saes import foreign, saelens
 from neuronpedia_inference.saes.asks import centred
 from neuronpedia_inference.saes.describe import (
     check_architecture,
     config_of,
     folder_of,
     folds_norms,
+    here,
     source_of,
 )
 from neuronpedia_inference.saes.encode import FeatureReader, LoadedSae
+from neuronpedia_inference.saes.files import Files
+from neuronpedia_inference.saes.originals import FOREIGN
 from neuronpedia_inference.saes.plain import PlainConfig, PlainSae, load_plain
 from neuronpedia_inference.saes.reading import UNREADABLE, line
 from neuronpedia_inference.saes.specs import WEIGHTS_NAME, SourceSpec
@@ -47,8 +50,9 @@ def load_on_host(spec: SourceSpec, *, dtype: str) -> LoadedSae:
     Raises StartupError, one line naming the source and the file or the architecture, if the SAE is missing,
     broken or of a kind that is not served.
     """
-    folder = folder_of(spec)
-    module = _from_folder(spec, folder, dtype) if folder is not None else _from_hub(spec, dtype)
+    files = here(spec)
+    folder = folder_of(spec, files)
+    module = _from_folder(spec, files, folder, dtype) if folder is not None else _from_files(spec, files, dtype)
     source = source_of(spec, module.cfg)
     if source.architecture in READ_BY_COLUMN and not isinstance(module.activation_fn, torch.nn.ReLU):
         raise StartupError(f"SAE {spec.name!r}: its activation {module.activation_fn} is not ReLU, and is not served.")
@@ -126,8 +130,8 @@ def _only_read(module: Any) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def _from_folder(spec: SourceSpec, folder: Path, dtype: str) -> Any:
-    config, weights = config_of(spec, folder), folder / WEIGHTS_NAME
+def _from_folder(spec: SourceSpec, files: Files, folder: Path, dtype: str) -> Any:
+    config, weights = config_of(spec, files, folder), folder / WEIGHTS_NAME
     try:
         plain = load_plain(config, weights, dtype) if isinstance(config, PlainConfig) else None
         return plain or saelens.sae_in(folder, dtype)
@@ -135,9 +139,10 @@ def _from_folder(spec: SourceSpec, folder: Path, dtype: str) -> Any:
         raise StartupError(f"SAE {spec.name!r}: {str(weights)!r} could not be read: {line(exc)}") from exc
 
 
-def _from_hub(spec: SourceSpec, dtype: str) -> Any:
+def _from_files(spec: SourceSpec, files: Files, dtype: str) -> Any:
+    """Of other formats, and of the hub's repositories."""
     try:
-        module = saelens.sae_on_hub(spec, dtype)
+        module = foreign.sae_in(files, dtype) if files.loader in FOREIGN else saelens.sae_on_hub(spec, dtype)
     except UNREADABLE as exc:
         raise StartupError(f"SAE {spec.name!r}: {spec.address!r} could not be read: {line(exc)}") from exc
     check_architecture(spec, module.cfg.architecture())

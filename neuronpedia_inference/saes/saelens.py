@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from neuronpedia_inference.saes.specs import SourceSpec
@@ -59,6 +60,24 @@ def sae_on_hub(spec: SourceSpec, dtype: str) -> Any:
     _prepare()
     with _cache_only():
         return SAE.from_pretrained(*_address(spec), device="cpu", dtype=dtype)
+
+
+def config_from(config: dict[str, Any]) -> Any:
+    """From what its `cfg.json` would hold."""
+    _prepare()
+    return _as_config(config)
+
+
+def sae_from(config: Any, weights: dict[str, torch.Tensor], dtype: str) -> Any:
+    """An SAE of tensors by SAELens's names, in host memory."""
+    from sae_lens import SAE
+
+    config.device, config.dtype = "meta", dtype
+    made: Any = SAE.get_sae_class_for_architecture(config.architecture())
+    module = made(config)
+    config.device = module.cfg.device = "cpu"
+    module.load_state_dict({name: w.to(getattr(torch, dtype)).contiguous() for name, w in weights.items()}, assign=True)
+    return module.to(device="cpu")
 
 
 def scale_of(spec: SourceSpec) -> float | None:

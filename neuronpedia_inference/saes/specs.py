@@ -68,7 +68,8 @@ def is_source_name(name: str) -> bool:
 
 
 def holds_sae(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))
+    """Of SAELens, or of another trainer (`originals.FOREIGN`)."""
+    return any((folder / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME, "ae.pt"))
 
 
 def layer_order(name: str) -> tuple[int, int]:

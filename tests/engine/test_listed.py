@@ -16,7 +16,7 @@ from neuronpedia_inference.saes.catalogue import known_models, offered
 from neuronpedia_inference.saes.directory import releases
 from neuronpedia_inference.saes.listed import REFUSALS, ListedSae, derived_name, of_model
 from neuronpedia_inference.saes.originals import needed_files, weight_files
-from neuronpedia_inference.saes.specs import from_directory, is_source_name
+from neuronpedia_inference.saes.specs import is_source_name
 
 
 def every() -> list[ListedSae]:
@@ -69,7 +69,7 @@ def test_the_great_releases_are_served_whole(loader: str, repo: str, count: int,
     for sae in served:
         assert sae.hook is not None
         assert Point.parse(sae.hook).name == sae.hook
-        assert len(weight_files(from_directory(sae), sae.path)) == 1
+        assert len(weight_files(sae.loader, sae.path)) == 1
 
 
 def test_the_formats_are_those_that_saelens_reads() -> None:
@@ -78,7 +78,7 @@ def test_the_formats_are_those_that_saelens_reads() -> None:
         loaders = importlib.import_module("sae_lens.loading.pretrained_sae_loaders")
     for sae in every():
         assert (sae.loader or "sae_lens") in loaders.NAMED_PRETRAINED_SAE_LOADERS
-        assert needed_files(from_directory(sae), sae.path)
+        assert needed_files(sae.loader, sae.path)
 
 
 def configured(sae: ListedSae) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.saes.catalogue import CONFIG_NAME, WEIGHTS_NAME, SourceSpec, hub_location
+from neuronpedia_inference.saes.files import Files
+from neuronpedia_inference.saes.originals import loaders_of
 from tests.engine.test_saes_load import D_IN, build, close, load, saved
 
 
@@ -132,7 +134,10 @@ class TestDirectory:
 
     @pytest.fixture(autouse=True)
     def _is_here(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("neuronpedia_inference.saes.describe.snapshot_of", lambda spec: tmp_path)
+        def found(spec: SourceSpec) -> Files:
+            return Files(tmp_path, hub_location(spec)[1], loaders_of(spec)[0])
+
+        monkeypatch.setattr("neuronpedia_inference.saes.describe.files_of", found)
 
     def test_asks_saelens_for_release_and_id(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from sae_lens import SAE
