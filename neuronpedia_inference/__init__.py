@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from neuronpedia_inference.client import (
         AsyncClient,
         Client,
+        ControlVector,
         FeatureName,
         Result,
         Steering,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncClient",
     "Client",
+    "ControlVector",
     "FeatureName",
     "Result",
     "Steering",

@@ -17,6 +17,7 @@ import typer
 from neuronpedia_inference.cli import catalogue
 from neuronpedia_inference.cli.options import DeviceOption, ModelOption, SetOption, SetsOption, settings_of
 from neuronpedia_inference.cli.output import console, facts, fail, line, print_json, table
+from neuronpedia_inference.cli.vectors import vectors
 from neuronpedia_inference.errors import EngineDied, InferenceError, InvalidRequest, StartupError, unknown_name
 from neuronpedia_inference.exits import ENGINE_DIED, FAILED, WRONG_USAGE, by_signal, leave
 from neuronpedia_inference.garbage import uncollected
@@ -212,6 +213,7 @@ def verify(
 
 for command in (catalogue.models, catalogue.sae, catalogue.plan):
     app.command()(command)
+app.add_typer(vectors, name="vectors")
 
 
 @app.command()

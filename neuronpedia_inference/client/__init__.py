@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from neuronpedia_inference.client.captures import Captured
+from neuronpedia_inference.client.control_vectors import ControlVector
 from neuronpedia_inference.client.corpus import read_corpus
 from neuronpedia_inference.client.results import (
     ActiveFeature,
@@ -38,6 +39,7 @@ __all__ = [
     "Chat",
     "Client",
     "Contrast",
+    "ControlVector",
     "Feature",
     "FeatureName",
     "Features",
