@@ -23,7 +23,7 @@ def describe(
         "family": model.family,
         "backend": "eager" if engine.graphs_off_because else "cuda_graph",
         "graphs_off_because": engine.graphs_off_because or None,
-        "graphs_not_with": ["watch"],
+        "graphs_not_with": ["watch", "receipt"],
         "lens_off_because": engine.verdict.no_lens_because or None,
         "device": model.device,
         "dtype": model.dtype,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from neuronpedia_inference.domain import ChatMessage, Sampling, Tokens, Written
 from neuronpedia_inference.edits.plan import Plan
+from neuronpedia_inference.edits.proof import ResolvedEdit
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.watches.rules import RulePlan
 
@@ -23,6 +24,8 @@ class Completion:
     """By row, where they differ from the sampling's."""
     reads: RulePlan | None = None
     """What is watched in every row, twice where that row is steered, and what ends it early."""
+    proves: bool = False
+    """Whether what edits do is read, behind what is watched: the numbers of `edits.proof`."""
     named: Plan | None = None
     """Has to be possible too, whether or not a row is steered by it."""
 
@@ -38,3 +41,7 @@ class Begun:
     """By row, where it is steered."""
     written: AsyncIterator[tuple[Written, ...]]
     """What is new in every row. Closing it frees them."""
+    resolved: Sequence[Sequence[ResolvedEdit]] = ()
+    """By row, its edits as they are applied."""
+    is_reproducible: bool = False
+    """Whether it has the same bytes whatever else there is to do."""

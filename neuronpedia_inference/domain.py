@@ -323,6 +323,18 @@ class FeatureNumbers:
     effects: TokenEffects
 
 
+@dataclass(frozen=True, slots=True)
+class FeatureDigest:
+    """The numbers that a feature was steered or read with, so that others can be told from them."""
+
+    source: str
+    index: int
+    sha256: Mapping[str, str]
+    """By part: of its numbers in float32, little-endian, folded as they are used."""
+    norm: float | None
+    """Of its decoder row; None where it has none."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ContrastedFeature:
     """A feature on two sets of texts, a and b; of a text its mean activation counts."""

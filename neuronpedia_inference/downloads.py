@@ -54,6 +54,12 @@ def found(settings: Settings) -> Path | None:
     return inner if _is_complete(inner, options.get("gguf_file")) else None
 
 
+def decisive_files(folder: Path, settings: Settings) -> list[Path]:
+    """Configuration and weights of the model in a folder that `found` gives: what its numbers depend on."""
+    gguf = settings.model_from_pretrained_kwargs.get("gguf_file")
+    return [folder / gguf] if gguf is not None else [folder / "config.json", *weight_files(folder)]
+
+
 def fetch(settings: Settings) -> Path:
     """As `found`, downloading what is missing. Raises StartupError, one line."""
     there = found(settings)

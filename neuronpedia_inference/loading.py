@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neuronpedia_inference import downloads, embedded, kept
 from neuronpedia_inference.annotations import SourceAnnotations, read_folder
+from neuronpedia_inference.digests import Stamp
 from neuronpedia_inference.domain import Source
 from neuronpedia_inference.embedded.weights import default_cache_dir
 from neuronpedia_inference.engine import weights
@@ -31,6 +32,7 @@ from neuronpedia_inference.errors import StartupError, UnknownPoint
 from neuronpedia_inference.load_options import without_places
 from neuronpedia_inference.memory import needs_at_start
 from neuronpedia_inference.newcomers import Newcomers
+from neuronpedia_inference.provenance import Provenance
 from neuronpedia_inference.room import allocating, check_fits, room_on
 from neuronpedia_inference.saes.catalogue import SaeCatalogue, aliases, resolve
 from neuronpedia_inference.saes.names import hugging_face_name
@@ -62,6 +64,8 @@ class Loaded:
     """Memory that all requests together may take."""
     newcomers: Newcomers
     """SAEs that requests may have fetched."""
+    provenance: Provenance
+    """What answers depend on beside the request."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,7 @@ def _load(
         host = load_on_host(settings, progress)
     tokenizer = host.tokenizer
     model = host.model or _load_quantised(settings, tokenizer, device)
+    chosen: Mapping[Shape, Chosen] = {}
     if device != "cpu":
         progress(f"Moving {settings.weights_id} to {device}")
         torch.nn.Module.to(model, device)
@@ -191,7 +196,17 @@ def _load(
     )
     annotations = _annotations(settings, catalogue, store, info)
     newcomers = Newcomers(settings, partial(_add, store, engine))
-    return Loaded(engine, codec, store, info, annotations, request_bytes, newcomers)
+    provenance = Provenance(info, store, files=_files(settings), products=names_of(chosen), folder=default_cache_dir())
+    return Loaded(engine, codec, store, info, annotations, request_bytes, newcomers, provenance)
+
+
+def _files(settings: Settings) -> list[Stamp] | None:
+    """What was loaded, as it is now; None where it is not found again."""
+    try:
+        folder = downloads.found(settings)
+        return None if folder is None else [Stamp.of(file) for file in downloads.decisive_files(folder, settings)]
+    except (OSError, StartupError):
+        return None
 
 
 def _choose_products(model: PreTrainedModel, settings: Settings) -> Mapping[Shape, Chosen]:

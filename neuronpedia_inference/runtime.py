@@ -16,6 +16,7 @@ from neuronpedia_inference.completion import Begun, Completion
 from neuronpedia_inference.costs import NO_GRID, RECORDED_GRID, Costs, Demand
 from neuronpedia_inference.domain import ChatMessage, RenderedChat, Sampling, Tokens, Written
 from neuronpedia_inference.edits.plan import Plan
+from neuronpedia_inference.edits.proof import ResolvedEdit, n_numbers
 from neuronpedia_inference.edits.resolve import EditResolver
 from neuronpedia_inference.engine.chats import rendered_chat
 from neuronpedia_inference.engine.completions import Completions, Writing
@@ -41,6 +42,7 @@ from neuronpedia_inference.scheduler.worker import Worker
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.vitals import Load, vitals
 from neuronpedia_inference.watches.plan import WatchPlan
+from neuronpedia_inference.watches.readings import tracing
 from neuronpedia_inference.watches.resolve import WatchResolver
 from neuronpedia_inference.watches.rules import RulePlan
 
@@ -71,6 +73,7 @@ class Runtime:
         self._edits = EditResolver(loaded.engine, self.shelf, loaded.codec.special_ids)
         self.watches = WatchResolver(loaded.engine, self.shelf, max_top_k=settings.max_top_k)
         self.vectors = KeptVectors(int(settings.kept_vectors_mib * 2**20))
+        self.provenance = loaded.provenance
         self._costs = Costs(loaded.info)
         self.metrics = Metrics()
         loaded.engine.recent.budget_bytes = _reuse_bytes(settings, loaded.request_bytes)
@@ -122,6 +125,7 @@ class Runtime:
     def close(self) -> None:
         """Finish what was accepted, then stop."""
         self._newcomers.close()
+        self.provenance.close()
         self._worker.close()
         self.shelf.close()
 
@@ -208,9 +212,17 @@ class Runtime:
             watches=watches,
             rules=reads,
             seeds=wanted.seeds,
+            proves=wanted.proves,
             stream=stream,
         )
-        return Begun(prompt, rendered, [self.edited(plan) for plan in wanted.plans], written)
+        return Begun(
+            prompt,
+            rendered,
+            edited=[self.edited(plan) for plan in wanted.plans],
+            written=written,
+            resolved=[self._resolved(plan) for plan in wanted.plans],
+            is_reproducible=self._is_reproducible,
+        )
 
     async def check_steering(self, plan: Plan) -> None:
         """Raises LimitExceeded, InvalidRequest, UnknownSource or UnknownPoint unless the plan can be honoured."""
@@ -229,26 +241,28 @@ class Runtime:
         watches: WatchPlan | None = None,
         rules: RulePlan | None = None,
         seeds: Sequence[int] | None = None,
+        proves: bool = False,
         stream: bool,
     ) -> AsyncIterator[tuple[Written, ...]]:
         """One row per plan, all in one batch; None generates unsteered. Plans have passed `check_steering`.
 
         seeds: one per plan, where they differ from the sampling's. What is watched comes with every row, twice where
-        that row is steered. `rules` are on what is watched.
+        that row is steered. `rules` are on what is watched. proves: behind that comes, with every edited row, what its
+        edits do (`edits.proof`).
 
         Checks and admits at once: every 4xx and 503 is raised by the call itself. With `stream` what is new in every
         row, as often as there is something and the reader asks; without, everything at once at the end. Closing the
         iterator frees the rows.
         """
         self._check_room(prompt, sampling)
-        n_read = self._n_read(prompt, plans, sampling, watches)
+        n_read = self._n_read(prompt, plans, sampling, watches, proves=proves)
         steered = [plan for plan in plans if plan is not None]
         for plan in steered:
             self._edits.check_selections(plan, prompt, sampling)
         held = ExitStack()
         samplings = [replace(sampling, seed=seed) for seed in seeds or [sampling.seed] * len(plans)]
         work = GenerateWork(
-            lambda: self._rows(prompt, plans, samplings, watches, rules, held),
+            lambda: self._rows(prompt, plans, samplings, watches, rules, held, proves=proves),
             n_rows=len(plans),
             n_prompt_tokens=len(prompt),
             n_positions=len(prompt) + sampling.max_new_tokens,
@@ -262,7 +276,7 @@ class Runtime:
             work.n_prompt_tokens,
             sampling.max_new_tokens,
             n_logprobs=sampling.n_logprobs,
-            n_numbers=sum(plan.n_numbers for plan in steered) + work.n_rows * len(sampling.logit_bias),
+            n_numbers=(1 + proves) * sum(plan.n_numbers for plan in steered) + work.n_rows * len(sampling.logit_bias),
             n_read=n_read,
             read_whole=() if watches is None else watches.whole,
             n_edits=sum(len(plan.edits) for plan in steered),
@@ -319,20 +333,31 @@ class Runtime:
             return "", prompt
         return ("", self.tokenize(prompt, "once")) if isinstance(prompt, str) else self.render_chat(prompt)
 
+    def _resolved(self, plan: Plan | None) -> tuple[ResolvedEdit, ...]:
+        return () if plan is None else self._edits.resolved(plan)
+
     def _n_read(
-        self, prompt: Tokens, plans: Sequence[Plan | None], sampling: Sampling, watches: WatchPlan | None
+        self,
+        prompt: Tokens,
+        plans: Sequence[Plan | None],
+        sampling: Sampling,
+        watches: WatchPlan | None,
+        *,
+        proves: bool,
     ) -> int:
-        """Numbers that watching gives. Raises LimitExceeded where they are too many, or the text is too long for it."""
-        if watches is None:
+        """Numbers that reading gives. Raises LimitExceeded where they are too many, or the text is too long for it."""
+        if watches is None and not proves:
             return 0
         n_positions = len(prompt) + sampling.max_new_tokens
         self.watches.check(watches, n_positions)
-        n_read = n_positions * sum(watches.n_numbers(self.edited(plan)) for plan in plans)
+        n_read = 0 if watches is None else sum(watches.n_numbers(self.edited(plan)) for plan in plans)
+        n_read += sum(n_numbers(self._resolved(plan)) for plan in plans) if proves else 0
+        n_read *= n_positions
         most = self.settings.max_result_values
         if n_read > most:
             raise LimitExceeded(
-                f"watch: up to {n_positions} tokens have {n_read} numbers in all, the most in one answer is {most}. "
-                "Watch less, ask for fewer tokens, or raise MAX_RESULT_VALUES."
+                f"{'watch' if watches is not None else 'receipt'}: up to {n_positions} tokens have {n_read} numbers in "
+                f"all, the most in one answer is {most}. Watch less, ask for fewer tokens, or raise MAX_RESULT_VALUES."
             )
         return n_read
 
@@ -344,6 +369,8 @@ class Runtime:
         watches: WatchPlan | None,
         rules: RulePlan | None,
         held: ExitStack,
+        *,
+        proves: bool,
     ) -> Steps:
         """-> list[RowSpec], one per plan, good until `held` is closed. Runs on the worker."""
         rows: list[RowSpec] = []
@@ -351,14 +378,17 @@ class Runtime:
             edits = () if plan is None else (yield from self._edits.resolve(plan))
             stops = StopStrings(self._codec, sampling.stop) if sampling.stop else None
             rows.append(RowSpec(prompt.ids, sampling, edits, stops=stops))
-        if watches is None:
+        if watches is None and not proves:
             return rows
+        watches = watches or WatchPlan.of(())
         read = yield from self.watches.readings(watches, held)
         special = frozenset(self._codec.special_ids)
         watched: list[RowSpec] = []
         for row, plan in zip(rows, plans, strict=True):
             points = self.edited(plan)
             of_row = [self._engine.watch(one.point, read[one], before=one.point in points) for one in watches.reads]
+            if proves:
+                of_row += [self._engine.watch(point, one, before=True) for point, one in tracing(row.edits).items()]
             ends = () if rules is None else rules.of_row(watches.places(points), special)
             watched.append(replace(row, watches=tuple(of_row), rules=ends))
         return watched

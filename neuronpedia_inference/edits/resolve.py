@@ -12,6 +12,7 @@ from torch import Tensor
 from neuronpedia_inference.domain import MAX_STEERS, Sampling, Tokens
 from neuronpedia_inference.edits.gauges import gauge_of, norms, unit
 from neuronpedia_inference.edits.plan import Condition, Direction, Edit, Feature, Fires, Plan, Target, Unit, fires_in
+from neuronpedia_inference.edits.proof import ResolvedEdit
 from neuronpedia_inference.edits.rows import FeatureGauge, Gate, Norm, RowEdit, Trigger
 from neuronpedia_inference.edits.select import EVERYTHING, Selection, ordinary, without_special_of_prompt
 from neuronpedia_inference.engine.engine import ModelEngine
@@ -70,6 +71,10 @@ class EditResolver:
         """Where a checked plan writes."""
         return {self._points(edit.target)[-1] for edit in plan.edits}
 
+    def resolved(self, plan: Plan) -> tuple[ResolvedEdit, ...]:
+        """The edits of a checked plan as they will be applied, in order. No tensors."""
+        return tuple(self._resolved(edit, plan) for edit in plan.edits)
+
     def resolve(self, plan: Plan) -> Steps:
         """-> tuple[RowEdit, ...]: the edits as tensors on the engine's device. Runs on the worker."""
         found: list[RowEdit] = []
@@ -82,7 +87,7 @@ class EditResolver:
                 RowEdit(
                     point=self._points(edit.target)[-1],
                     vector=unit(vector) if edit.normalize else vector,
-                    amount=edit.amount * (self._maximum(edit) if edit.unit is Unit.OF_MAX else 1.0),
+                    amount=self._amount(edit),
                     do=edit.do,
                     is_dose=edit.unit is Unit.DOSE,
                     on=self._selection(edit, plan),
@@ -93,6 +98,14 @@ class EditResolver:
                 )
             )
         return tuple(found)
+
+    def _resolved(self, edit: Edit, plan: Plan) -> ResolvedEdit:
+        read, written = self._points(edit.target)
+        reads_here = edit.reads_feature and read == written
+        return ResolvedEdit(edit, written.name, self._amount(edit), self._selection(edit, plan), reads_here)
+
+    def _amount(self, edit: Edit) -> float:
+        return edit.amount * (self._maximum(edit) if edit.unit is Unit.OF_MAX else 1.0)
 
     def _gate(self, condition: Condition) -> Steps:
         """-> Gate"""

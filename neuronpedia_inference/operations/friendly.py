@@ -11,6 +11,7 @@ from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.edits import plan_of
 from neuronpedia_inference.operations.operation import Events, Operation, last
 from neuronpedia_inference.operations.prompts import check_model
+from neuronpedia_inference.operations.receipts import Account
 from neuronpedia_inference.operations.steer import Chat, chat_story, text_story, turns
 from neuronpedia_inference.operations.story import Story, Transcript, logprob_reply
 from neuronpedia_inference.operations.watching import watch_plan
@@ -45,9 +46,12 @@ async def _steered(request: SteerRequest, rt: Runtime, *, stream: bool) -> Async
             chat, story = None, await text_story(wanted, rt, stream=stream, keeps_ending=False, watch=watch)
         else:
             chat, story = await chat_story(request.prompt, wanted, rt, stream=stream, keeps_ending=False, watch=watch)
+    account = await Account.of(STEER.name, request, story, rt) if request.receipt else None
     if request.deltas:
-        return Events(story, lambda news: _side_by_side([_new(chat, story, *pair) for pair in enumerate(news)]))
-    return Events(story, lambda _: _side_by_side([_so_far(chat, row) for row in story.rows]))
+        return Events(
+            story, lambda news: _side_by_side([_new(chat, story, *pair) for pair in enumerate(news)], account)
+        )
+    return Events(story, lambda _: _side_by_side([_so_far(chat, row) for row in story.rows], account))
 
 
 def _check_text(request: SteerRequest, text: str) -> None:
@@ -74,6 +78,7 @@ def _wanted(request: SteerRequest, rt: Runtime) -> Completion:
         [plan, *([None] if request.compare else [])],
         _sampling(request),
         reads=watch_plan(request.watch or (), request.rules or (), rt),
+        proves=request.receipt,
     )
 
 
@@ -120,9 +125,13 @@ def _stopped(row: Transcript) -> SteerStop | None:
     return SteerStop(rule=row.rule, position=last, token=row.tokens[last])
 
 
-def _side_by_side(texts: Sequence[SteerText]) -> SteerResponse:
+def _side_by_side(texts: Sequence[SteerText], account: Account | None) -> SteerResponse:
     """Texts in the order of the plans."""
-    return SteerResponse.model_construct(steered=texts[0], default=texts[1] if len(texts) > 1 else None)
+    return SteerResponse.model_construct(
+        steered=texts[0],
+        default=texts[1] if len(texts) > 1 else None,
+        receipt=None if account is None else account.receipt(),
+    )
 
 
 STEER = Operation(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from neuronpedia_inference.completion import Begun, Completion
 from neuronpedia_inference.domain import ChatMessage, Sampling
 from neuronpedia_inference.edits.plan import BY_METHOD, Direction, Edit, Feature, Plan
+from neuronpedia_inference.edits.proof import Proof
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.chat import open_reasoning, read_answer, without_reasoning
 from neuronpedia_inference.operations.kept_vectors import numbers_of
@@ -137,7 +138,9 @@ def _story(
     if wanted.reads is not None and watch:
         for row, edited in zip(rows, begun.edited, strict=True):
             row.watched = Watched(watch, wanted.reads.watches, edited, begun.prompt.strings, rt)
-    return Story(begun.written, rows)
+    for row, resolved in zip(rows, begun.resolved, strict=True) if wanted.proves else ():
+        row.proof = Proof(resolved, begun.prompt)
+    return Story(wanted, begun, rows)
 
 
 def sampling_of(request: SteerFields) -> Sampling:

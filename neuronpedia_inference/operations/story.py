@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from neuronpedia_inference.completion import Begun, Completion
 from neuronpedia_inference.domain import TokenLogprob, Written
+from neuronpedia_inference.edits.proof import Proof
 from neuronpedia_inference.operations.growing import GrowingList, GrowingText
 from neuronpedia_inference.operations.watching import Watched
 from neuronpedia_inference.schemas.steer import NPLogprob, NPLogprobTop
@@ -25,7 +27,11 @@ class Transcript:
         self.logprobs = GrowingList(logprob_reply) if has_logprobs else None
         self.tokens = GrowingList[str](lambda token: token)
         """Of the text, without the prompt's."""
+        self.token_ids: list[int] = []
+        """Those of `tokens`."""
         self.watched: Watched | None = None
+        self.proof: Proof | None = None
+        """What its edits did."""
         self.finish_reason: str | None = None
         self.rule: int | None = None
         """The one that ended the text at its last token."""
@@ -38,8 +44,11 @@ class Transcript:
         if self.logprobs is not None:
             self.logprobs.add(written.logprobs)
         self.tokens.add(written.tokens)
+        self.token_ids += written.token_ids
         if self.watched is not None:
             self.watched.add(written)
+        if self.proof is not None:
+            self.proof.add(written)
         self.finish_reason = written.finish_reason or self.finish_reason
         self.rule = written.rule if written.rule is not None else self.rule
 
@@ -47,9 +56,11 @@ class Transcript:
 class Story(AsyncIterator[tuple[Written, ...]]):
     """The rows of one generation; every item is what has just been added to them."""
 
-    def __init__(self, source: AsyncIterator[tuple[Written, ...]], rows: Sequence[Transcript]) -> None:
+    def __init__(self, wanted: Completion, begun: Begun, rows: Sequence[Transcript]) -> None:
+        self.wanted = wanted
+        self.begun = begun
         self.rows = rows
-        self._source = source
+        self._source = begun.written
 
     @property
     def has_ended(self) -> bool:

@@ -27,6 +27,7 @@ from neuronpedia_inference.saes.originals import CONVERTED, FOREIGN, SCALED, loa
 from neuronpedia_inference.saes.plain import PlainConfig, plain_config
 from neuronpedia_inference.saes.reading import UNREADABLE, line
 from neuronpedia_inference.saes.specs import CONFIG_NAME, WEIGHTS_NAME, SourceSpec
+from neuronpedia_inference.saes.stored import Version
 
 AUTO = "auto"
 """In place of a precision: that of the files."""
@@ -53,6 +54,12 @@ class Described:
         config = self.config
         shapes = shapes_of(config.architecture(), config.d_in, config.d_sae, getattr(config, "d_out", config.d_in))
         return sum(map(prod, shapes.values())) * getattr(torch, self.dtype).itemsize
+
+    @property
+    def files(self) -> dict[Path, Version]:
+        """Where its tensors are read; none where that is not known."""
+        parts = () if self.layout is None else self.layout.parts.values()
+        return {part.stored.file: part.stored.version for part in parts}
 
     def decoder_row(self, index: int) -> Tensor:
         """[decoder width], float32, read from the file; there must be a layout.

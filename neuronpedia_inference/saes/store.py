@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from threading import Lock, Thread
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ from neuronpedia_inference.saes.masters import Masters
 from neuronpedia_inference.saes.residency import FreeLease, Lease, Residency, Waiting, chained, give_back, grant, refuse
 from neuronpedia_inference.saes.slices import Slices
 from neuronpedia_inference.saes.specs import SourceSpec
+from neuronpedia_inference.saes.stored import Version
 
 
 class Place(Protocol):
@@ -128,6 +130,10 @@ class SaeStore:
     def source(self, name: str) -> Source:
         """Raises UnknownSource with the nearest names."""
         return self._about(name).source
+
+    def files(self, name: str) -> dict[Path, Version]:
+        """Of a source, as they were when it was described. Raises as `source` does."""
+        return self._about(name).files
 
     def request(self, name: str) -> Future[Lease]:
         """The right to use all of a source: at once if it is on the device, else when it has been brought there. Never

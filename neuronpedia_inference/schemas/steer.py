@@ -23,6 +23,7 @@ from neuronpedia_inference.schemas.common import (
     Wire,
     examples,
 )
+from neuronpedia_inference.schemas.receipt import Receipt
 from neuronpedia_inference.schemas.steering import AtMostSteers, Method, Steering, Strength, StrengthMultiplier
 from neuronpedia_inference.schemas.vectors import Vector
 from neuronpedia_inference.schemas.watch import NPLogprobTop, SteerRule, SteerStop, SteerWatch, SteerWatched
@@ -238,6 +239,11 @@ class SteerRequest(Steering, TextOrChat):
         description="With `stream`: each event holds only what is new since the one before; a chat's `messages` come "
         "with the last.",
     )
+    receipt: bool = Field(
+        default=False,
+        description="Also answer what the texts depended on, with proof that every edit acted: `receipt`, with the "
+        "last event of a stream. It costs what `watch` does.",
+    )
     reproducible: Reproducible = False
     model: MaybeModelName = None
 
@@ -290,3 +296,6 @@ class SteerResponse(Reply):
 
     steered: SteerText = Field(description="With the steering.")
     default: SteerText | None = Field(description="Without; null when `compare` is false.")
+    receipt: Receipt | None = Field(
+        default=None, description="What they depended on; null unless asked for, and before the texts have ended."
+    )

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from neuronpedia_inference.costs import BLOCK_ELEMENTS
+from neuronpedia_inference.edits.gauges import GaugeTable, norms, unit
+from neuronpedia_inference.edits.rows import Gauge, RowEdit
+from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.sampling import LEAST_LOGPROB
 from neuronpedia_inference.saes.encode import FeatureReader
 from neuronpedia_inference.saes.feature import Columns, FeatureWeights, normalised
@@ -101,6 +104,33 @@ class LensReading:
         values, ids = stable_topk(logits, self._n)
         logprobs = (values - logits.logsumexp(-1, keepdim=True)).clamp(min=LEAST_LOGPROB)
         return torch.cat([ids.float(), logprobs], dim=1)
+
+
+class EditsReading:
+    """What edits of one row do at the place where they write: the numbers of `edits.proof`, on one side of them."""
+
+    def __init__(self, edits: Sequence[RowEdit]) -> None:
+        along = [_along(edit.vector) for edit in edits]
+        read = [edit.feature.gauge for edit in edits if edit.feature is not None and edit.feature.elsewhere is None]
+        self.n_numbers = 1 + len(along) + len(read)
+        self.key: Hashable = ("edits", self)
+        self._table = GaugeTable([[*along, *read]])
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return torch.cat([norms(hidden), self._table(hidden[None])[0]], dim=1)
+
+
+def tracing(edits: Sequence[RowEdit]) -> dict[Point, EditsReading]:
+    """Of one row, at every place where it is edited, in the order of `edits.proof.by_place`."""
+    places: dict[Point, list[RowEdit]] = {}
+    for edit in edits:
+        places.setdefault(edit.point, []).append(edit)
+    return {point: EditsReading(some) for point, some in places.items()}
+
+
+def _along(vector: Tensor) -> Gauge | None:
+    """How much of a direction there is; None for zeros, which have none."""
+    return Gauge(unit(vector)) if float(norms(vector)) else None
 
 
 def _stacked(numbers: Sequence[Tensor | None]) -> Tensor | None:

@@ -79,12 +79,16 @@ class WatchResolver:
         n = min(n, self._engine.vocab_size)
         return WatchLens(tuple(LensRead(layer, n) for layer in dict.fromkeys(chosen)))
 
-    def check(self, plan: WatchPlan, n_positions: int) -> None:
-        """Raises LimitExceeded unless a text that may reach so many positions can be watched so."""
+    def check(self, plan: WatchPlan | None, n_positions: int) -> None:
+        """Raises LimitExceeded unless a text that may reach so many positions can be watched so.
+
+        plan: None where only edits are."""
         because = self._engine.unwatched_because(n_positions)
         if because:
-            raise LimitExceeded(f"watch: {because}. Ask for a shorter text.")
-        self._shelf.check_together(plan.held)
+            what = "receipt" if plan is None else "watch"
+            raise LimitExceeded(f"{what}: {because}. Ask for a shorter text.")
+        if plan is not None:
+            self._shelf.check_together(plan.held)
 
     def _source(self, name: str) -> Source:
         source = self._shelf.source(name)

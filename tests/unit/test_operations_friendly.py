@@ -197,6 +197,7 @@ def test_steer_compares_by_default():
     assert answer == {
         "steered": {"text": " steered", "tokens": [" steered"], **nothing_else},
         "default": {"text": " plain", "tokens": [" plain"], **nothing_else},
+        "receipt": None,
     }
 
 
