@@ -11,11 +11,13 @@ all of them  1.2 × slots × columns × cache bytes of a position: rows of diffe
              slots     all rows and one more, in steps of a quarter of a power of two
              columns   prompt and completion, likewise in units of 64
              cache     2 × layers × key-value heads × d_head × bytes of the model's precision
-capture      tokens × width of every point × bytes, the pass over its prompts, the reduction, its results, and 256 KiB
-             for the pieces of the answer that are on their way to the caller
+capture      tokens × width of every point × bytes, the pass over its prompts, edits as above, the reduction, its
+             results, and 256 KiB for the pieces of the answer that are on their way to the caller
 reduction    one prompt and one source at a time, in float32 and in blocks of features: 6 × block + 16 × pos × width
              bytes; 8 × pos × F more for architectures that compare features (TopK and others), 16 MiB more for gated
              block     4 bytes × min(pos × F, max(2²², 256 × pos)), of F features at pos positions
+score        a capture behind the last block; 24 × logits of as many positions as 2²⁰ have room for, and 16 for every
+             number of the answer
 results      bytes of a value, while it is found, merged and kept: 64 in a top-k, 40 in a ranking, 48 of what is active
 pass         tokens × (8 × d_model + 4 × d_mlp) × bytes, and the cache bytes of each; where attention makes its pattern,
              5 × rows × heads × longest² × 4 more, and once × bytes for every pattern that is kept
@@ -49,6 +51,8 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of a number, by precision."""
 BLOCK_ELEMENTS = 2**22
 """Activations computed at once: 16 MiB in float32."""
+LOGITS_AT_ONCE = 2**20
+"""Logits made at once where tokens are scored, in about the time of a step: 4 MiB in float32."""
 COPIED_NUMBERS = 2**22
 """Weights of a gated encoder that are scaled at once."""
 TOP_BYTES, RANKED_BYTES, ACTIVE_BYTES = 64, 40, 48
@@ -182,18 +186,33 @@ class Costs:
         n_vocab = self.model.vocab_size
         read = max((peak_bytes(source, tokens) for source in read_whole), default=0)
         read += 24 * min(tokens * n_vocab, max(BLOCK_ELEMENTS, n_vocab)) if reads_out else 0
-        edited = n_edits * (48 * self.model.d_model + 32 * n_prompt_tokens) + n_numbers * NUMBER_BYTES
-        edited += 24 * self.model.d_model * tokens if n_edits else 0
+        edited = self._edited([n_prompt_tokens] * n_rows, n_edits, n_numbers)
         taken = told + read + edited + self._pass([n_prompt_tokens] * n_rows, pattern=pattern)
         return Demand(rows=n_rows, tokens=tokens, bytes=taken, positions=n_prompt_tokens + n_new_tokens)
 
     def capture(
-        self, lengths: Sequence[int], widths: Sequence[int], reduce_bytes: int, *, pattern: bool, n_patterns: int = 0
+        self,
+        lengths: Sequence[int],
+        widths: Sequence[int],
+        reduce_bytes: int,
+        *,
+        pattern: bool,
+        n_patterns: int = 0,
+        n_edits: int = 0,
+        n_numbers: int = 0,
     ) -> Demand:
-        """Prompts of these lengths, read at points of these widths, and at `n_patterns` attention patterns."""
+        """Prompts of these lengths, read at points of these widths, and at `n_patterns` attention patterns; edits as of
+        a generation."""
         padded, item = len(lengths) * max(lengths), ITEM_BYTES[self.model.dtype]
         held = padded * (sum(widths) + n_patterns * self.model.n_heads * max(lengths)) * item
-        return Demand(tokens=sum(lengths), bytes=held + self._pass(lengths, pattern=pattern) + reduce_bytes)
+        taken = held + self._pass(lengths, pattern=pattern) + self._edited(lengths, n_edits, n_numbers)
+        return Demand(tokens=sum(lengths), bytes=taken + reduce_bytes)
+
+    def _edited(self, lengths: Sequence[int], n_edits: int, n_numbers: int) -> int:
+        """Of prompts of these lengths, with so many edits in all and the numbers of the vectors that came with them."""
+        longest = max(lengths)
+        weights = n_edits * (48 * self.model.d_model + 32 * longest) + n_numbers * NUMBER_BYTES
+        return weights + (24 * self.model.d_model * len(lengths) * longest if n_edits else 0)
 
     def _pass(self, lengths: Sequence[int], *, pattern: bool) -> int:
         model, longest = self.model, max(lengths)

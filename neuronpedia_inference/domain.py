@@ -6,7 +6,7 @@ making them holds the interpreter's lock.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,6 +50,10 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def before(self, stop: int) -> Tokens:
+        """The first so many."""
+        return Tokens(self.ids[:stop], self.strings[:stop], self.is_special[:stop], self.has_bos and stop > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,6 +354,26 @@ class ContrastedFeature:
     share_b: float
     row: Numbers | None
     """[decoder width]: its decoder row at unit length; None where it has none."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Likelihood:
+    """How likely tokens of a text are, each given all before it."""
+
+    logprobs: Numbers
+    """[pos]: natural logarithms."""
+    is_likeliest: Numbers
+    """[pos]: whether no other token is likelier."""
+    top_ids: Numbers
+    """[pos, n]: the likeliest tokens there, most likely first."""
+    top: Numbers
+    """[pos, n]: their log-probabilities."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Likelihood]) -> Likelihood:
+        """Of one text, in order."""
+        columns = ((one.logprobs, one.is_likeliest, one.top_ids, one.top) for one in parts)
+        return cls(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,6 +143,13 @@ class Runtime:
             return self._codec.tokenize(text, bos, limit=max(1, limit // BATCH_SHARE), suffix=" for batch requests")
         return self._codec.tokenize(text, bos, limit=limit)
 
+    def tokens(self, ids: Sequence[int]) -> Tokens:
+        """Ids as they are. Raises LimitExceeded for more than TOKEN_LIMIT."""
+        limit = token_limit(self.settings, self.model)
+        if len(ids) > limit:
+            raise LimitExceeded(f"{len(ids)} tokens, max is {limit}. Send fewer or raise TOKEN_LIMIT.")
+        return self._codec.describe(ids)
+
     def render_chat(self, messages: Sequence[ChatMessage]) -> tuple[str, Tokens]:
         """The chat as the model reads it, with generation prompt. Raises InvalidRequest or LimitExceeded."""
         return self._codec.render_chat(messages, limit=token_limit(self.settings, self.model))
@@ -171,8 +178,11 @@ class Runtime:
         self._engine.check(point)
         return self._engine.width(point)
 
-    async def ask(self, question: Question[T]) -> T:
+    async def ask(self, question: Question[T], plan: Plan | None = None, n_generated: Sequence[int] = ()) -> T:
         """The answer, with one entry per prompt where prompts are run.
+
+        plan: what edits them; it has passed `check_steering`. n_generated: of each prompt, tokens at its end to which
+        that applies as to what is generated; none where it is left out.
 
         Raises what the question's `check` raises and UnknownPoint before anything runs, LimitExceeded or Overloaded
         where there is no room, and what its reduction raises.
@@ -184,11 +194,14 @@ class Runtime:
             return await asyncio.wrap_future(self._submit(work, Demand()).future)
         for point in sorted(points):
             self._engine.check(point)
-        prompts = [prompt.ids for prompt in question.prompts]
         work = CaptureWork(
-            prompts, points, lambda captured: question.reduce(captured, self.shelf), self._is_reproducible
+            [prompt.ids for prompt in question.prompts],
+            points,
+            lambda captured: question.reduce(captured, self.shelf),
+            self._is_reproducible,
+            None if plan is None else self._edited_texts(question.prompts, n_generated, plan),
         )
-        return await asyncio.wrap_future(self._submit(work, self._demand(question, points)).future)
+        return await asyncio.wrap_future(self._submit(work, self._demand(question, points, plan)).future)
 
     # Generation
 
@@ -258,7 +271,8 @@ class Runtime:
         n_read = self._n_read(prompt, plans, sampling, watches, proves=proves)
         steered = [plan for plan in plans if plan is not None]
         for plan in steered:
-            self._edits.check_selections(plan, prompt, sampling)
+            n_positions = len(prompt) + sampling.max_new_tokens - 1
+            self._edits.check_selections(plan, prompt.ids, n_prompt=len(prompt), n_positions=n_positions)
         held = ExitStack()
         samplings = [replace(sampling, seed=seed) for seed in seeds or [sampling.seed] * len(plans)]
         work = GenerateWork(
@@ -335,6 +349,14 @@ class Runtime:
 
     def _resolved(self, plan: Plan | None) -> tuple[ResolvedEdit, ...]:
         return () if plan is None else self._edits.resolved(plan)
+
+    def _edited_texts(self, texts: Sequence[Tokens], n_generated: Sequence[int], plan: Plan) -> Callable[[], Steps]:
+        """What gives the rows of these texts. Raises InvalidRequest for an edit that cannot act on one."""
+        self._edits.check_whole(plan)
+        behind = n_generated or [0] * len(texts)
+        for text, n in zip(texts, behind, strict=True):
+            self._edits.check_selections(plan, text.ids, n_prompt=len(text) - n, n_positions=len(text))
+        return lambda: self._edits.texts(texts, behind, plan)
 
     def _n_read(
         self,
@@ -423,7 +445,7 @@ class Runtime:
         at_the_end(ticket.future, permit.release)
         return ticket
 
-    def _demand(self, question: Question[Any], points: Collection[Point]) -> Demand:
+    def _demand(self, question: Question[Any], points: Collection[Point], plan: Plan | None) -> Demand:
         widths = [self._engine.width(point) for point in points if point.place != PATTERN]
         return self._costs.capture(
             [len(prompt) for prompt in question.prompts],
@@ -431,6 +453,8 @@ class Runtime:
             question.n_bytes,
             pattern=self._engine.makes_pattern(points),
             n_patterns=len(points) - len(widths),
+            n_edits=0 if plan is None else len(plan.edits) * len(question.prompts),
+            n_numbers=0 if plan is None else plan.n_numbers,
         )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from neuronpedia_inference.domain import MAX_STEERS, Sampling, Tokens
+from neuronpedia_inference.domain import MAX_STEERS, Tokens
 from neuronpedia_inference.edits.gauges import gauge_of, norms, unit
 from neuronpedia_inference.edits.plan import Condition, Direction, Edit, Feature, Fires, Plan, Target, Unit, fires_in
 from neuronpedia_inference.edits.proof import ResolvedEdit
@@ -17,6 +18,7 @@ from neuronpedia_inference.edits.rows import FeatureGauge, Gate, Norm, RowEdit, 
 from neuronpedia_inference.edits.select import EVERYTHING, Selection, ordinary, without_special_of_prompt
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.engine.protocol import only_read
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from neuronpedia_inference.questions.checks import check_index, check_vector
 from neuronpedia_inference.saes.shelf import Shelf
@@ -45,21 +47,36 @@ class EditResolver:
                 raise type(exc)(f"{edit.field}: {exc.message}") from exc
             yield
 
-    def check_selections(self, plan: Plan, prompt: Tokens, sampling: Sampling) -> None:
-        """Raises InvalidRequest for an edit that would act on no position of this prompt and what may follow it."""
-        ids = np.asarray(prompt.ids)
-        places = np.arange(len(prompt) + sampling.max_new_tokens - 1)
+    def check_selections(self, plan: Plan, ids: Sequence[int], *, n_prompt: int, n_positions: int) -> None:
+        """Raises InvalidRequest for an edit that would act on no position of a text.
+
+        n_prompt: tokens of its prompt; what comes behind counts as generated. n_positions: how long it may become,
+        beyond the `ids` that are known.
+        """
+        places = np.arange(n_positions)
+        known, unknown = places[: len(ids)], places[len(ids) :]
         for edit in plan.edits:
             selection = edit.on
             if selection is None or selection.is_everything:
                 continue
-            of_prompt = selection.weights(places[: len(prompt)], ids, len(prompt))
-            generated = selection.weights(places[len(prompt) :], None, len(prompt))
-            if not (of_prompt.any() or generated.any()):
+            of_known = selection.weights(known, np.asarray(ids), n_prompt)
+            if not (of_known.any() or selection.weights(unknown, None, n_prompt).any()):
                 raise InvalidRequest(
-                    f"{edit.field}.on: selects none of the {len(prompt)} positions of the prompt and the "
-                    f"{len(generated)} after it. Choose others, or leave `on` out."
+                    f"{edit.field}.on: selects none of the {n_prompt} positions of the prompt and the "
+                    f"{n_positions - n_prompt} after it. Choose others, or leave `on` out."
                 )
+
+    def check_whole(self, plan: Plan) -> None:
+        """Raises InvalidRequest for what texts that pass whole cannot be edited by: what one token has to wait for."""
+        for edit in plan.edits:
+            for fires in [] if edit.when is None else fires_in(edit.when):
+                read, written = self._points(fires.feature)[0], self._points(edit.target)[-1]
+                if read.reached > written.reached:
+                    raise InvalidRequest(
+                        f"{edit.field}.when: {read.name!r} is reached after {written.name!r}, where the edit acts, so "
+                        "it acts on tokens that are generated one by one; this text passes whole. Name a feature that "
+                        "is reached before, or steer."
+                    )
 
     def points(self, plan: Plan) -> set[Point]:
         """Where a checked plan reads and writes."""
@@ -74,6 +91,14 @@ class EditResolver:
     def resolved(self, plan: Plan) -> tuple[ResolvedEdit, ...]:
         """The edits of a checked plan as they will be applied, in order. No tensors."""
         return tuple(self._resolved(edit, plan) for edit in plan.edits)
+
+    def texts(self, texts: Sequence[Tokens], n_generated: Sequence[int], plan: Plan) -> Steps:
+        """-> list[RowSpec], texts to be read as they are edited. n_generated: tokens at the end of each that are no
+        prompt. Runs on the worker."""
+        edits = yield from self.resolve(plan)
+        return [
+            replace(only_read(text.ids), edits=edits, n_generated=n) for text, n in zip(texts, n_generated, strict=True)
+        ]
 
     def resolve(self, plan: Plan) -> Steps:
         """-> tuple[RowEdit, ...]: the edits as tensors on the engine's device. Runs on the worker."""

@@ -20,7 +20,7 @@ from neuronpedia_inference.engine.places import adopt
 from neuronpedia_inference.engine.points import MLP_POST, NORMALIZED, PATTERN, READABLE, WRITABLE, Point
 from neuronpedia_inference.engine.probe import probe
 from neuronpedia_inference.engine.prompts import CapturePass
-from neuronpedia_inference.engine.protocol import Captured, ModelInfo, Reading, Watch
+from neuronpedia_inference.engine.protocol import Captured, ModelInfo, Reading, RowSpec, Watch, only_read
 from neuronpedia_inference.engine.readout import Readout, token_effects
 from neuronpedia_inference.engine.solo import FIXED_POSITIONS, SoloLane
 from neuronpedia_inference.engine.static import as_cuda_graph
@@ -215,25 +215,26 @@ class ModelEngine:
         return token_effects(self._tree, direction, k)
 
     def capture(self, prompts: Sequence[Sequence[int]], points: Collection[Point]) -> list[Captured]:
-        """As `begin_capture`, to its end in one pass."""
-        capturing = self.begin_capture(prompts, points)
+        """As `begin_capture`, of texts as they are, to its end in one pass."""
+        capturing = self.begin_capture([only_read(prompt) for prompt in prompts], points)
         while not capturing.is_done:
             capturing.advance(capturing.n_tokens)
         return capturing.result()
 
     def begin_capture(
-        self, prompts: Sequence[Sequence[int]], points: Collection[Point], *, reproducible: bool = False
+        self, rows: Sequence[RowSpec], points: Collection[Point], *, reproducible: bool = False
     ) -> Capturing:
-        """A forward pass over right-padded prompts, ended at the last point wanted.
+        """A forward pass over right-padded prompts, edited as the rows say, ended at the last point wanted.
 
         Causal attention keeps the padding out of every real position. Where that is not enough, prompts run alone.
         `reproducible`: they do too, in pieces of a fixed size, whatever size is asked for.
         """
         sources = frozenset(Point(p.layer, NORMALIZED.get(p.place, p.place)) for p in points)
         is_alone = reproducible or bool(self.verdict.uncaptured_because)
-        groups = [[prompt] for prompt in prompts] if is_alone else [prompts]
+        groups = [[row] for row in rows] if is_alone else [rows]
         passes = [CapturePass(self.decoder, group, sources) for group in groups]
-        return Capturing(self, passes, prompts, points, reproducible=reproducible)
+        lengths = [len(row.prompt_ids) for row in rows]
+        return Capturing(self, passes, lengths, points, reproducible=reproducible)
 
     def of_prompt(self, seen: Mapping[Point, Tensor], point: Point, row: int, length: int) -> Tensor:
         """One prompt's part of what a pass has seen: [pos, width], heads concatenated; patterns [heads, pos, pos]."""
@@ -284,16 +285,16 @@ class Capturing:
         self,
         engine: ModelEngine,
         passes: Sequence[CapturePass],
-        prompts: Sequence[Sequence[int]],
+        lengths: Sequence[int],
         points: Collection[Point],
         *,
         reproducible: bool,
     ) -> None:
-        """`passes`: one over all prompts, or one for each."""
+        """`passes`: one over all prompts, or one for each. lengths: of the prompts."""
         self._reproducible = reproducible
         self._engine = engine
         self._passes = passes
-        self._lengths = [len(prompt) for prompt in prompts]
+        self._lengths = lengths
         self._points = points
         self.n_tokens = sum(one.n_tokens for one in passes)
         """Of all prompts, padding included."""

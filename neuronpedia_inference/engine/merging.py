@@ -21,7 +21,7 @@ from neuronpedia_inference.engine.faults import in_short, trial_failure
 from neuronpedia_inference.engine.generation import Lane, NewRows
 from neuronpedia_inference.engine.points import RESID_POST, Point
 from neuronpedia_inference.engine.prompts import CapturePass
-from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
+from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep, only_read
 from neuronpedia_inference.engine.static import Record
 
 _WINDOW = 4
@@ -64,7 +64,7 @@ def why_not_capture(decoder: Decoder, ids: Sequence[int], max_positions: int | N
     point = Point(decoder.tree.n_layers - 1, RESID_POST)
 
     def read(group: Sequence[Sequence[int]]) -> Results:
-        passing = CapturePass(decoder, group, [point])
+        passing = CapturePass(decoder, [only_read(prompt) for prompt in group], [point])
         passing.advance(passing.width)
         return [[seen[: len(prompt)]] for seen, prompt in zip(passing.seen[point], group, strict=True)]
 

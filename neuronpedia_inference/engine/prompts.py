@@ -17,12 +17,12 @@ from transformers.cache_utils import Cache
 from neuronpedia_inference.domain import Numbers
 from neuronpedia_inference.engine.cache import PromptCache
 from neuronpedia_inference.engine.decoder import Decoder, ends
-from neuronpedia_inference.engine.hooks import Capture
+from neuronpedia_inference.engine.hooks import Capture, edits
 from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.engine.protocol import RowSpec
 from neuronpedia_inference.engine.reads import Reads
 from neuronpedia_inference.engine.steered import steering_edits
-from neuronpedia_inference.engine.where import Span
+from neuronpedia_inference.engine.where import Span, begun
 
 
 class PromptPass:
@@ -87,12 +87,15 @@ class PromptPass:
 
 
 class CapturePass:
-    """Prompts that are only read. The pass ends at the last point wanted."""
+    """Prompts that are only read, behind what edits them. The pass ends at the last point wanted."""
 
-    def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], points: Collection[Point]) -> None:
+    def __init__(self, decoder: Decoder, rows: Sequence[RowSpec], points: Collection[Point]) -> None:
         self._decoder = decoder
         self._points = frozenset(points)
-        self._ids = padded(prompts).to(decoder.model.device)
+        self._ids = padded([row.prompt_ids for row in rows])
+        self._span = Span([0] * len(rows), self._ids[:, :0])
+        begun_rows = [begun(row, decoder.model.device) for row in rows]
+        self._changes = steering_edits(begun_rows, lambda: self._span)
         self._cache: PromptCache | None = None
         self._n_done = 0
         self.seen: dict[Point, Tensor] = {}
@@ -115,13 +118,13 @@ class CapturePass:
     def advance(self, n_positions: int) -> int:
         """Run the next positions of every prompt; how many. After an exception the pass is of no more use."""
         if not self._n_done and n_positions >= self.width:
-            self.seen = self._run(self._ids, {"use_cache": False})
+            self.seen = self._run(slice(0, self.width), {"use_cache": False})
             self._n_done = self.width
             return self.width
         if self._cache is None:
             self._cache = PromptCache(self._decoder.model.config, self.width)
         piece = slice(self._n_done, min(self._n_done + n_positions, self.width))
-        found = self._run(self._ids[:, piece], {"past_key_values": self._cache, "use_cache": True})
+        found = self._run(piece, {"past_key_values": self._cache, "use_cache": True})
         for point, tensor in found.items():
             self._keep(point, tensor, piece)
         self._n_done = piece.stop
@@ -129,10 +132,11 @@ class CapturePass:
             self._cache = None
         return piece.stop - piece.start
 
-    def _run(self, ids: Tensor, inputs: dict[str, Any]) -> dict[Point, Tensor]:
+    def _run(self, piece: slice, inputs: dict[str, Any]) -> dict[Point, Tensor]:
+        self._span = Span([piece.start] * len(self._ids), self._ids[:, piece])
         capture = Capture(self._points)
-        with capture.on(self._decoder.tree):
-            self._decoder.tree.run(ids, **inputs)
+        with edits(self._decoder.tree, self._changes), capture.on(self._decoder.tree):
+            self._decoder.tree.run(self._span.ids, **inputs)
         return capture.seen
 
     def _keep(self, point: Point, tensor: Tensor, piece: slice) -> None:

@@ -109,7 +109,7 @@ class Stops(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RowSpec:
-    """One sequence to generate."""
+    """One sequence to generate, or to read."""
 
     prompt_ids: tuple[int, ...]
     sampling: Sampling
@@ -132,6 +132,11 @@ class RowSpec:
         """What its edits wait for, in the order of `fired`."""
         gates = [edit.when for edit in self.edits if edit.when is not None]
         return list(dict.fromkeys(trigger for gate in gates for trigger in gate.triggers.values()))
+
+
+def only_read(prompt_ids: Sequence[int]) -> RowSpec:
+    """A text that passes as it is, and is not gone on with."""
+    return RowSpec(tuple(prompt_ids), Sampling(max_new_tokens=0))
 
 
 class RowId(NamedTuple):
@@ -249,9 +254,9 @@ class Engine(Protocol):
     """What is kept of prompts, to be used again."""
 
     def begin_capture(
-        self, prompts: Sequence[Sequence[int]], points: Collection[Point], *, reproducible: bool = False
+        self, rows: Sequence[RowSpec], points: Collection[Point], *, reproducible: bool = False
     ) -> Capturing:
-        """One forward pass over all prompts, ended at the last point."""
+        """One forward pass over the prompts of all rows, edited as these say, ended at the last point."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""capture: the vectors that pass at points of the model, as JSON or as tensors."""
+"""capture: the vectors that pass at points of the model, under any steering, as JSON or as tensors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from neuronpedia_inference.domain import ChatMessage, Numbers, Tokens
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
+from neuronpedia_inference.operations.edits import checked_plan, skips_special_tokens
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.tensors import Arrays
@@ -38,9 +39,12 @@ async def capture(request: CaptureRequest, rt: Runtime) -> CaptureResponse:
             f"one answer is {most} ({SMALLER} times MAX_RESULT_VALUES with `format: safetensors`). Read fewer points, "
             "send shorter texts, or raise MAX_RESULT_VALUES."
         )
+    is_chat = not isinstance(request.prompt, str) and not is_several
+    skips = skips_special_tokens(request, is_chat=is_chat)
+    plan = await checked_plan(request, rt, skip_special_tokens=skips)
     question = States(batch, list(points.values()), request.positions, n_rows * width, request.dtype)
     with reproducibly(request.reproducible):
-        found = await rt.ask(question)
+        found = await rt.ask(question, plan)
     results = []
     for number, (tokens, states) in enumerate(zip(batch, found, strict=True)):
         arrays = {name: states[point] for name, point in points.items()}
@@ -91,7 +95,7 @@ CAPTURE = Operation(
     path="/v1/capture",
     request=CaptureRequest,
     response=CaptureResponse,
-    summary="The vectors that pass at points of the model",
+    summary="The vectors that pass at points of the model, under any steering",
     run=capture,
     tensors=tensors,
 )

@@ -29,6 +29,7 @@ from neuronpedia_inference.operations.kept_vectors import PUT_VECTORS
 from neuronpedia_inference.operations.operation import Events, Operation
 from neuronpedia_inference.operations.reading import ACTIVATIONS, TOP_K
 from neuronpedia_inference.operations.rendering import Spelling, json_pieces, plain_pieces
+from neuronpedia_inference.operations.score import SCORE
 from neuronpedia_inference.operations.steer import STEER_COMPLETION, STEER_COMPLETION_CHAT
 from neuronpedia_inference.operations.tensors import tensor_pieces
 from neuronpedia_inference.operations.tokenize import TOKENIZE
@@ -81,6 +82,7 @@ OPERATIONS: tuple[Operation[Any], ...] = (
     CONTRAST,
     CAPTURE,
     PUT_VECTORS,
+    SCORE,
 )
 by_name: dict[str, Operation[Any]] = {operation.name: operation for operation in OPERATIONS}
 

@@ -54,6 +54,18 @@ def plan_of(steering: Steering, rt: Runtime, *, skip_special_tokens: bool = Fals
     return Plan(edits, skip_special_tokens) if edits else None
 
 
+def skips_special_tokens(request: Any, *, is_chat: bool) -> bool:
+    """Whether edits of everything leave special tokens as they are: in chats that do not ask for more.
+
+    request: has `steer_special_tokens`. Raises InvalidRequest where that is said of a text.
+    """
+    if not is_chat and "steer_special_tokens" in request.model_fields_set:
+        raise InvalidRequest(
+            "steer_special_tokens: goes with a chat. Leave it out, or say by an edit's `on` where it acts"
+        )
+    return is_chat and not request.steer_special_tokens
+
+
 def edits_of(steering: Steering, rt: Runtime) -> tuple[Edit, ...]:
     """Features, vectors and edits, in this order. Raises InvalidRequest and UnknownSource, naming the field."""
     do, factor = BY_METHOD[steering.method], steering.strength_multiplier

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from neuronpedia_inference.completion import Completion
 from neuronpedia_inference.domain import Sampling, Written
 from neuronpedia_inference.errors import InvalidRequest
-from neuronpedia_inference.operations.edits import plan_of
+from neuronpedia_inference.operations.edits import plan_of, skips_special_tokens
 from neuronpedia_inference.operations.operation import Events, Operation, last
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.receipts import Account
@@ -37,8 +37,11 @@ async def _steered(request: SteerRequest, rt: Runtime, *, stream: bool) -> Async
     """Raises every 4xx before it returns."""
     if request.deltas and not stream:
         raise InvalidRequest("deltas: goes with stream, whose events it makes smaller")
-    if isinstance(request.prompt, str):
-        _check_text(request, request.prompt)
+    if request.prompt == "":
+        raise InvalidRequest(
+            "prompt: the text is empty, so there is nothing to go on from. Send at least one character; the BOS "
+            "token of the model, as text, begins from nothing."
+        )
     watch = request.watch or ()
     wanted = _wanted(request, rt)
     with reproducibly(request.reproducible):
@@ -54,25 +57,12 @@ async def _steered(request: SteerRequest, rt: Runtime, *, stream: bool) -> Async
     return Events(story, lambda _: _side_by_side([_so_far(chat, row) for row in story.rows], account))
 
 
-def _check_text(request: SteerRequest, text: str) -> None:
-    """Raises InvalidRequest."""
-    if not text:
-        raise InvalidRequest(
-            "prompt: the text is empty, so there is nothing to go on from. Send at least one character; the BOS "
-            "token of the model, as text, begins from nothing."
-        )
-    if "steer_special_tokens" in request.model_fields_set:
-        raise InvalidRequest(
-            "steer_special_tokens: goes with a chat. Leave it out, or say by an edit's `on` where it acts"
-        )
-
-
 def _wanted(request: SteerRequest, rt: Runtime) -> Completion:
     """Steered, and unsteered to compare."""
     if request.model is not None:
         check_model(request.model, rt)
-    is_chat = not isinstance(request.prompt, str)
-    plan = plan_of(request, rt, skip_special_tokens=is_chat and not request.steer_special_tokens)
+    skips = skips_special_tokens(request, is_chat=not isinstance(request.prompt, str))
+    plan = plan_of(request, rt, skip_special_tokens=skips)
     return Completion(
         request.prompt if isinstance(request.prompt, str) else turns(request.prompt),
         [plan, *([None] if request.compare else [])],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +18,10 @@ class Places(Protocol):
 
     def check(self, point: Point, *, write: bool = False) -> None:
         """Raises UnknownPoint with the reason."""
+        ...
+
+    def check_lens(self) -> None:
+        """Raises InvalidRequest where the residual stream cannot be read out."""
         ...
 
     def width(self, point: Point) -> int:
@@ -39,6 +43,11 @@ class Weights(Protocol):
 
     def decoder_row(self, source: Source, index: int, /) -> Future[Any]:
         """A decoder row, in the place of a lease, whose block has a float32 tensor. Raises as `feature` does."""
+        ...
+
+    @property
+    def readout(self) -> Callable[[Any], Any]:
+        """The model's own logits [pos, vocab], float32, of what is behind its last block: [pos, d_model]."""
         ...
 
     def token_effects(self, source: Source, row: Any, k: int, /) -> TokenEffects:

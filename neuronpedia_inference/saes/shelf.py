@@ -12,6 +12,7 @@ from neuronpedia_inference.annotations import Found, Searcher, SourceAnnotations
 from neuronpedia_inference.domain import Source, TokenEffects
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.points import MLP_POST, ON_THE_STREAM, Point
+from neuronpedia_inference.engine.readout import Readout
 from neuronpedia_inference.errors import InferenceError, InvalidRequest, LimitExceeded, UnknownSource
 from neuronpedia_inference.saes.encode import NeuronReader
 from neuronpedia_inference.saes.residency import FreeLease
@@ -88,6 +89,11 @@ class Shelf:
     def search(self, text: str, sources: Sequence[str], limit: int) -> list[Found]:
         """As `Searcher.search`. It takes time: call it on a thread of its own."""
         return self._searcher.search(text, sources, limit)
+
+    @property
+    def readout(self) -> Readout:
+        """From the residual stream to logits. On the worker only."""
+        return self._engine.readout
 
     def token_effects(self, source: Source, row: Tensor, k: int) -> TokenEffects:
         """What a decoder row of the source does to the next token by the direct path. On the worker only."""

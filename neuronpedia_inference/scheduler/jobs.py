@@ -65,6 +65,8 @@ class CaptureWork:
     """Gets one mapping of point to tensor per prompt."""
     reproducible: bool = False
     """Whether its numbers must not depend on what else there is to do."""
+    prepare: Callable[[], Steps] | None = None
+    """-> engine.protocol.RowSpec per prompt, with what edits it; None where nothing does."""
 
     @property
     def lengths(self) -> list[int]:

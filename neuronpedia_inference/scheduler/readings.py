@@ -1,7 +1,7 @@
 """Captures and calls: forward passes that are only read, and what is made of them.
 
 What a pass has shown of a prompt is kept for a while. Who asks for it again, for another feature or another SAE of the
-same place, gets it without a pass.
+same place, gets it without a pass. What edits a prompt is its job's own, so those are run for it, beside others.
 """
 
 from __future__ import annotations
@@ -14,24 +14,22 @@ from functools import partial
 from typing import Any
 
 from neuronpedia_inference.engine.faults import failure_of, let_go
-from neuronpedia_inference.engine.protocol import Captured, Capturing, Engine
+from neuronpedia_inference.engine.protocol import Captured, Capturing, Engine, RowSpec, only_read
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.scheduler.ends import Ends
-from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, Job, Steps
+from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, Job
 from neuronpedia_inference.scheduler.pace import Pace
 from neuronpedia_inference.scheduler.turns import Turns
-
-Prompt = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """One forward pass for several jobs, the same prompt once."""
+    """One forward pass for several jobs, the same row once."""
 
     jobs: Sequence[Job]
-    prompts: Sequence[Prompt]
+    rows: Sequence[RowSpec]
     """Those that run."""
-    known: Mapping[Prompt, Captured]
+    known: Mapping[RowSpec, Captured]
     """What is known of others."""
     running: Capturing
 
@@ -45,6 +43,8 @@ class Readings:
         self._turns = turns
         self._metrics = metrics
         self._pace = pace
+        self._edited: dict[int, Sequence[RowSpec]] = {}
+        """Rows of jobs whose prompts are edited."""
         self._groups: deque[Sequence[Job]] = deque()
         """Whose passes have yet to begin."""
         self._pass: _Pass | None = None
@@ -57,15 +57,19 @@ class Readings:
         passing = () if self._pass is None else self._pass.jobs
         return [job for group in (*self._groups, passing) for job in group]
 
+    def prepared(self, job: Job, rows: Sequence[RowSpec]) -> None:
+        """How its prompts are edited."""
+        self._edited[job.id] = rows
+
     def begin_known(self, job: Job) -> bool:
         """Whether it is a capture of which all is known: it needs no pass, and its reduction begins."""
         work = job.work
         if not isinstance(work, CaptureWork) or work.reproducible:
             return False
-        prompts = {tuple(prompt): work.points for prompt in work.prompts}
-        if not all(self._knows(prompt, points) for prompt, points in prompts.items()):
+        rows = set(self._rows(job))
+        if not all(self._knows(row, work.points) for row in rows):
             return False
-        self._add_reduction(job, {prompt: self._known(prompt, points) for prompt, points in prompts.items()})
+        self._add_reduction(job, {row: self._known(row, work.points) for row in rows})
         return True
 
     def begin(self, jobs: Sequence[Job]) -> None:
@@ -93,6 +97,7 @@ class Readings:
 
     def forget(self, job: Job) -> None:
         """A pass that nobody waits for any more is not run on."""
+        self._edited.pop(job.id, None)
         groups = ([one for one in group if one is not job] for group in self._groups)
         self._groups = deque(group for group in groups if group)
         if self._pass is not None and all(one.has_ended for one in self._pass.jobs):
@@ -100,31 +105,33 @@ class Readings:
 
     def _start(self, jobs: Sequence[Job]) -> None:
         if _work(jobs[0]).reproducible:
-            work = _work(jobs[0])
-            prompts = list(dict.fromkeys(map(tuple, work.prompts)))
-            running = self._engine.begin_capture(prompts, set(work.points), reproducible=True)
-            self._pass = _Pass(jobs, prompts, {}, running)
+            rows = list(dict.fromkeys(self._rows(jobs[0])))
+            running = self._engine.begin_capture(rows, set(_work(jobs[0]).points), reproducible=True)
+            self._pass = _Pass(jobs, rows, {}, running)
             return
-        wanted: dict[Prompt, set[Any]] = {}
+        wanted: dict[RowSpec, set[Any]] = {}
         for job in jobs:
-            for prompt in _work(job).prompts:
-                wanted.setdefault(tuple(prompt), set()).update(_work(job).points)
-        known = {
-            prompt: self._known(prompt, points) for prompt, points in wanted.items() if self._knows(prompt, points)
-        }
-        prompts = [prompt for prompt in wanted if prompt not in known]
-        if not prompts:  # another pass has shown them meanwhile
+            for row in self._rows(job):
+                wanted.setdefault(row, set()).update(_work(job).points)
+        known = {row: self._known(row, points) for row, points in wanted.items() if self._knows(row, points)}
+        rows = [row for row in wanted if row not in known]
+        if not rows:  # another pass has shown them meanwhile
             for job in jobs:
                 self._add_reduction(job, known)
             return
-        points = {point for prompt in prompts for point in wanted[prompt]}
-        self._pass = _Pass(jobs, prompts, known, self._engine.begin_capture(prompts, points))
+        points = {point for row in rows for point in wanted[row]}
+        self._pass = _Pass(jobs, rows, known, self._engine.begin_capture(rows, points))
 
-    def _knows(self, prompt: Prompt, points: Collection[Any]) -> bool:
-        return all(self._engine.recent.has((prompt, point)) for point in points)
+    def _rows(self, job: Job) -> Sequence[RowSpec]:
+        """One per prompt; equal ones show the same."""
+        return self._edited.get(job.id) or [only_read(prompt) for prompt in _work(job).prompts]
 
-    def _known(self, prompt: Prompt, points: Collection[Any]) -> Captured:
-        return {point: known for point in points if (known := self._engine.recent.get((prompt, point))) is not None}
+    def _knows(self, row: RowSpec, points: Collection[Any]) -> bool:
+        return not row.edits and all(self._engine.recent.has((row.prompt_ids, point)) for point in points)
+
+    def _known(self, row: RowSpec, points: Collection[Any]) -> Captured:
+        found = {point: self._engine.recent.get((row.prompt_ids, point)) for point in points}
+        return {point: known for point, known in found.items() if known is not None}
 
     def _piece(self, most: int, steps: float | None) -> None:
         assert self._pass is not None
@@ -138,8 +145,8 @@ class Readings:
 
     def _reduce(self, done: _Pass) -> None:
         self._pass = None
-        found: Mapping[Prompt, Captured] = dict(zip(done.prompts, done.running.result(), strict=True))
-        lengths = [len(prompt) for prompt in done.prompts]
+        found: Mapping[RowSpec, Captured] = dict(zip(done.rows, done.running.result(), strict=True))
+        lengths = [len(row.prompt_ids) for row in done.rows]
         self._metrics.captured(len(done.jobs), sum(lengths), len(lengths) * max(lengths) - sum(lengths))
         for job in done.jobs:
             if not job.has_ended:
@@ -149,21 +156,18 @@ class Readings:
         if failure is not None:  # everybody has what they asked for all the same
             let_go(failure)
 
-    def _keep(self, found: Mapping[Prompt, Captured]) -> None:
-        for prompt, captured in found.items():
+    def _keep(self, found: Mapping[RowSpec, Captured]) -> None:
+        for row, captured in found.items():
             for point, tensor in captured.items():
-                if not point.is_inside_attention:
-                    self._engine.recent.put((prompt, point), tensor.clone, tensor.nbytes)
+                if not (row.edits or point.is_inside_attention):
+                    self._engine.recent.put((row.prompt_ids, point), tensor.clone, tensor.nbytes)
 
-    def _add_reduction(self, job: Job, shared: Mapping[Prompt, Captured]) -> None:
-        self._turns.add(job, _reduction(_work(job), shared), partial(self._ends.answer, job))
+    def _add_reduction(self, job: Job, shared: Mapping[RowSpec, Captured]) -> None:
+        """One job's answer, from what was captured for all."""
+        own = [shared[row] for row in self._rows(job)]
+        self._turns.add(job, _work(job).reduce(own), partial(self._ends.answer, job))
 
 
 def _work(job: Job) -> CaptureWork:
     assert isinstance(job.work, CaptureWork)
     return job.work
-
-
-def _reduction(work: CaptureWork, shared: Mapping[Prompt, Captured]) -> Steps:
-    """One job's answer from what was captured for all."""
-    return work.reduce([shared[tuple(prompt)] for prompt in work.prompts])

@@ -19,7 +19,7 @@ from neuronpedia_inference.errors import NotReady, Overloaded
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.scheduler.ends import Ends
 from neuronpedia_inference.scheduler.generations import Generations
-from neuronpedia_inference.scheduler.jobs import GenerateWork, Job, Ticket, Work
+from neuronpedia_inference.scheduler.jobs import CallWork, GenerateWork, Job, Ticket, Work
 from neuronpedia_inference.scheduler.pace import Pace
 from neuronpedia_inference.scheduler.policy import Limits, Tick, UnderWay, plan_tick
 from neuronpedia_inference.scheduler.readings import Readings
@@ -145,11 +145,12 @@ class Worker:
                 self._accept(self._inbox.get(timeout=left_s))
 
     def _accept(self, job: Job | None) -> None:
-        """A generation takes its turn once its vectors are there; everything else at once. None only wakes."""
+        """What is edited takes its turn once its vectors are there; everything else at once. None only wakes."""
         if job is None:
             return
-        if isinstance(job.work, GenerateWork):
-            self._ends.attempt(job, lambda: self._prepare(job, job.work))
+        prepare = None if isinstance(job.work, CallWork) else job.work.prepare
+        if prepare is not None:
+            self._ends.attempt(job, lambda: self._turns.at_once(job, prepare(), partial(self._prepared, job)))
         else:
             self._ends.attempt(job, lambda: self._begin_or_wait(job))
 
@@ -157,12 +158,9 @@ class Worker:
         if not self._readings.begin_known(job):
             self._waiting.append(job)
 
-    def _prepare(self, job: Job, work: Work) -> None:
-        assert isinstance(work, GenerateWork)
-        self._turns.at_once(job, work.prepare(), partial(self._prepared, job))
-
     def _prepared(self, job: Job, rows: Any) -> None:
-        self._generations.prepared(job, rows)
+        hands = self._generations if isinstance(job.work, GenerateWork) else self._readings
+        hands.prepared(job, rows)
         self._waiting.append(job)
         self._waiting.sort(key=lambda one: one.id)
 

@@ -18,18 +18,14 @@ from neuronpedia_inference.schemas.common import (
     Reproducible,
     examples,
 )
-from neuronpedia_inference.schemas.steer import AtMostMessages, NPSteerChatMessage
+from neuronpedia_inference.schemas.steer import AtMostMessages, NPSteerChatMessage, SteerSpecialTokens
+from neuronpedia_inference.schemas.steering import Steering
 
 _TEXT = "The cat sat on the mat."
 
 
-class CaptureRequest(Ours):
-    """The vectors that pass at points of the model.
-
-    With `format: "safetensors"`, or the header `Accept: application/x-safetensors`, the answer is a file of tensors:
-    one per point, named by it, `0/blocks...` where there are several texts; the rest of the answer is JSON in its
-    metadata, under `answer`.
-    """
+class Places(Ours):
+    """What is read."""
 
     prompt: str | Annotated[Many[str], AtMostMessages] | Annotated[Many[NPSteerChatMessage], AtMostMessages] = Field(
         description="A text, 1 to 16 texts, or the messages of a chat."
@@ -37,6 +33,19 @@ class CaptureRequest(Ours):
     points: Annotated[Many[Name], AtMost(MAX_NAMES)] = Field(
         min_length=1, description='What to read, such as `["blocks.15.hook_resid_post"]`.'
     )
+
+
+class CaptureRequest(Steering, Places):
+    """The vectors that pass at points of the model, under any steering.
+
+    A point is read behind its own edits, so its numbers are what the rest of the model reads. To what edits select, the
+    texts are prompts.
+
+    With `format: "safetensors"`, or the header `Accept: application/x-safetensors`, the answer is a file of tensors:
+    one per point, named by it, `0/blocks...` where there are several texts; the rest of the answer is JSON in its
+    metadata, under `answer`.
+    """
+
     positions: Positions = Field(
         default="all",
         description="Every token, BOS included; each text's last one; or the mean over tokens that are not special.",
@@ -45,6 +54,7 @@ class CaptureRequest(Ours):
     format: Literal["json", "safetensors"] | None = Field(
         default=None, description="How to answer; null means as the `Accept` header says, which is JSON by default."
     )
+    steer_special_tokens: SteerSpecialTokens = False
     reproducible: Reproducible = False
     model: MaybeModelName = None
 
@@ -52,6 +62,12 @@ class CaptureRequest(Ours):
         json_schema_extra=examples(
             {"prompt": _TEXT, "points": ["blocks.15.hook_resid_post"], "positions": "mean"},
             {"prompt": [_TEXT, "Bake the bread."], "points": ["blocks.3.hook_mlp_out"], "positions": "last"},
+            {
+                "prompt": _TEXT,
+                "points": ["blocks.29.hook_resid_post"],
+                "positions": "last",
+                "edits": [{"do": "clamp", "feature": "15-res-4k/1113", "amount": 60}],
+            },
         )
     )
 

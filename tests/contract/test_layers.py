@@ -84,6 +84,7 @@ KEPT_TO = {
         "scheduler.worker",
         "loading",
         "questions.contrast",
+        "questions.likelihoods",
         "questions.states",
         "questions.weights",
         "room",

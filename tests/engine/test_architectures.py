@@ -17,6 +17,7 @@ from neuronpedia_inference.engine.cache import MaskForm
 from neuronpedia_inference.engine.description import Part
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.points import HOOK_Z, MLP_POST, PATTERN, RESID_MID, WRITABLE, Point
+from neuronpedia_inference.engine.protocol import only_read
 from neuronpedia_inference.engine.solo import SoloLane
 from neuronpedia_inference.errors import StartupError, UnknownPoint
 from tests import architectures, models
@@ -78,7 +79,7 @@ def test_every_place_reads_what_a_hook_by_hand_reads(family: str) -> None:
     points = offered(family, (*WRITABLE, MLP_POST))
     with torch.inference_mode():
         captured = engine(family).capture(PROMPTS, points)
-        running = engine(family).begin_capture(PROMPTS, points)
+        running = engine(family).begin_capture([only_read(prompt) for prompt in PROMPTS], points)
         while not running.is_done:
             running.advance(len(PROMPTS) * 5)
         in_pieces = running.result()

@@ -11,7 +11,7 @@ import torch
 from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.edits.select import Selection
 from neuronpedia_inference.engine.points import PATTERN, RESID_POST, RESID_PRE, Point
-from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
+from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep, only_read
 from tests import models
 from tests.engine.engines import engine
 from tests.engine.test_merging import PROMPTS, alone, ids, steered_rows
@@ -29,7 +29,7 @@ def test_a_capture_in_pieces_equals_one_pass(family: str, n_tokens: int, place: 
     points = [Point(1, place), Point(2, "hook_resid_post")]
     with torch.inference_mode():
         whole = built.capture(prompts, points)
-        capturing = built.begin_capture(prompts, points)
+        capturing = built.begin_capture([only_read(prompt) for prompt in prompts], points)
         run = []
         while not capturing.is_done:
             run.append(capturing.advance(n_tokens))
@@ -45,7 +45,7 @@ def test_a_capture_in_pieces_equals_one_pass(family: str, n_tokens: int, place: 
 @pytest.mark.parametrize("family", models.CONFIGS)
 def test_pieces_see_what_plain_hugging_face_sees(family: str) -> None:
     with torch.inference_mode():
-        capturing = engine(family).begin_capture([LONG], [Point(2, "hook_resid_post")])
+        capturing = engine(family).begin_capture([only_read(LONG)], [Point(2, "hook_resid_post")])
         while not capturing.is_done:
             capturing.advance(4)
     [seen] = capturing.result()

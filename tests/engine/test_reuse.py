@@ -158,9 +158,9 @@ def test_a_second_feature_of_a_text_needs_no_pass(monkeypatch: pytest.MonkeyPatc
     passes: list[int] = []
     begin = built.begin_capture
 
-    def counted(prompts: Sequence[Sequence[int]], points: Any) -> Any:
-        passes.append(len(prompts))
-        return begin(prompts, points)
+    def counted(rows: Sequence[RowSpec], points: Any) -> Any:
+        passes.append(len(rows))
+        return begin(rows, points)
 
     monkeypatch.setattr(built, "begin_capture", counted)
     monkeypatch.setattr(built, "recent", recent := Recent(BUDGET, n_bytes))

@@ -24,11 +24,9 @@ class CountingEngine:
         self.reproducible_lane = CountingLane(self)
         self.recent: Recent[Any, Any] = Recent.nothing()
 
-    def begin_capture(
-        self, prompts: Sequence[Sequence[int]], points: object, *, reproducible: bool = False
-    ) -> SummingPass:
-        self.passes.append(len(prompts))
-        return SummingPass(self, prompts)
+    def begin_capture(self, rows: Sequence[RowSpec], points: object, *, reproducible: bool = False) -> SummingPass:
+        self.passes.append(len(rows))
+        return SummingPass(self, [row.prompt_ids for row in rows])
 
 
 class CountingPass:

@@ -85,8 +85,9 @@ BODIES: dict[str, dict[str, Any]] = {
     "contrast": {"a": ["one two"], "b": ["three"], "source_set": "res"},
     "capture": {"prompt": "one two", "points": ["blocks.1.hook_resid_post"], "positions": "last"},
     "put_vectors": {"vectors": [{"name": "x", "vector": [1, 2]}]},
+    "score": {"prompt": "one two", "continuations": [" three", " four five"], "n_logprobs": 2},
 }
-OUR_OWN = ("activations", "top_k", "steer", "search", "feature", "contrast", "capture", "put_vectors")
+OUR_OWN = ("activations", "top_k", "steer", "search", "feature", "contrast", "capture", "put_vectors", "score")
 BESIDE = ("activation_attention", "activation_raw", "apply_chat_template", "steer_health")
 """Routes of the wire that the published client has no method for."""
 WIRE = [name for name in BODIES if name not in (*OUR_OWN, *BESIDE)]
@@ -130,7 +131,7 @@ def test_the_client_has_a_method_for_every_wire_operation():
 
 
 def test_names_paths_and_summaries_are_there_once():
-    assert len({operation.path for operation in OPERATIONS}) == len(OPERATIONS) == len(by_name) == 24
+    assert len({operation.path for operation in OPERATIONS}) == len(OPERATIONS) == len(by_name) == 25
     for operation in OPERATIONS:
         assert operation.path.startswith("/v1/")
         assert operation.summary[0].isupper()

@@ -31,6 +31,7 @@ from neuronpedia_inference.domain import (
     FeatureActivations,
     FeatureNumbers,
     FeatureValue,
+    Likelihood,
     Numbers,
     Part,
     RankedFeatures,
@@ -61,6 +62,7 @@ from neuronpedia_inference.questions import (
     Weighed,
 )
 from neuronpedia_inference.questions.contrast import Contrast, Contrasted
+from neuronpedia_inference.questions.likelihoods import Likelihoods
 from neuronpedia_inference.questions.states import HeadPattern, States
 from neuronpedia_inference.settings import Settings
 
@@ -108,6 +110,7 @@ class FakeRuntime:
             known_names=("tiny", "org/tiny"),
             n_layers=3,
             n_heads=2,
+            vocab_size=100,
             d_model=4,
             dtype="float32",
             device="cpu",
@@ -181,6 +184,11 @@ class FakeRuntime:
         special = tuple(string in SPECIAL for string in strings)
         return Tokens(ids, strings, special, has_bos=self.model.has_bos and ids[:1] == (0,))
 
+    def tokens(self, ids: Sequence[int]) -> Tokens:
+        strings = tuple(self.vocabulary[i] for i in ids)
+        special = tuple(string in SPECIAL for string in strings)
+        return Tokens(tuple(ids), strings, special, has_bos=self.model.has_bos and ids[:1] == [0])
+
     def render_chat(self, messages: Sequence[ChatMessage]) -> tuple[str, Tokens]:
         self.calls.append(("render_chat", list(messages)))
         text = "".join(f"<|im_start|>{m.role}\n{m.content}<|im_end|>\n" for m in messages) + self.template_tail
@@ -218,7 +226,7 @@ class FakeRuntime:
     def width(self, point: Point) -> int:
         return 4
 
-    async def ask(self, question: Any) -> Any:
+    async def ask(self, question: Any, plan: Plan | None = None, n_generated: Sequence[int] = ()) -> Any:
         match question:
             case OneFeature():
                 return self.feature_activations(
@@ -252,6 +260,8 @@ class FakeRuntime:
     def _inside(self, question: Any) -> Any:
         """What passes inside the model."""
         match question:
+            case Likelihoods():
+                return [_likelihood(len(text) - n, question.n_top) for text, n in question.scored]
             case HeadPattern():
                 ones = np.arange(len(question.prompt))
                 return Attended(ones, ones, 1 / (1 + ones), 0.5)
@@ -375,6 +385,11 @@ class Steps(AsyncIterator[tuple[Written, ...]]):
 
     async def aclose(self) -> None:
         self.runtime.closed += 1
+
+
+def _likelihood(n: int, n_top: int) -> Likelihood:
+    ranks = np.tile(np.arange(n_top), (n, 1))
+    return Likelihood(-np.arange(n, dtype=np.float32), np.ones(n, dtype=bool), ranks, -ranks - 0.5)
 
 
 def _said(plan: Plan | None, sampling: Sampling) -> Written:
