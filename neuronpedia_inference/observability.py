@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -16,6 +16,7 @@ from urllib.parse import quote
 from uuid import uuid4
 
 from neuronpedia_inference.errors import InferenceError, NotReady, Overloaded
+from neuronpedia_inference.secrets_file import SecretsFile
 
 if TYPE_CHECKING:
     from sentry_sdk.transport import Transport
@@ -58,19 +59,28 @@ def bound_request_id(value: str) -> Iterator[str]:
 class Redactor:
     """Replaces secrets wherever they stand in a text, plain or percent-encoded."""
 
-    def __init__(self, secrets: Iterable[str]) -> None:
+    def __init__(self, secrets: Iterable[str], file: SecretsFile | None = None) -> None:
+        self._own = tuple(secrets)
+        self._file = file
+        self._named: Mapping[str, str] = {}
+        self._pattern = self._compiled()
+
+    def _compiled(self) -> re.Pattern[str]:
+        secrets = (*self._own, *self._named.values())
         forms = {form for secret in secrets if secret for form in (secret, quote(secret, safe=""))}
         longest_first = sorted(map(re.escape, forms), key=len, reverse=True)
-        self._pattern = re.compile("|".join([*longest_first, r"\bhf_[A-Za-z0-9]{20,}\b"]))
+        return re.compile("|".join([*longest_first, r"\bhf_[A-Za-z0-9]{20,}\b"]))
 
     @classmethod
     def of(cls, settings: Settings) -> Redactor:
-        own = (settings.secret, settings.sentry_dsn)
-        return cls(
-            [value.get_secret_value() for value in own if value] + [os.environ.get(name, "") for name in FOREIGN_TOKENS]
-        )
+        own = [value.get_secret_value() for value in (settings.secret, settings.sentry_dsn) if value]
+        foreign = [os.environ.get(name, "") for name in FOREIGN_TOKENS]
+        return cls([*own, *foreign], SecretsFile.of(settings))
 
     def text(self, text: str) -> str:
+        if self._file is not None and self._file.named() is not self._named:
+            self._named = self._file.named()
+            self._pattern = self._compiled()
         return self._pattern.sub(STARS, text)
 
     def value(self, value: Any) -> Any:

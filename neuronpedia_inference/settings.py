@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, Sett
 
 from neuronpedia_inference import load_options
 from neuronpedia_inference.errors import StartupError
+from neuronpedia_inference.secrets_file import SecretsFile
 
 EMBEDDED_MODEL_ID = "smollm2-135m-instruct"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -194,6 +195,11 @@ class Settings(BaseSettings):
     secret: SecretStr | None = Field(
         None, description="Value that `X-SECRET-KEY`, or `Authorization: Bearer`, must have; unset or empty: open."
     )
+    secrets_file: Path | None = Field(
+        None,
+        description="File with further secrets, each with the name of who has it: `name=secret` in a line. Changes "
+        "hold within a second, without a restart.",
+    )
     allowed_hosts: JsonList = Field(
         (),
         description="Names by which callers may reach the server (the `Host` of requests, without port; "
@@ -255,6 +261,16 @@ class Settings(BaseSettings):
             raise ValueError("is nothing but blanks, which no header can carry")
         return value
 
+    @field_validator("secrets_file", mode="after")
+    @classmethod
+    def _can_be_read(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            try:
+                SecretsFile(value.expanduser())
+            except OSError as exc:
+                raise ValueError(f"{str(value)!r} cannot be read: {exc.strerror}") from None
+        return None if value is None else value.expanduser()
+
     @field_validator("secret", "sentry_dsn", mode="after")
     @classmethod
     def _empty_is_unset(cls, value: SecretStr | None) -> SecretStr | None:
@@ -302,6 +318,11 @@ class Settings(BaseSettings):
     def sae_model_variable(self) -> str:
         """The variable that names it."""
         return variable("custom_hf_model_id") if self.custom_hf_model_id else "MODEL_ID"
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether callers need a secret."""
+        return self.secret is not None or self.secrets_file is not None
 
     @property
     def is_exposed(self) -> bool:

@@ -144,7 +144,10 @@ class Options:
 
 def _library_settings() -> dict[str, str]:
     """The settings made in this shell, secrets left out, once the library has accepted them."""
-    Settings.read(_env_file=None)
+    if Settings.read(_env_file=None).secrets_file is not None:
+        raise StartupError(
+            "SECRETS_FILE is a file of this machine, which no container has: unset it; SECRET goes there"
+        )
     names = {variable(field) for field in Settings.model_fields} - {*SECRETS}
     return {name: os.environ[name] for name in sorted(names) if os.environ.get(name)}
 

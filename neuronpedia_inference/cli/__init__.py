@@ -114,7 +114,7 @@ def serve(
     settings = settings_of(
         set_, model_id=model_id, sae_sets=sae_sets, device=device, server_host=host, server_port=port
     )
-    if settings.is_exposed and settings.secret is None and not insecure:
+    if settings.is_exposed and not settings.is_guarded and not insecure:
         fail(
             f"SERVER_HOST {settings.server_host} is open to other machines and no SECRET is set: "
             "set SECRET in the environment, or add --insecure",

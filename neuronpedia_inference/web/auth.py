@@ -1,8 +1,8 @@
-"""The secret, as `X-SECRET-KEY` or as `Authorization: Bearer`."""
+"""The secret, or one of several with names, as `X-SECRET-KEY` or as `Authorization: Bearer`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from hmac import compare_digest
 
@@ -11,6 +11,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from neuronpedia_inference.errors import Unauthorized
+from neuronpedia_inference.secrets_file import SecretsFile
+from neuronpedia_inference.web.boundary import CALLER
 
 HEADER = "X-SECRET-KEY"
 BEARER = "bearer "
@@ -21,30 +23,47 @@ OPEN_PATHS = frozenset({"/health", "/ready"})
 class SecretGate:
     """Lets a request through when it knows the secret, asks for an open path, or is a browser's preflight."""
 
-    def __init__(self, app: ASGIApp, secret: SecretStr | None, open_paths: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        secret: SecretStr | None,
+        file: SecretsFile | None = None,
+        open_paths: Iterable[str] = (),
+    ) -> None:
         """open_paths: further ones."""
         self.app = app
         self._open_paths = OPEN_PATHS.union(open_paths)
-        self._accepted = _digests(secret.get_secret_value()) if secret else ()
+        self._is_guarded = secret is not None or file is not None
+        self._own = [(digest, "") for digest in _digests(secret.get_secret_value())] if secret else []
+        self._file = file
+        self._named: Mapping[str, str] = {}
+        self._accepted = self._own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._accepted and not self._is_open(scope):
-            self._check(scope)
+        if scope["type"] == "http" and self._is_guarded and not self._is_open(scope):
+            scope[CALLER] = self._caller(scope)
         await self.app(scope, receive, send)
 
-    def _check(self, scope: Scope) -> None:
-        matches = [self._is_right(one) for one in _given(Headers(scope=scope)) or [b""]]
-        if not all(matches):
+    def _caller(self, scope: Scope) -> str:
+        """The name that belongs to the secret, empty for SECRET. Raises Unauthorized."""
+        if self._file is not None and self._file.named() is not self._named:
+            self._named = self._file.named()
+            named = [(digest, name) for name, secret in self._named.items() for digest in _digests(secret)]
+            self._accepted = [*self._own, *named]
+        found = [self._name_of(one) for one in _given(Headers(scope=scope)) or [b""]]
+        if None in found:
             raise Unauthorized(f"Invalid or missing {HEADER} header")
+        return next(filter(None, found), "")
 
     def _is_open(self, scope: Scope) -> bool:
         path: str = scope["path"].removeprefix(scope.get("root_path", ""))
         return scope["method"] == "OPTIONS" or path in self._open_paths
 
-    def _is_right(self, given: bytes) -> bool:
-        """Digests have one length and every one is compared, so the time tells nothing about the secret."""
-        matches = [compare_digest(sha256(given).digest(), digest) for digest in self._accepted]
-        return any(matches)
+    def _name_of(self, given: bytes) -> str | None:
+        """Digests have one length and every one is compared, so the time tells nothing about the secrets."""
+        sent = sha256(given).digest()
+        matches = [name for digest, name in self._accepted if compare_digest(sent, digest)]
+        return matches[0] if matches else None
 
 
 def _given(headers: Headers) -> list[bytes]:

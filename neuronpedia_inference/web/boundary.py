@@ -17,6 +17,8 @@ from neuronpedia_inference.web.sse import EVENT_STREAM, ClientLeft, error_event
 
 log = logging.getLogger(__name__)
 ERROR_CODE = "neuronpedia_inference.error_code"
+CALLER = "neuronpedia_inference.caller"
+"""The name that goes with the secret of a request."""
 ID_HEADER = "X-Request-Id"
 
 
@@ -75,6 +77,8 @@ def _log_request(scope: Scope, headers: Headers, sent: _Sent, seconds: float) ->
         "out_bytes": sent.body_bytes,
     }
     level = logging.DEBUG if scope["path"] in ("/health", "/ready", "/metrics") and not code else logging.INFO
+    if scope.get(CALLER):
+        line["caller"] = scope[CALLER]
     log.log(level, "request", extra={**line, **({"code": code} if code else {})})
 
 

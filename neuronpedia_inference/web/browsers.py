@@ -26,7 +26,7 @@ class BrowserGate:
 
     def __init__(self, app: ASGIApp, settings: Settings, own_hosts: Iterable[str] = ()) -> None:
         """own_hosts: further names of this server."""
-        unset = ANY if settings.secret else ()
+        unset = ANY if settings.is_guarded else ()
         self.app = app
         self._hosts = _lowered((*(settings.allowed_hosts or unset), *_named(settings.server_host), *own_hosts))
         self._origins = _lowered(settings.allowed_origins or unset)

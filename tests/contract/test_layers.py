@@ -40,6 +40,7 @@ LAYERS = {
     "garbage": 1,
     "kept": 1,
     "digests": 1,
+    "secrets_file": 1,
     "load_options": 1,
     "costs": 1,
     "kept_vectors": 1,
