@@ -66,6 +66,19 @@ class Traced:
     """Whether it can be told from the others of its place."""
     first: Moment | None = None
     last: Moment | None = None
+    _doses: float = 0.0
+    """The sum over generated tokens."""
+    _n_generated: int = 0
+
+    @property
+    def dose(self) -> float | None:
+        """The mean over generated tokens, 0 where it did not act; None where it cannot be told."""
+        return self._doses / self._n_generated if self.is_known and self._n_generated else None
+
+    def push(self, doses: Numbers) -> None:
+        """[pos]: at the next generated tokens."""
+        self._doses += float(doses.sum())
+        self._n_generated += len(doses)
 
 
 def by_place(edits: Sequence[ResolvedEdit]) -> dict[str, list[int]]:
@@ -126,6 +139,9 @@ class Proof:
         """sides: [pos, side, n], of norm, projection, and activation where there is one."""
         selected = traced.resolved.on.weights(passed.places, np.array(passed.ids), len(self.prompt)) > 0
         acted = np.flatnonzero(selected & (sides[:, 0, 1] != sides[:, 1, 1]))
+        moved = np.where(selected, np.abs(sides[:, 1, 1] - sides[:, 0, 1]), 0.0)
+        norms = np.maximum(sides[:, 0, 0], np.finfo(np.float32).tiny)
+        traced.push((moved / norms)[passed.places >= len(self.prompt)])
         if len(acted) and traced.is_known:
             traced.first = traced.first or passed.moment(acted[0], sides)
             traced.last = passed.moment(acted[-1], sides)

@@ -9,6 +9,7 @@ from neuronpedia_inference.completion import Completion
 from neuronpedia_inference.domain import Sampling, Written
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.edits import plan_of, skips_special_tokens
+from neuronpedia_inference.operations.judging import Judging
 from neuronpedia_inference.operations.operation import Events, Operation, last
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.receipts import Account
@@ -50,11 +51,12 @@ async def _steered(request: SteerRequest, rt: Runtime, *, stream: bool) -> Async
         else:
             chat, story = await chat_story(request.prompt, wanted, rt, stream=stream, keeps_ending=False, watch=watch)
     account = await Account.of(STEER.name, request, story, rt) if request.receipt else None
+    source = Judging(story, rt, reproducible=request.reproducible) if request.judge else story
     if request.deltas:
         return Events(
-            story, lambda news: _side_by_side([_new(chat, story, *pair) for pair in enumerate(news)], account)
+            source, lambda news: _side_by_side([_new(chat, story, *pair) for pair in enumerate(news)], account)
         )
-    return Events(story, lambda _: _side_by_side([_so_far(chat, row) for row in story.rows], account))
+    return Events(source, lambda _: _side_by_side([_so_far(chat, row) for row in story.rows], account))
 
 
 def _wanted(request: SteerRequest, rt: Runtime) -> Completion:
@@ -68,7 +70,7 @@ def _wanted(request: SteerRequest, rt: Runtime) -> Completion:
         [plan, *([None] if request.compare else [])],
         _sampling(request),
         reads=watch_plan(request.watch or (), request.rules or (), rt),
-        proves=request.receipt,
+        proves=request.receipt or request.judge,
     )
 
 
@@ -91,6 +93,7 @@ def _so_far(chat: Chat | None, row: Transcript) -> SteerText:
         finish_reason=row.finish_reason,
         watch=None if row.watched is None else row.watched.so_far(),
         stopped_by=_stopped(row),
+        judge=row.judge,
     )
 
 
@@ -105,6 +108,7 @@ def _new(chat: Chat | None, story: Story, place: int, written: Written) -> Steer
         finish_reason=row.finish_reason,
         watch=None if row.watched is None else row.watched.newest(),
         stopped_by=_stopped(row),
+        judge=row.judge,
     )
 
 

@@ -11,6 +11,7 @@ from neuronpedia_inference.domain import TokenLogprob, Written
 from neuronpedia_inference.edits.proof import Proof
 from neuronpedia_inference.operations.growing import GrowingList, GrowingText
 from neuronpedia_inference.operations.watching import Watched
+from neuronpedia_inference.schemas.judge import SteerJudge
 from neuronpedia_inference.schemas.steer import NPLogprob, NPLogprobTop
 
 LEAST_LOGPROB = -100.0
@@ -32,6 +33,8 @@ class Transcript:
         self.watched: Watched | None = None
         self.proof: Proof | None = None
         """What its edits did."""
+        self.judge: SteerJudge | None = None
+        """Once it has ended, where that is asked for."""
         self.finish_reason: str | None = None
         self.rule: int | None = None
         """The one that ended the text at its last token."""

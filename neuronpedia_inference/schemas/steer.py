@@ -23,6 +23,7 @@ from neuronpedia_inference.schemas.common import (
     Wire,
     examples,
 )
+from neuronpedia_inference.schemas.judge import Judge, SteerJudge
 from neuronpedia_inference.schemas.receipt import Receipt
 from neuronpedia_inference.schemas.steering import AtMostSteers, Method, Steering, Strength, StrengthMultiplier
 from neuronpedia_inference.schemas.vectors import Vector
@@ -239,6 +240,7 @@ class SteerRequest(Steering, TextOrChat):
         description="With `stream`: each event holds only what is new since the one before; a chat's `messages` come "
         "with the last.",
     )
+    judge: Judge = False
     receipt: bool = Field(
         default=False,
         description="Also answer what the texts depended on, with proof that every edit acted: `receipt`, with the "
@@ -282,6 +284,7 @@ class SteerText(Reply):
     tokens: list[str] = Field(default=[], description="Its tokens, the one that ended it included.")
     logprobs: Annotated[list[NPLogprob] | None, Field(description="Null unless asked for.")] = None
     watch: SteerWatched | None = Field(default=None, description="What `watch` has read; null unless asked for.")
+    judge: SteerJudge | None = Field(default=None, description="How well it holds; null unless asked for.")
     stopped_by: SteerStop | None = Field(default=None, description="With `finish_reason` `stop_rule`: by which rule.")
     finish_reason: Literal["stop", "length", "stop_rule"] | None = Field(
         default=None,
