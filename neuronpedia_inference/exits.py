@@ -11,6 +11,8 @@ STOPPED = 0
 FAILED = 1
 WRONG_USAGE = 2
 ENGINE_DIED = 3
+DIFFERS = 4
+NOT_COMPARABLE = 5
 
 
 def by_signal(number: int) -> int:

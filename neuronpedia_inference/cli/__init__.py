@@ -14,20 +14,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neuronpedia_inference.cli import catalogue
+from neuronpedia_inference.cli import catalogue, replay
+from neuronpedia_inference.cli.loaded import load, ready_line, server_at
 from neuronpedia_inference.cli.options import DeviceOption, ModelOption, SetOption, SetsOption, settings_of
 from neuronpedia_inference.cli.output import console, facts, fail, line, print_json, table
 from neuronpedia_inference.cli.vectors import vectors
 from neuronpedia_inference.errors import EngineDied, InferenceError, InvalidRequest, StartupError, unknown_name
 from neuronpedia_inference.exits import ENGINE_DIED, FAILED, WRONG_USAGE, by_signal, leave
-from neuronpedia_inference.garbage import uncollected
 
 if TYPE_CHECKING:
     from neuronpedia_inference.operations import Operation
     from neuronpedia_inference.runtime import Runtime
     from neuronpedia_inference.settings import Settings
 
-ANSWER_TIMEOUT_S = 600.0
 SHOW_CURSOR = b"\x1b[?25h"
 # What the environment may say about other models; the demo is about the embedded one.
 OTHER_MODELS = (
@@ -137,7 +136,7 @@ def demo(
     from neuronpedia_inference.embedded import MODEL_ID
 
     settings = settings_of(None, without=OTHER_MODELS, model_id=MODEL_ID, device=device)
-    runtime = _load(settings)
+    runtime = load(settings)
     try:
         asyncio.run(show(console(), runtime, n_tokens=tokens))
     finally:
@@ -170,7 +169,7 @@ def call(
     from neuronpedia_inference.operations import validate
 
     validate(wanted, request)
-    runtime = _load(settings)
+    runtime = load(settings)
     try:
         asyncio.run(_run(wanted, request, runtime))
     finally:
@@ -191,7 +190,7 @@ def verify(
     on its blocks and SAEs computed by hand from their files. Exit code 1 if anything differs by more than rounding.
     """
     settings = settings_of(set_, model_id=model_id, sae_sets=sae_sets, device=device)
-    runtime = _load(settings)
+    runtime = load(settings)
     try:
         from neuronpedia_inference.checks import verify as verified
 
@@ -211,7 +210,7 @@ def verify(
         raise SystemExit(FAILED)
 
 
-for command in (catalogue.models, catalogue.sae, catalogue.plan):
+for command in (replay.replay, catalogue.models, catalogue.sae, catalogue.plan):
     app.command()(command)
 app.add_typer(vectors, name="vectors")
 
@@ -256,10 +255,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _ask_server(url: str, operation: Operation[Any], body: dict[str, Any], settings: Settings) -> None:
-    from neuronpedia_inference.client.over_http import OverHttp
-
-    key = None if settings.secret is None else settings.secret.get_secret_value()
-    server = OverHttp(url, key, timeout_s=ANSWER_TIMEOUT_S, patience_s=0)
+    server = server_at(url, settings)
     try:
         if operation.stream is None or not body.get("stream"):
             print_json(server.ask(operation.name, body))
@@ -283,37 +279,5 @@ async def _run(operation: Operation[Any], body: dict[str, Any], runtime: Runtime
 # Output
 
 
-def _load(settings: Settings) -> Runtime:
-    """Load with the steps shown on standard error."""
-    import time
-
-    from neuronpedia_inference.observability import start_logging
-
-    quiet = {} if "log_level" in settings.model_fields_set else {"log_level": "warning"}
-    start_logging(settings.model_copy(update=quiet))
-    errors = console(stderr=True)
-    started = time.perf_counter()
-    with uncollected(), errors.status("Starting") as status:
-        from neuronpedia_inference.runtime import Runtime
-
-        def show(step: str) -> None:
-            status.update(step)
-            if not errors.is_terminal:
-                errors.print(step, markup=False, highlight=False)
-
-        runtime = Runtime.load(settings, show)
-    errors.print(_ready_line(runtime, time.perf_counter() - started), style="dim", markup=False, highlight=False)
-    return runtime
-
-
 def _say_ready(runtime: Runtime, seconds: float) -> None:
-    line(_ready_line(runtime, seconds))
-
-
-def _ready_line(runtime: Runtime, seconds: float) -> str:
-    from neuronpedia_inference.observability import peak_memory_bytes
-
-    model, n_sources = runtime.model, len(runtime.shelf.sources)
-    saes = f"{n_sources} SAE{'' if n_sources == 1 else 's'}"
-    peak = f"peak memory {peak_memory_bytes() / 2**20:.0f} MiB"
-    return f"Ready in {seconds:.1f} s: {model.name} on {model.device}, {saes}, {peak}"
+    line(ready_line(runtime, seconds))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from neuronpedia_inference.client.captures import Captured, read_captured
+from neuronpedia_inference.client.replays import Replay, body_of, compared, receipt_in
 from neuronpedia_inference.client.results import (
     Contrast,
     Feature,
@@ -97,6 +98,11 @@ def steer(
     watched = None if watch is None else [_watch(one) for one in watch]
     body = {"prompt": sent, **(chosen.body() or {"features": []}), **_given({"watch": watched, **fields})}
     return Call("steer", body, lambda answer: _steered(answer, shown, chosen))
+
+
+def replay(receipt: Answer) -> Call[Replay]:
+    was = receipt_in(receipt)
+    return Call(was["operation"], body_of(was), lambda answer: compared(was, receipt_in(answer)))
 
 
 def _watch(one: OfFeature | Answer) -> dict[str, Any]:

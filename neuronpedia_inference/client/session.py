@@ -11,6 +11,7 @@ from neuronpedia_inference.client import calls
 from neuronpedia_inference.client.calls import Call, Messages, TensorCall
 from neuronpedia_inference.client.captures import Captured, difference, in_parts
 from neuronpedia_inference.client.corpus import Say, corpus, quiet
+from neuronpedia_inference.client.replays import Replay
 from neuronpedia_inference.client.results import (
     Contrast,
     Feature,
@@ -122,6 +123,10 @@ class Client:
     def chat(self, steering: Steering | None = None, **fields: Any) -> Chat:
         """A chat that keeps its turns: call it with what the user says."""
         return Chat(self, steering, fields)
+
+    def replay(self, receipt: Mapping[str, Any]) -> Replay:
+        """Run a receipt again, or an answer that has one, and compare. Raises InvalidRequest for what is neither."""
+        return self._ask(calls.replay(receipt))
 
     def sweep(self, prompt: str, maker: Maker, strengths: Sequence[float], **fields: Any) -> Sweep:
         """The same prompt steered by a feature at several strengths, and plain."""
@@ -266,6 +271,10 @@ class AsyncClient:
     def chat(self, steering: Steering | None = None, **fields: Any) -> AsyncChat:
         """A chat that keeps its turns: await a call with what the user says."""
         return AsyncChat(self, steering, fields)
+
+    async def replay(self, receipt: Mapping[str, Any]) -> Replay:
+        """Run a receipt again, or an answer that has one, and compare. Raises InvalidRequest for what is neither."""
+        return await self._ask(calls.replay(receipt))
 
     async def sweep(self, prompt: str, maker: Maker, strengths: Sequence[float], **fields: Any) -> Sweep:
         """The same prompt steered by a feature at several strengths, and plain."""

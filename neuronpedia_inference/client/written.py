@@ -74,6 +74,8 @@ class Steered(Result):
     steered: Text
     default: Text | None = None
     steering: Steering | None = None
+    receipt: dict[str, Any] | None = None
+    """What both depended on, with `receipt=True`; `Client.replay` runs it again."""
 
     def __repr__(self) -> str:
         return f"Steered({self.steered.text[:60]!r})"

@@ -7,19 +7,24 @@ import json
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
-from served import SOURCE
+from served import SOURCE, Served
+from typer.testing import CliRunner
 
 from neuronpedia_inference import embedded
+from neuronpedia_inference.cli import app, main
 from neuronpedia_inference.embedded.weights import default_cache_dir, model_folder
+from neuronpedia_inference.exits import DIFFERS, FAILED
 from neuronpedia_inference.runtime import Runtime
 
 PROMPT = "The most important thing is"
@@ -293,6 +298,27 @@ def test_no_path_and_no_machine_is_in_it_and_no_log_has_the_prompt(
     assert "sentence of which" in told
     assert "sentence of which" not in caplog.text
     assert json.loads(told)["features"][0]["sha256"]["decoder_row"] not in caplog.text
+
+
+def test_a_server_replays_it(
+    server: Served, receipt: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command, over HTTP."""
+    file = tmp_path / "receipt.json"
+    file.write_text(json.dumps(receipt), encoding="utf-8")
+    done = CliRunner().invoke(app, ["replay", str(file), "--url", server.url])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[-1] == "no difference"
+    changed = {**receipt, "request": {**receipt["request"], "prompt": "The least important thing is"}}
+    file.write_text(json.dumps(changed), encoding="utf-8")
+    done = CliRunner().invoke(app, ["replay", str(file), "--url", server.url])
+    assert done.exit_code == DIFFERS
+    assert done.stdout.splitlines()[-1].startswith("prompt, token 2: ' most' in the receipt, ' least' now")
+    file.write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["neuronpedia-inference", "replay", str(file), "--url", server.url])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == FAILED
 
 
 def test_what_would_be_too_much_is_refused(
