@@ -23,7 +23,15 @@ from neuronpedia_inference.domain import Source
 from neuronpedia_inference.embedded.weights import default_cache_dir
 from neuronpedia_inference.engine import weights
 from neuronpedia_inference.engine.engine import ModelEngine
-from neuronpedia_inference.engine.linear import TIMED_ROWS, Chosen, Shape, choose_products, described, names_of
+from neuronpedia_inference.engine.linear import (
+    TIMED_BY,
+    TIMED_ROWS,
+    Chosen,
+    Shape,
+    choose_products,
+    described,
+    names_of,
+)
 from neuronpedia_inference.engine.memory import free_bytes
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import ModelInfo
@@ -212,7 +220,7 @@ def _files(settings: Settings) -> list[Stamp] | None:
 def _choose_products(model: PreTrainedModel, settings: Settings) -> Mapping[Shape, Chosen]:
     """Timed once for each kind of machine, and kept in the cache folder."""
     machine = (_cpu_name(), os.cpu_count(), n_threads(settings), torch.__version__, str(model.dtype))
-    key = hashlib.sha256(repr((*machine, settings.weights_id, TIMED_ROWS)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((*machine, settings.weights_id, TIMED_ROWS, TIMED_BY)).encode()).hexdigest()[:16]
     file = default_cache_dir() / f"products-{key}.json"
     remembered = kept.read(file)
     chosen = choose_products(model, remembered if isinstance(remembered, dict) else None)

@@ -23,6 +23,8 @@ from torch.nn import functional
 
 TIMED_ROWS = (1, 2, 4, 8, 16, 64)
 """What is fastest for one of these is taken for all numbers of rows down to the one before, and from the last on."""
+TIMED_BY = "the thread's own time, in turns"
+"""What was chosen another way is chosen again."""
 _PART_SIZES = (*range(1, 9), *range(12, 33, 4), *range(40, 65, 8), *range(80, 257, 16))
 _PART_ROWS = _PART_SIZES[-1]
 _AHEAD_NUMBERS = 2**29
@@ -32,6 +34,9 @@ _ROUNDS = 3
 _CHECKED_ROWS = (1, 3, 40)
 _CHECKED_AGAIN_ROWS = (3,)
 _MUST_SAVE = 0.1
+_IS_FINE = time.get_clock_info("thread_time").resolution < 1e-6
+_clock = time.thread_time if _IS_FINE else time.perf_counter
+"""Of the thread that computes: it stands still while other processes have its core."""
 
 Shape = tuple[int, int]
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -158,11 +163,10 @@ def _fastest(layers: Sequence[nn.Linear]) -> dict[Shape, Chosen]:
     for n_rows in TIMED_ROWS:
         # With many rows time goes into arithmetic, whatever the cache holds: one layer of each shape will do.
         timed = layers if n_rows <= 8 else list({_shape(layer): layer for layer in layers}.values())
-        usual = _seconds(linear, n_rows, timed)
-        others = {product: _seconds(product, n_rows, timed) for product in candidates}
+        taken = _seconds((linear, *candidates), n_rows, timed)
         for shape, products in chosen.items():
-            best = min(others, key=lambda product, shape=shape: others[product][shape], default=linear)
-            saves = best is not linear and others[best][shape] < (1 - _MUST_SAVE) * usual[shape]
+            best = min(candidates, key=lambda product, shape=shape: taken[product][shape], default=linear)
+            saves = best is not linear and taken[best][shape] < (1 - _MUST_SAVE) * taken[linear][shape]
             products.append(best if saves else linear)
     return {shape: tuple(products) for shape, products in chosen.items()}
 
@@ -198,15 +202,20 @@ def _is_right(product: Product, layers: Sequence[nn.Linear], rows: Sequence[int]
     return True
 
 
-def _seconds(product: Product, n_rows: int, layers: Sequence[nn.Linear]) -> dict[Shape, float]:
-    """By shape, the fastest of the rounds through all layers: what disturbs a round only makes it slower."""
+def _seconds(
+    products: Sequence[Product], n_rows: int, layers: Sequence[nn.Linear]
+) -> dict[Product, dict[Shape, float]]:
+    """By product and shape, the fastest of the rounds through all layers: what disturbs a round only makes it slower.
+
+    The products take turns, so that what lasts longer than a round is in all of them.
+    """
     inputs = {_shape(one): torch.ones(n_rows, one.in_features, dtype=one.weight.dtype) for one in layers}
-    best: dict[Shape, float] = {}
-    for _ in range(_ROUNDS):
+    best = {product: dict.fromkeys(inputs, math.inf) for product in products}
+    for product in [*products] * _ROUNDS:
         taken = dict.fromkeys(inputs, 0.0)
         for layer in layers:
-            started = time.perf_counter()
+            started = _clock()
             product(inputs[_shape(layer)], layer.weight, layer.bias)
-            taken[_shape(layer)] += time.perf_counter() - started
-        best = {shape: min(best.get(shape, math.inf), seconds) for shape, seconds in taken.items()}
+            taken[_shape(layer)] += _clock() - started
+        best[product] = {shape: min(best[product][shape], seconds) for shape, seconds in taken.items()}
     return best
