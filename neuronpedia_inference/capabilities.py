@@ -33,6 +33,7 @@ def describe(
         "context_length": model.context_length,
         "sae_sets": list(shelf.source_sets),
         "sources": [source.name for source in shelf.sources],
+        "sources_coming": list(shelf.coming),
         "sources_ask_for": {source.name: list(source.asks) for source in shelf.sources if source.asks},
         "token_limit": token_limit(settings, model),
         "activation_token_limit": token_limit(settings, model),

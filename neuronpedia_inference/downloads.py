@@ -115,19 +115,28 @@ def fetch_saes(specs: Sequence[SourceSpec], progress: Callable[[str], None]) -> 
 
     How large they are is said first. Raises StartupError, also where the disk would not hold them.
     """
+    missing = missing_saes(specs, progress)
+    for number, (spec, n_bytes) in enumerate(missing.items(), 1):
+        progress(f"Downloading SAE {number} of {len(missing)}: {spec.name}, {n_bytes / GIB:.2f} GiB")
+        fetch_sae(spec)
+    return bool(missing)
+
+
+def missing_saes(specs: Sequence[SourceSpec], progress: Callable[[str], None]) -> dict[SourceSpec, int]:
+    """SAEs whose files are not here, and the bytes of those; what they come to is said.
+
+    Raises StartupError where the hub has not what is needed, or the disk would not hold it.
+    """
     missing = [spec for spec in specs if not is_here(spec)]
     if not missing:
-        return False
+        return {}
     check_hub(hub_location(missing[0])[0], "SAE_SETS")
     listed = cache(hub_files)
     sizes = [missing_sizes(spec, listed) for spec in missing]
-    total = sum(sum(one.values()) for one in sizes)
-    progress(f"{len(missing)} SAEs are not on this machine: {total / GIB:.2f} GiB to download")
+    found = dict(zip(missing, (sum(one.values()) for one in sizes), strict=True))
+    progress(f"{len(missing)} SAEs are not on this machine: {sum(found.values()) / GIB:.2f} GiB to download")
     check_disk(sum(map(disk_bytes, sizes)))
-    for number, (spec, one) in enumerate(zip(missing, sizes, strict=True), 1):
-        progress(f"Downloading SAE {number} of {len(missing)}: {spec.name}, {sum(one.values()) / GIB:.2f} GiB")
-        fetch_sae(spec)
-    return True
+    return found
 
 
 def fetch_sae(spec: SourceSpec) -> None:

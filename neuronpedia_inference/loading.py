@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -190,12 +190,13 @@ def _load(
         host_bytes=_bytes(settings.sae_host_gib) or int(SAE_SHARE * free_bytes(torch.device("cpu"))),
         budget_bytes=_bytes(settings.sae_memory_gib) or int(SAE_SHARE * free_bytes(engine.device)),
     )
-    downloads.fetch_saes(catalogue.specs, progress)
-    store.describe_all(progress)
+    coming = _fetch_some(catalogue.specs, settings, progress)
+    store.describe_all(progress, but={spec.name for spec in coming})
     for source in store.sources:
         _check_source(source, engine)
     _say_what_is_asked(store.sources)
-    left_bytes = max(0, free_bytes(engine.device) - store.n_bytes)
+    sae_bytes = store.most_bytes if coming or settings.download_on_request else store.n_bytes
+    left_bytes = max(0, free_bytes(engine.device) - sae_bytes)
     request_bytes = _bytes(settings.request_memory_gib) or int(REQUEST_SHARE * left_bytes)
     info = engine.model_info(
         has_bos=codec.has_bos,
@@ -204,6 +205,7 @@ def _load(
     )
     annotations = _annotations(settings, catalogue, store, info)
     newcomers = Newcomers(settings, partial(_add, store, engine))
+    newcomers.bring(coming)
     provenance = Provenance(info, store, files=_files(settings), products=names_of(chosen), folder=default_cache_dir())
     return Loaded(engine, codec, store, info, annotations, request_bytes, newcomers, provenance)
 
@@ -215,6 +217,23 @@ def _files(settings: Settings) -> list[Stamp] | None:
         return None if folder is None else [Stamp.of(file) for file in downloads.decisive_files(folder, settings)]
     except (OSError, StartupError):
         return None
+
+
+def _fetch_some(specs: Sequence[SourceSpec], settings: Settings, progress: Progress) -> Sequence[SourceSpec]:
+    """Have files of SAEs here that a start needs; the others, which it does not wait for.
+
+    It needs one, so that a start fails where none can be had, and all where LABELS_DIR is to be read for them.
+    """
+    if settings.labels_dir is not None:
+        downloads.fetch_saes(specs, progress)
+        return ()
+    missing = list(downloads.missing_saes(specs, progress))
+    if len(missing) == len(specs) and missing:
+        progress(f"Downloading {missing[0].name}")
+        downloads.fetch_sae(missing.pop(0))
+    if missing:
+        progress(f"{len(missing)} SAEs are downloaded while others are served")
+    return missing
 
 
 def _choose_products(model: PreTrainedModel, settings: Settings) -> Mapping[Shape, Chosen]:

@@ -15,7 +15,7 @@ import json
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -67,6 +67,11 @@ class Needs:
     @property
     def headroom(self) -> int:
         return CONTEXT_BYTES + int(HEADROOM_SHARE * (self.weights + self.saes + self.cache))
+
+    @property
+    def one_by_one(self) -> Needs:
+        """The same where features are read one by one, from their files: no SAE is in memory."""
+        return replace(self, saes=0)
 
     @property
     def total(self) -> int:

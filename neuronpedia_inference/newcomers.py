@@ -1,4 +1,5 @@
-"""SAEs that a request names and that are not served yet: fetched in the background where that is allowed.
+"""SAEs that are not served yet, fetched in the background: configured ones from the start on, and those that a request
+names where that is allowed.
 
 Nobody waits for them. Who asks meanwhile is told how far it is and to come again; the others are answered as ever.
 """
@@ -49,12 +50,35 @@ class Newcomers:
         self._add = add
         self._fetchers = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="sae-fetcher")
         self._coming: dict[str, _Coming] = {}
+        self._configured: dict[str, SourceSpec] = {}
+        """Those that are not served yet."""
         self._lock = Lock()
         self._taken = 0
         """Bytes that have been fetched, or are being fetched."""
 
+    def bring(self, specs: Iterable[SourceSpec]) -> None:
+        """Have configured SAEs fetched, the first before others, without any bound but the disk's."""
+        wanted = {spec.name: spec for spec in specs}
+        with self._lock:
+            self._configured |= wanted
+        for spec in wanted.values():
+            self._ask(spec)
+
+    @property
+    def configured(self) -> tuple[SourceSpec, ...]:
+        """Those that are not served yet, in the order of the configuration."""
+        with self._lock:
+            return tuple(self._configured.values())
+
+    def awaited(self, spec: SourceSpec) -> InferenceError:
+        """What is answered to who needs one of `configured`."""
+        return self._ask(spec)
+
     def refusal(self, name: str, served: Iterable[str]) -> InferenceError:
         """What is answered to who asks for a source that is not served; a fetch may have begun."""
+        configured = self._configured.get(name)
+        if configured is not None:
+            return self._ask(configured)
         spec = self._listed.get(name)
         if spec is None:
             return UnknownSource.named("source", name[:80], served)
@@ -102,10 +126,13 @@ class Newcomers:
         if not is_here(spec):
             sizes = downloads.missing_sizes(spec)
             coming.n_bytes = sum(sizes.values())
-            self._check(spec, sizes)
-            log.info("fetching source %s: %.2f GiB", spec.name, coming.n_bytes / GIB)
             with ExitStack() as unless_fetched:
-                unless_fetched.callback(self._give_back, coming.n_bytes)
+                if spec.name in self._configured:
+                    downloads.check_disk(downloads.disk_bytes(sizes))
+                else:
+                    self._check(spec, sizes)
+                    unless_fetched.callback(self._give_back, coming.n_bytes)
+                log.info("fetching source %s: %.2f GiB", spec.name, coming.n_bytes / GIB)
                 downloads.fetch_sae(spec)
                 unless_fetched.pop_all()
         self._add(spec)
@@ -131,6 +158,7 @@ class Newcomers:
         if error is None:
             with self._lock:
                 self._coming.pop(spec.name, None)
+                self._configured.pop(spec.name, None)
             return
         log.warning("source %s could not be fetched: %s", spec.name, error, exc_info=error)
         coming.ended_s = time.monotonic()

@@ -60,7 +60,7 @@ def price_of(gpu: str) -> Price | None:
 
 
 def costs(usd_per_hour: float, bytes_read: int) -> Costs:
-    """bytes_read: weights and SAEs, which a start reads from the volume."""
+    """bytes_read: weights, which a start reads from the volume; of SAEs it reads headers."""
     second = usd_per_hour / 3600
     start_s = RESTORED_START_S + bytes_read / VOLUME_BYTES_PER_S
     return Costs(

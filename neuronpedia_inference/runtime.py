@@ -69,7 +69,7 @@ class Runtime:
         self._engine = loaded.engine
         self._newcomers = loaded.newcomers
         self._codec = loaded.codec
-        self.shelf = Shelf(loaded.store, loaded.engine, loaded.annotations, loaded.newcomers.refusal)
+        self.shelf = Shelf(loaded.store, loaded.engine, loaded.annotations, loaded.newcomers)
         self._edits = EditResolver(loaded.engine, self.shelf, loaded.codec.special_ids)
         self.watches = WatchResolver(loaded.engine, self.shelf, max_top_k=settings.max_top_k)
         self.vectors = KeptVectors(int(settings.kept_vectors_mib * 2**20))

@@ -43,6 +43,8 @@ SAE_COLUMNS = (
     "limited",
 )
 
+NOT_HERE = "unknown: not on this machine"
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
@@ -57,7 +59,7 @@ def models(
     These are the embedded model and those in SAELens's directory: what MODEL_ID and SAE_SETS can be. Sets of the model
     that it was finetuned from are marked with its name, and what cannot be served has its reason. With --all and no
     model, every SAE of the directory is listed once. Bytes are those of files on this machine, and what they take in
-    SAE_DTYPE; nothing is asked of the hub. Piped, lines are tab-separated.
+    SAE_DTYPE; those of other SAEs are unknown, for nothing is asked of the hub. Piped, lines are tab-separated.
     """
     from neuronpedia_inference import inventory
     from neuronpedia_inference.saes.catalogue import known_models
@@ -116,8 +118,8 @@ def _facts(found: Sae) -> dict[str, str]:
         "hook": found.hook or "",
         "width": _number(found.width),
         "kind": found.kind,
-        "bytes on disk": _number(found.disk_bytes),
-        "bytes resident": _number(found.resident_bytes),
+        "bytes on disk": _number(found.disk_bytes) or NOT_HERE,
+        "bytes resident": _number(found.resident_bytes) or NOT_HERE,
         "refused": found.refused or "",
         "limited": found.limited or "",
     }
@@ -240,7 +242,9 @@ def plan(
     """Count the memory that a model and its SAEs need, and name the cheapest GPU of Modal that has it.
 
     Nothing is loaded. Local folders and the embedded model are counted from their files, others from the hub's
-    metadata. The headroom is a rule of thumb. Costs are of that GPU, from a dated table of prices.
+    metadata. SAEs count as they are once all features of all have been asked for, within MAX_LOADED_SAES and
+    SAE_MEMORY_GIB; features that are read, steered and watched one by one need none of them in memory, which the last
+    two columns are for. The headroom is a rule of thumb. Costs are of these GPUs, from a dated table of prices.
     """
     from neuronpedia_inference.memory import GIB, sizes
 
@@ -249,18 +253,22 @@ def plan(
     rows, costs_by_gpu = [], {}
     for dtypes in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")):
         needs = counted.needs(*dtypes)
+        least = needs.one_by_one
         parts = (needs.weights, needs.saes, needs.cache, needs.headroom, needs.total)
         sizes_in_gib = [f"{part / GIB:.2f}" for part in parts]
-        rows.append((*dtypes, *sizes_in_gib, needs.gpu or "more than one"))
-        if needs.gpu:
-            costs_by_gpu.setdefault(needs.gpu, needs.weights + needs.saes)
+        alone = (f"{least.total / GIB:.2f}", least.gpu or "more than one")
+        rows.append((*dtypes, *sizes_in_gib, needs.gpu or "more than one", *alone))
+        for gpu in filter(None, (needs.gpu, least.gpu)):
+            costs_by_gpu.setdefault(gpu, needs.weights)
     line(f"{settings.weights_id}: {counted.parameters:,} parameters, {counted.n_sources} SAEs; memory in GiB")
-    table(("MODEL_DTYPE", "SAE_DTYPE", "weights", "SAEs", "cache", "headroom", "total", "GPU"), rows)
+    table(
+        ("MODEL_DTYPE", "SAE_DTYPE", "weights", "SAEs", "cache", "headroom", "total", "GPU", "one by one", "GPU"), rows
+    )
     _cost_table(costs_by_gpu)
 
 
 def _cost_table(bytes_read: dict[str, int]) -> None:
-    """bytes_read: weights and SAEs, by GPU."""
+    """bytes_read: weights, by GPU."""
     from neuronpedia_inference.prices import costs, price_of
 
     rows = []

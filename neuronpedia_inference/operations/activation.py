@@ -204,7 +204,7 @@ def _peculiarities(sources: Sequence[Source], rt: Runtime) -> dict[str, Numbers]
 
 def _selected(request: RankingFields, rt: Runtime) -> tuple[Source, ...]:
     """The sources named, each once, in the order named; all of the set when none is."""
-    members = {source.name: source for source in rt.shelf.source_set(request.source_set)}
+    members = {source.name: source for source in rt.shelf.source_set(request.source_set, request.selected_sources)}
     for name in request.selected_sources:
         if name not in members:
             raise UnknownSource.named(f"source of set {request.source_set!r}:", name, members)

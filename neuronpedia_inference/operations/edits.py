@@ -81,7 +81,7 @@ def edits_of(steering: Steering, rt: Runtime) -> tuple[Edit, ...]:
 
 
 def _feature(one: SteerByFeature, rt: Runtime) -> Feature:
-    return Feature(choose_source(one.source, rt.shelf.sources), one.index)
+    return Feature(choose_source(one.source, lambda: rt.shelf.all_sources), one.index)
 
 
 def selection_of(on: wire.Selection) -> Selection:

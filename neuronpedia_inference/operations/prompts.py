@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from neuronpedia_inference.domain import Source, Tokens
@@ -18,10 +18,11 @@ def check_model(model: str, rt: Runtime) -> None:
         raise InvalidRequest(f"This server serves {rt.model.id!r}, not {model!r}")
 
 
-def choose_source(named: str | None, candidates: Sequence[Source]) -> str:
+def choose_source(named: str | None, every: Callable[[], Sequence[Source]]) -> str:
     """The source named, or the only one there is. Raises InvalidRequest where there are others."""
     if named is not None:
         return named
+    candidates = every()
     if len(candidates) == 1:
         return candidates[0].name
     names = ", ".join(source.name for source in candidates[:12]) or "none"

@@ -50,7 +50,7 @@ async def activations(request: ActivationsRequest, rt: Runtime) -> ActivationsRe
 
 async def top_k(request: TopKRequest, rt: Runtime) -> TopKResponse:
     """Raises InvalidRequest for an empty text or an open source, and what activation/topk-by-token raises."""
-    source = choose_source(request.source, rt.shelf.sources)
+    source = choose_source(request.source, lambda: rt.shelf.all_sources)
     wire = ActivationTopkByTokenBatchRequest(
         prompts=_texts(request.prompt),
         model=request.model or rt.model.id,
@@ -166,9 +166,10 @@ async def _one_feature(request: ActivationsRequest, index: int, texts: list[str]
 def _source_of_one(request: ActivationsRequest, rt: Runtime) -> Source:
     """Raises UnknownSource for a source that is not of the set named, and InvalidRequest for an open choice."""
     if request.source_set is None:
-        return rt.shelf.source(choose_source(request.source, rt.shelf.sources))
-    members = {source.name: source for source in rt.shelf.source_set(request.source_set)}
-    name = choose_source(request.source, list(members.values()))
+        return rt.shelf.source(choose_source(request.source, lambda: rt.shelf.all_sources))
+    wanted = () if request.source is None else (request.source,)
+    members = {source.name: source for source in rt.shelf.source_set(request.source_set, wanted)}
+    name = choose_source(request.source, lambda: list(members.values()))
     if name not in members:
         raise UnknownSource.named(f"source of set {request.source_set!r}:", name, members)
     return members[name]

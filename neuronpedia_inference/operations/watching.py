@@ -69,7 +69,7 @@ def _checked(asked: SteerWatch, where: str, rt: Runtime) -> Watch:
 
 
 def _only_source(where: str, rt: Runtime) -> str:
-    sources = rt.shelf.sources
+    sources = rt.shelf.all_sources
     if len(sources) == 1:
         return sources[0].name
     names = ", ".join(source.name for source in sources[:12]) or "none"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from neuronpedia_inference.engine.readout import Readout
 from neuronpedia_inference.errors import InferenceError, InvalidRequest, LimitExceeded, UnknownSource
 from neuronpedia_inference.saes.encode import NeuronReader
 from neuronpedia_inference.saes.residency import FreeLease
+from neuronpedia_inference.saes.specs import SourceSpec
 from neuronpedia_inference.saes.store import SaeStore
 
 NEURONS = "neurons"
@@ -23,8 +24,15 @@ LONGEST_NAME = 200
 """Of a source, as it is repeated to who asked for it."""
 
 
-class Refusal(Protocol):
-    def __call__(self, name: str, served: Iterable[str], /) -> InferenceError: ...
+class Newcomers(Protocol):
+    """SAEs that are not here yet."""
+
+    @property
+    def configured(self) -> tuple[SourceSpec, ...]: ...
+
+    def awaited(self, spec: SourceSpec, /) -> InferenceError: ...
+
+    def refusal(self, name: str, served: Iterable[str], /) -> InferenceError: ...
 
 
 class Shelf:
@@ -35,26 +43,36 @@ class Shelf:
         store: SaeStore,
         engine: ModelEngine,
         annotations: Mapping[str, SourceAnnotations],
-        refusal: Refusal,
+        newcomers: Newcomers,
     ) -> None:
-        """annotations: of sources of whose features something is known beside their weights.
-
-        refusal: what to raise for a name that is not served.
-        """
+        """annotations: of sources of whose features something is known beside their weights."""
         self._store = store
-        self._refusal = refusal
+        self._newcomers = newcomers
         self._engine = engine
         self._annotations = annotations
         self._searcher = Searcher(annotations)
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The SAEs, in directory order."""
+        """The SAEs that are here, in directory order."""
         return self._store.sources
 
     @property
+    def coming(self) -> tuple[str, ...]:
+        """Configured ones that are not here yet."""
+        return tuple(spec.name for spec in self._newcomers.configured)
+
+    @property
+    def all_sources(self) -> tuple[Source, ...]:
+        """Every SAE that is configured. Raises SourceComing while one is not here."""
+        self._check_here(self._newcomers.configured)
+        return self.sources
+
+    @property
     def source_sets(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(source.source_set for source in self.sources))
+        """Those that are configured."""
+        of_here = (source.source_set for source in self.sources)
+        return tuple(dict.fromkeys((*of_here, *(spec.source_set for spec in self._newcomers.configured))))
 
     def source(self, name: str) -> Source:
         """An SAE by its name, or a layer's neurons by a bare integer.
@@ -65,13 +83,19 @@ class Shelf:
             return self._neurons(name)
         source = self._store.find(name)
         if source is None:
-            raise self._refusal(name[:LONGEST_NAME], [source.name for source in self.sources])
+            raise self._newcomers.refusal(name[:LONGEST_NAME], [source.name for source in self.sources])
         return source
 
-    def source_set(self, name: str) -> tuple[Source, ...]:
-        """Every source of a set; "neurons" is the set of all layers' neurons. Raises UnknownSource."""
+    def source_set(self, name: str, wanted: Collection[str] = ()) -> tuple[Source, ...]:
+        """Every source of a set; "neurons" is the set of all layers' neurons.
+
+        wanted: names of those that are needed, all if it is empty; there may be others in the answer. Raises
+        UnknownSource, and SourceComing where one that is needed is not here yet.
+        """
         if name == NEURONS:
             return tuple(self._neurons(str(layer)) for layer in range(self._engine.n_layers))
+        coming = [spec for spec in self._newcomers.configured if spec.source_set == name]
+        self._check_here([spec for spec in coming if not wanted or spec.name in wanted])
         found = tuple(source for source in self.sources if source.source_set == name)
         if not found:
             raise UnknownSource.named("source set", name[:80], [*self.source_sets, NEURONS])
@@ -140,6 +164,10 @@ class Shelf:
     def close(self) -> None:
         """Those who wait for weights get NotReady."""
         self._store.close()
+
+    def _check_here(self, specs: Sequence[SourceSpec]) -> None:
+        if specs:
+            raise self._newcomers.awaited(specs[0])
 
     def _neurons(self, name: str) -> Source:
         layer = int(name[:8])

@@ -8,7 +8,7 @@ SAE that it does not need.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -97,10 +97,15 @@ class SaeStore:
             self._specs = {**self._specs, spec.name: spec}
             self._described = {**self._described, spec.name: about}
 
-    def describe_all(self, progress: Callable[[str], None] = lambda line: None) -> None:
-        """Read what each SAE is, to check it and learn its `Source`. Raises StartupError at a bad one."""
+    def describe_all(
+        self, progress: Callable[[str], None] = lambda line: None, but: Collection[str] = frozenset()
+    ) -> None:
+        """Read what each SAE is, to check it and learn its `Source`. Raises StartupError at a bad one.
+
+        but: names of those that are not here.
+        """
         for number, (name, spec) in enumerate(self._specs.items(), start=1):
-            if name not in self._described:
+            if name not in self._described and name not in but:
                 progress(f"SAE {number} of {len(self._specs)}: {name}")
                 self._described[name] = self._describe(spec, self._dtype)
 
@@ -121,6 +126,11 @@ class SaeStore:
         """What all of them take on the device, within the budget."""
         every = sum(about.n_bytes for about in self._described.values())
         return every if self._budget is None else min(every, self._budget)
+
+    @property
+    def most_bytes(self) -> int:
+        """What SAEs may take on the device, whichever are added."""
+        return self.n_bytes if self._budget is None else self._budget
 
     def find(self, name: str) -> Source | None:
         """A source that has been described."""
@@ -201,7 +211,7 @@ class SaeStore:
         with self._lock:
             masters = self._masters
             return {
-                "sources": len(self._specs),
+                "sources": len(self._described),
                 "max_loaded": self._max_loaded,
                 "budget_bytes": self._budget or 0,
                 "resident": len(self._readers),

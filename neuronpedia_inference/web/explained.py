@@ -127,10 +127,11 @@ EXPLAINED: dict[str, Explained] = {
         "Try again after `Retry-After` seconds, with fewer requests at once; or raise `MAX_CONCURRENT_REQUESTS`.",
     ),
     "source_coming": Explained(
-        "An SAE that a request named is being fetched, as `DOWNLOAD_ON_REQUEST` allows, or could not be. Requests that "
-        "do not need it are answered.",
+        "An SAE that a request needs is being fetched, or could not be: a configured one that was not on this machine "
+        "at the start, or one that the request named, as `DOWNLOAD_ON_REQUEST` allows. Others are answered.",
         "Source '20-gemmascope-res-16k' is being fetched, 0.28 GiB, for 12 s now. Ask again soon.",
-        "Ask again after `Retry-After` seconds; or name the source in `SAE_SETS`, and the next start has it.",
+        "Ask again after `Retry-After` seconds. `/v1/capabilities` lists configured ones that are still to come "
+        "(`sources_coming`).",
     ),
     "out_of_memory": Explained(
         "The device ran out of memory on this request. Its caches were freed; other requests go on.",

@@ -175,4 +175,11 @@ def test_the_command_shows_every_precision() -> None:
     shown = CliRunner().invoke(app, ["plan"])
     assert shown.exit_code == 0
     assert "134,515,008 parameters, 3 SAEs" in shown.output
-    assert shown.output.partition("US dollars")[0].count("T4") == 3
+    assert shown.output.partition("US dollars")[0].count("T4") == 6
+
+
+def test_saes_that_fit_nowhere_leave_a_gpu_for_features_one_by_one() -> None:
+    needs = memory.Needs("bfloat16", "float32", weights=54 * 2**30, saes=651 * 2**30, cache=2**30)
+    assert needs.gpu is None
+    assert needs.one_by_one.gpu == "A100-80GB"
+    assert needs.one_by_one.total == 55 * 2**30 + memory.CONTEXT_BYTES + int(memory.HEADROOM_SHARE * 55 * 2**30)

@@ -9,7 +9,7 @@ import ast
 import asyncio
 import inspect
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,6 +131,10 @@ class FakeRuntime:
         """Nothing to stop."""
 
     @property
+    def all_sources(self) -> Sequence[Source]:
+        return self.sources
+
+    @property
     def source_sets(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(source.source_set for source in self.sources))
 
@@ -140,7 +144,7 @@ class FakeRuntime:
                 return source
         raise UnknownSource.named("source", name, [source.name for source in self.sources])
 
-    def source_set(self, name: str) -> tuple[Source, ...]:
+    def source_set(self, name: str, wanted: Collection[str] = ()) -> tuple[Source, ...]:
         found = tuple(s for s in (*self.sources, *self._neurons()) if s.source_set == name)
         if not found:
             raise UnknownSource.named("source set", name, self.source_sets)
