@@ -294,7 +294,7 @@ class Runtime:
             n_numbers=(1 + proves) * sum(plan.n_numbers for plan in steered) + work.n_rows * len(sampling.logit_bias),
             n_read=n_read,
             read_whole=() if watches is None else watches.whole,
-            n_edits=sum(len(plan.edits) for plan in steered),
+            n_edits=(1 + proves) * sum(len(plan.edits) for plan in steered),
             reads_out=watches is not None and watches.reads_out,
             pattern=pattern,
         )

@@ -11,9 +11,9 @@ decides beside the selection, edits of the same place cannot be told apart.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,10 @@ from numpy.typing import NDArray
 from neuronpedia_inference.domain import Numbers, Tokens, Written
 from neuronpedia_inference.edits.plan import Edit
 from neuronpedia_inference.edits.select import Selection
+
+Places = NDArray[np.int64]
+PIECE_NUMBERS = 2**14
+"""Looked through without a stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,28 +61,15 @@ class Moment:
         return abs(self.after - self.before) / self.norm if self.norm else 0.0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Traced:
     """One edit: where it acted first and last."""
 
     resolved: ResolvedEdit
-    is_known: bool = True
+    is_known: bool
     """Whether it can be told from the others of its place."""
-    first: Moment | None = None
-    last: Moment | None = None
-    _doses: float = 0.0
-    """The sum over generated tokens."""
-    _n_generated: int = 0
-
-    @property
-    def dose(self) -> float | None:
-        """The mean over generated tokens, 0 where it did not act; None where it cannot be told."""
-        return self._doses / self._n_generated if self.is_known and self._n_generated else None
-
-    def push(self, doses: Numbers) -> None:
-        """[pos]: at the next generated tokens."""
-        self._doses += float(doses.sum())
-        self._n_generated += len(doses)
+    first: Moment | None
+    last: Moment | None
 
 
 def by_place(edits: Sequence[ResolvedEdit]) -> dict[str, list[int]]:
@@ -91,82 +82,104 @@ def by_place(edits: Sequence[ResolvedEdit]) -> dict[str, list[int]]:
 
 def n_numbers(edits: Sequence[ResolvedEdit]) -> int:
     """Read at every position, on both sides of the edits of every place."""
-    return 2 * sum(1 + len(some) + _n_reading(edits, some) for some in by_place(edits).values())
+    return 2 * (len(by_place(edits)) + len(edits) + sum(one.reads_here for one in edits))
 
 
-def _n_reading(edits: Sequence[ResolvedEdit], some: Sequence[int]) -> int:
-    return sum(edits[number].reads_here for number in some)
-
-
-@dataclass
 class Proof:
     """Of one row, as its numbers come."""
 
-    edits: Sequence[ResolvedEdit]
-    prompt: Tokens
-    traced: list[Traced] = field(init=False)
-    _waiting: deque[tuple[int, str]] = field(init=False)
-    """Ids and tokens whose numbers are to come."""
-    _n_seen: int = 0
+    def __init__(self, edits: Sequence[ResolvedEdit], prompt: Tokens) -> None:
+        self.edits = edits
+        self._n_prompt = len(prompt)
+        self._ids = list(prompt.ids)
+        self._tokens = list(prompt.strings)
+        self._n_seen = 0
+        """Positions whose numbers have come."""
+        self._n_numbers = n_numbers(edits)
+        self._places = [_Place([edits[number] for number in some]) for some in by_place(edits).values()]
+        self._place_of = {
+            number: (place, within)
+            for place, some in zip(self._places, by_place(edits).values(), strict=True)
+            for within, number in enumerate(some)
+        }
 
-    def __post_init__(self) -> None:
-        self._waiting = deque(zip(self.prompt.ids, self.prompt.strings, strict=True))
-        alone = {some[0] for some in by_place(self.edits).values() if len(some) == 1}
-        self.traced = [Traced(one, one.edit.when is None or n in alone) for n, one in enumerate(self.edits)]
-
-    def add(self, written: Written) -> None:
-        """Those of an edited row end in the numbers that `n_numbers` counts."""
-        self._waiting.extend(zip(written.token_ids, written.tokens, strict=True))
+    def add(self, written: Written) -> Generator[None, None, None]:
+        """Those of an edited row end in the numbers that `n_numbers` counts. A yield after each piece of the work."""
+        self._ids += written.token_ids
+        self._tokens += written.tokens
         if written.numbers is None or not self.edits:
             return
-        known = [self._waiting.popleft() for _ in written.numbers]
-        passed = _Passed(self._n_seen, *zip(*known, strict=True)) if known else _Passed(self._n_seen, (), ())
-        self._n_seen += len(known)
-        left = written.numbers[:, -n_numbers(self.edits) :]
-        for some in by_place(self.edits).values():
-            n_here = 1 + len(some) + _n_reading(self.edits, some)
-            here, left = left[:, : 2 * n_here], left[:, 2 * n_here :]
-            sides = here.reshape(len(here), 2, n_here)
-            activation = 1 + len(some)
-            for column, number in enumerate(some, start=1):
-                columns = [0, column]
-                if self.edits[number].reads_here:
-                    columns.append(activation)
-                    activation += 1
-                self._trace(self.traced[number], passed, sides[:, :, columns])
+        step = max(1, PIECE_NUMBERS // self._n_numbers)
+        for first in range(0, len(written.numbers), step):
+            self._take(written.numbers[first : first + step, -self._n_numbers :])
+            yield
 
-    def _trace(self, traced: Traced, passed: _Passed, sides: Numbers) -> None:
-        """sides: [pos, side, n], of norm, projection, and activation where there is one."""
-        selected = traced.resolved.on.weights(passed.places, np.array(passed.ids), len(self.prompt)) > 0
-        acted = np.flatnonzero(selected & (sides[:, 0, 1] != sides[:, 1, 1]))
-        moved = np.where(selected, np.abs(sides[:, 1, 1] - sides[:, 0, 1]), 0.0)
-        norms = np.maximum(sides[:, 0, 0], np.finfo(np.float32).tiny)
-        traced.push((moved / norms)[passed.places >= len(self.prompt)])
-        if len(acted) and traced.is_known:
-            traced.first = traced.first or passed.moment(acted[0], sides)
-            traced.last = passed.moment(acted[-1], sides)
+    def _take(self, left: Numbers) -> None:
+        at = np.arange(self._n_seen, self._n_seen + len(left))
+        self._n_seen += len(at)
+        ids = np.array(self._ids[at[0] : at[-1] + 1])
+        for place in self._places:
+            here, left = left[:, : 2 * place.n_numbers], left[:, 2 * place.n_numbers :]
+            place.add(at, ids, here.reshape(len(at), 2, place.n_numbers), self._n_prompt)
+
+    def traced(self, number: int) -> Traced:
+        """What is known of an edit."""
+        place, within = self._place_of[number]
+        is_known = self.edits[number].edit.when is None or len(place.selections) == 1
+        sides = (place.first, place.last) if is_known else ()
+        first, last = (self._moment(side, within) for side in sides) if sides else (None, None)
+        return Traced(self.edits[number], is_known, first, last)
+
+    def _moment(self, found: _Found, within: int) -> Moment | None:
+        position = int(found.positions[within])
+        if position < 0:
+            return None
+        norm, *numbers = found.numbers[within].tolist()
+        before, after, *activations = (None if math.isnan(one) else one for one in numbers)
+        return Moment(position, self._tokens[position], before, after, norm, *activations)
 
 
-@dataclass(frozen=True)
-class _Passed:
-    """Tokens whose numbers have come."""
+class _Found:
+    """Of every edit of a place, a token at which it acted."""
 
-    first: int
-    ids: tuple[int, ...]
-    tokens: tuple[str, ...]
+    def __init__(self, n_edits: int) -> None:
+        self.positions = np.full(n_edits, -1)
+        """[edit]; -1 where there is none."""
+        self.numbers = np.zeros((n_edits, 5))
+        """[edit, 5]: norm, projection before and after, activation before and after (NaN where none is read)"""
 
-    @property
-    def places(self) -> NDArray[np.int64]:
-        return np.arange(self.first, self.first + len(self.ids))
 
-    def moment(self, place: int, sides: Numbers) -> Moment:
-        (norm, *before), (_, *after) = sides[place].tolist()
-        return Moment(
-            position=self.first + int(place),
-            token=self.tokens[place],
-            before=before[0],
-            after=after[0],
-            norm=norm,
-            activation_before=before[1] if len(before) > 1 else None,
-            activation_after=after[1] if len(after) > 1 else None,
-        )
+class _Place:
+    """The edits that write at one place."""
+
+    def __init__(self, edits: Sequence[ResolvedEdit]) -> None:
+        n_edits = len(edits)
+        self.selections = [one.on for one in edits]
+        self._distinct = list(dict.fromkeys(self.selections))
+        self._which = [self._distinct.index(one) for one in self.selections]
+        reads = np.array([one.reads_here for one in edits])
+        self._activation = np.where(reads, n_edits + np.cumsum(reads), 0)
+        """[edit]: the column of its activation; 0 where it has none."""
+        self.n_numbers = 1 + n_edits + int(reads.sum())
+        self.first, self.last = _Found(n_edits), _Found(n_edits)
+
+    def add(self, at: Places, ids: Places, sides: Numbers, n_prompt: int) -> None:
+        """at, ids: [pos]. sides: [pos, side, n] of norm, projections and activations."""
+        n_edits = len(self.selections)
+        moved = sides[:, 0, 1 : 1 + n_edits] != sides[:, 1, 1 : 1 + n_edits]
+        selected = np.stack([on.weights(at, ids, n_prompt) > 0 for on in self._distinct], axis=1)
+        acted = moved & selected[:, self._which]
+        some = acted.any(axis=0)
+        self._note(self.first, some & (self.first.positions < 0), acted.argmax(axis=0), at, sides)
+        self._note(self.last, some, len(at) - 1 - acted[::-1].argmax(axis=0), at, sides)
+
+    def _note(self, into: _Found, edits: NDArray[np.bool_], rows: Places, at: Places, sides: Numbers) -> None:
+        """edits: [edit], of which there is something to note. rows: [edit], where."""
+        chosen = np.flatnonzero(edits)
+        rows = rows[chosen]
+        column = self._activation[chosen]
+        into.positions[chosen] = at[rows]
+        into.numbers[chosen, 0] = sides[rows, 0, 0]
+        for side in (0, 1):
+            into.numbers[chosen, 1 + side] = sides[rows, side, 1 + chosen]
+            into.numbers[chosen, 3 + side] = np.where(column > 0, sides[rows, side, column], np.nan)

@@ -100,8 +100,8 @@ class Account:
         if row.proof is None:
             return []
         norms = {Feature(one.source, one.index): one.norm for one in self.features}
-        traced = row.proof.traced
-        return Rows(len(traced), lambda n: _edit(traced[n], norms, self.vectors[n]))
+        proof = row.proof
+        return Rows(len(proof.edits), lambda n: _edit(proof.traced(n), norms, self.vectors[n]))
 
 
 class VectorDigest(NamedTuple):

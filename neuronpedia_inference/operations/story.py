@@ -11,6 +11,7 @@ from neuronpedia_inference.domain import Refusal, TokenLogprob, Written
 from neuronpedia_inference.edits.proof import Proof
 from neuronpedia_inference.operations.growing import GrowingList, GrowingText
 from neuronpedia_inference.operations.watching import Watched
+from neuronpedia_inference.pacing import paced
 from neuronpedia_inference.schemas.judge import SteerJudge
 from neuronpedia_inference.schemas.steer import NPLogprob, NPLogprobTop
 from neuronpedia_inference.schemas.watch import SteerEvent
@@ -54,8 +55,6 @@ class Transcript:
             self.events.add(written.refusals)
         if self.watched is not None:
             self.watched.add(written)
-        if self.proof is not None:
-            self.proof.add(written)
         self.finish_reason = written.finish_reason or self.finish_reason
         self.rule = written.rule if written.rule is not None else self.rule
 
@@ -77,6 +76,8 @@ class Story(AsyncIterator[tuple[Written, ...]]):
         news = await anext(self._source)
         for row, written in zip(self.rows, news, strict=True):
             row.add(written)
+            if row.proof is not None:
+                await paced(row.proof.add(written))
         return news
 
     async def rest(self, seconds: float) -> None:
