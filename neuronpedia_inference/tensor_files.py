@@ -1,4 +1,4 @@
-"""The safetensors format: read from bytes, with nothing executed, as arrays in float32."""
+"""The safetensors format: read from bytes, with nothing executed, as arrays."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from neuronpedia_inference.domain import Numbers
 from neuronpedia_inference.schemas.vectors import widened
 
@@ -14,7 +16,15 @@ MEDIA_TYPE = "application/x-safetensors"
 LENGTH_BYTES = 8
 """Of the number in front that says how long the header is."""
 MAX_HEADER_BYTES = 2**16
-NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+NAMES = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F64": "float64",
+    "I64": "int64",
+    "I32": "int32",
+}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4}
 METADATA = "__metadata__"
 
 
@@ -35,7 +45,7 @@ def header_of(raw: bytes, *, most: int = MAX_HEADER_BYTES) -> tuple[dict[str, An
 
 
 def read_tensors(raw: bytes, *, most: int = MAX_HEADER_BYTES) -> dict[str, Numbers]:
-    """Every tensor by its name, in its shape. Raises ValueError, which says what is wrong.
+    """Every tensor by its name, in its shape; bfloat16 becomes float32. Raises ValueError, which says what is wrong.
 
     most: bytes of the header.
     """
@@ -45,17 +55,18 @@ def read_tensors(raw: bytes, *, most: int = MAX_HEADER_BYTES) -> dict[str, Numbe
 
 def _tensor(name: str, about: Any, raw: bytes, start: int) -> Numbers:
     try:
-        kind, shape, (first, last) = NAMES.get(about["dtype"]), tuple(about["shape"]), about["data_offsets"]
+        kind, shape, (first, last) = str(about["dtype"]), tuple(about["shape"]), about["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise ValueError(f"its header says of {name[:80]!r} neither dtype, shape nor place") from None
-    if kind is None:
-        raise ValueError(f"{name[:80]!r} is in {str(about['dtype'])[:16]}; {', '.join(NAMES)} are read")
+    if kind not in NAMES:
+        raise ValueError(f"{name[:80]!r} is in {kind[:16]}; {', '.join(NAMES)} are read")
     if not all(type(one) is int and one >= 0 for one in (*shape, first, last)):
         raise ValueError(f"shape or place of {name[:80]!r} are no whole numbers")
-    item = 4 if kind == "float32" else 2
-    if last - first != math.prod(shape) * item or start + last > len(raw):
+    if last - first != math.prod(shape) * ITEM_BYTES[kind] or start + last > len(raw):
         raise ValueError(f"{name[:80]!r} of shape {list(shape)[:8]} does not fill bytes {first} to {last} of the file")
-    return widened(raw[start + first : start + last], kind).reshape(shape)
+    content = raw[start + first : start + last]
+    read = widened(content, "bfloat16") if kind == "BF16" else np.frombuffer(content, NAMES[kind])
+    return read.reshape(shape)
 
 
 def answer_in(raw: bytes) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.settings import Settings
+from neuronpedia_inference.tensor_files import answer_in, read_tensors
 
 Say = Callable[[str], None]
 
@@ -40,6 +41,17 @@ OF_ONE_MODEL = (
 RAISED = (ValueError, LookupError, RuntimeError, TimeoutError, MemoryError, OSError)
 """What `errors.builtin_errors` lets through."""
 PATIENCE_S = 60.0
+
+
+TENSORS = ("safetensors", "numpy")
+"""What `format` may be of a method whose answer may be tensors: the bytes of a file, or arrays."""
+
+
+def in_form(form: str, raw: bytes) -> bytes | dict[str, Any]:
+    """raw: a file of tensors. With `numpy` a dictionary of `tensors`, by name, and `answer`, everything else."""
+    if form == "safetensors":
+        return raw
+    return {"tensors": read_tensors(raw, most=len(raw)), "answer": dict(answer_in(raw))}
 
 
 # Parameters

@@ -142,12 +142,19 @@ class Serving:
         leave: Any = modal.experimental.stop_fetching_inputs
         await leave.aio()
 
-    async def _answer(self, operation: str, body: Any, fields: Body) -> Answer:
+    async def _answer(self, operation: str, body: Any, fields: Body) -> Any:
+        """A dictionary; where the answer may be tensors and `format` says so, bytes or a dictionary with arrays."""
         from neuronpedia_inference.observability import bound_request_id, new_request_id
-        from neuronpedia_inference.operations import answer, by_name
+        from neuronpedia_inference.operations import answer, answer_pieces, by_name
 
         with bound_request_id(new_request_id(modal.current_input_id() or "")), builtin_errors():
-            return await answer(by_name[operation], jobs.merged(body, fields), self._serving())
+            wanted = jobs.merged(body, fields)
+            form = wanted.get("format") if by_name[operation].has_tensors else None
+            if form not in jobs.TENSORS:
+                return await answer(by_name[operation], wanted, self._serving())
+            asked = {**wanted, "format": "safetensors"}
+            async with aclosing(await answer_pieces(by_name[operation], asked, self._serving())) as pieces:
+                return jobs.in_form(form, b"".join([piece async for piece in pieces]))
 
     def _serving(self) -> "Runtime":
         assert self._runtime
@@ -288,17 +295,11 @@ class Serving:
     @modal.method()
     async def capture(self, prompt: str | list[Any] | Body, points: list[str] | None = None, **fields: Any) -> Any:
         """The vectors that pass at points. Fields: `CaptureRequest`. With `format="safetensors"` the bytes of a file:
-        `safetensors.numpy.load(bytes)` gives arrays by the name of their point.
+        `safetensors.numpy.load(bytes)` gives arrays by the name of their point; with `format="numpy"` a dictionary of
+        `tensors`, these arrays, and `answer`, everything else.
         """
         body = jobs.prompted(prompt) | ({} if points is None else {"points": points})
-        if jobs.merged(body, fields).get("format") != "safetensors":
-            return await self._answer("capture", body, fields)
-        from neuronpedia_inference.operations import answer_pieces, by_name
-
-        with builtin_errors():
-            pieces = await answer_pieces(by_name["capture"], jobs.merged(body, fields), self._serving())
-            async with aclosing(pieces):
-                return b"".join([piece async for piece in pieces])
+        return await self._answer("capture", body, fields)
 
     # The service itself
 

@@ -25,6 +25,8 @@ class Captured:
     """All its tokens, as text."""
     token_ids: tuple[int, ...]
     is_special: tuple[bool, ...]
+    positions: tuple[int, ...]
+    """Which of them were read; of a mean, those it is over."""
     states: Mapping[str, Numbers]
 
     def __getitem__(self, point: str) -> Numbers:
@@ -43,7 +45,9 @@ def read_captured(raw: bytes) -> list[Captured]:
         place, cut, point = name.partition("/")
         found[int(place) if cut else 0][point if cut else name] = array
     return [
-        Captured(tuple(one["tokens"]), tuple(one["token_ids"]), tuple(one["is_special"]), states)
+        Captured(
+            tuple(one["tokens"]), tuple(one["token_ids"]), tuple(one["is_special"]), tuple(one["positions"]), states
+        )
         for one, states in zip(results, found, strict=True)
     ]
 

@@ -24,7 +24,7 @@ from neuronpedia_inference.errors import InvalidRequest, UnknownSource
 from neuronpedia_inference.operations.kept_vectors import numbers_of
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model, check_size, tokenize_prompts
-from neuronpedia_inference.operations.rendering import Entries, Rows
+from neuronpedia_inference.operations.tensors import Columns, Pairs, prefix_of
 from neuronpedia_inference.questions import Active, OneFeature, Projection, Strongest
 from neuronpedia_inference.schemas.activation import (
     ActivationAllBatchRequest,
@@ -60,7 +60,7 @@ async def activation_single(request: ActivationSingleRequest, rt: Runtime) -> Ac
 
 async def activation_single_batch(request: ActivationSingleBatchRequest, rt: Runtime) -> ActivationSingleBatchResponse:
     """One result per prompt. Raises InvalidRequest (pair rule, index, empty prompt), UnknownSource, LimitExceeded."""
-    return ActivationSingleBatchResponse(results=await _single(request, request.prompts, rt))
+    return ActivationSingleBatchResponse.model_construct(results=await _single(request, request.prompts, rt))
 
 
 async def activation_all(request: ActivationAllRequest, rt: Runtime) -> ActivationAllResponse:
@@ -82,8 +82,10 @@ async def activation_source(request: ActivationSourceRequest, rt: Runtime) -> Ac
     found = await rt.ask(Active(prompts, source, rt.settings.max_result_values, first=1 if prompts[0].has_bos else 0))
     return ActivationSourceResponse.model_construct(
         results=[
-            ActivationSourceResult.model_construct(tokens=list(tokens.strings), activeFeatures=_pairs(active))
-            for tokens, active in zip(prompts, found, strict=True)
+            ActivationSourceResult.model_construct(
+                tokens=list(tokens.strings), activeFeatures=_pairs(active, prefix_of(number, len(prompts)))
+            )
+            for number, (tokens, active) in enumerate(zip(prompts, found, strict=True))
         ]
     )
 
@@ -114,7 +116,10 @@ async def _feature(source: Source, index: int, prompts: Sequence[str], rt: Runti
     if any(len(tokens) <= start for tokens in batch):
         raise InvalidRequest("Prompt is empty")
     found = await rt.ask(OneFeature(batch, source, index, dfa_from=start))
-    return [_result(tokens, one, start) for tokens, one in zip(batch, found, strict=True)]
+    return [
+        _result(tokens, one, start, prefix_of(number, len(batch)))
+        for number, (tokens, one) in enumerate(zip(batch, found, strict=True))
+    ]
 
 
 async def _projection(
@@ -123,18 +128,21 @@ async def _projection(
     """Nothing is left out or masked."""
     batch = tokenize_prompts(rt, prompts, "natural", allow_empty=False)
     found = await rt.ask(Projection(batch, hook, vector))
-    return [_result(tokens, FeatureActivations(values), 0) for tokens, values in zip(batch, found, strict=True)]
+    return [
+        _result(tokens, FeatureActivations(values), 0, prefix_of(number, len(batch)))
+        for number, (tokens, values) in enumerate(zip(batch, found, strict=True))
+    ]
 
 
-def _result(tokens: Tokens, found: FeatureActivations, start: int) -> ActivationSingleResponse:
+def _result(tokens: Tokens, found: FeatureActivations, start: int, prefix: str) -> ActivationSingleResponse:
     """The part from position `start` on, in coordinates of its own."""
-    values: list[float] = found.values[start:].tolist()
-    top = max(values)
-    return ActivationSingleResponse(
-        activation=ActivationValues(
-            values=values,
-            max_value=top,
-            max_value_index=values.index(top),
+    values = found.values[start:]
+    top = int(values.argmax())
+    return ActivationSingleResponse.model_construct(
+        activation=ActivationValues.model_construct(
+            values=Columns.of(f"{prefix}values", values),
+            max_value=float(values[top]),
+            max_value_index=top,
             **dfa_fields(found.dfa, start),
         ),
         tokens=list(tokens.strings[start:]),
@@ -157,9 +165,15 @@ def dfa_fields(dfa: Dfa | None, start: int = 0) -> dict[str, Any]:
 async def _all(request: RankingFields, prompts: Sequence[str], rt: Runtime) -> list[ActivationAllResponse]:
     return [
         ActivationAllResponse.model_construct(
-            activations=Rows(len(found), lambda row, found=found: _ranked(found[row])), tokens=list(tokens.strings)
+            activations=Columns(
+                len(found),
+                lambda row, found=found: _ranked(found[row]),
+                {f"{prefix_of(number, len(prompts))}values": found.values},
+                lambda row, found=found: _ranked(found[row]).model_copy(update={"values": []}),
+            ),
+            tokens=list(tokens.strings),
         )
-        for tokens, found in await rankings(request, prompts, rt)
+        for number, (tokens, found) in enumerate(await rankings(request, prompts, rt))
     ]
 
 
@@ -232,14 +246,15 @@ def _ranked(row: RankedFeature) -> ActivationAllFeature:
     )
 
 
-def _pairs(active: ActiveFeatures) -> Entries:
+def _pairs(active: ActiveFeatures, prefix: str) -> Pairs:
     """Feature → (position, value) pairs."""
+    columns = ("indices", "starts", "ends", "positions", "values")
 
     def entry(row: int) -> tuple[str, list[tuple[int, float]]]:
         index, positions, values = active[row]
         return str(index), [(position, round(value, 3)) for position, value in zip(positions, values, strict=True)]
 
-    return Entries(len(active), entry)
+    return Pairs(len(active), entry, {prefix + name: getattr(active, name) for name in columns})
 
 
 ACTIVATION_SINGLE = Operation(
@@ -250,6 +265,7 @@ ACTIVATION_SINGLE = Operation(
     summary="Activations of one feature, or projections on a vector, over one prompt",
     run=activation_single,
     casing="both",
+    has_tensors=True,
 )
 ACTIVATION_SINGLE_BATCH = Operation(
     name="activation_single_batch",
@@ -259,6 +275,7 @@ ACTIVATION_SINGLE_BATCH = Operation(
     summary="Activations of one feature, or projections on a vector, over up to 4 prompts",
     run=activation_single_batch,
     casing="both",
+    has_tensors=True,
 )
 ACTIVATION_ALL = Operation(
     name="activation_all",
@@ -267,6 +284,7 @@ ACTIVATION_ALL = Operation(
     response=ActivationAllResponse,
     summary="The features of a source set that fire most on one prompt",
     run=activation_all,
+    has_tensors=True,
 )
 ACTIVATION_ALL_BATCH = Operation(
     name="activation_all_batch",
@@ -275,6 +293,7 @@ ACTIVATION_ALL_BATCH = Operation(
     response=ActivationAllBatchResponse,
     summary="The features of a source set that fire most, for up to 4 prompts",
     run=activation_all_batch,
+    has_tensors=True,
 )
 ACTIVATION_SOURCE = Operation(
     name="activation_source",
@@ -283,4 +302,5 @@ ACTIVATION_SOURCE = Operation(
     response=ActivationSourceResponse,
     summary="Every feature of a source that fires, with its positions and activations",
     run=activation_source,
+    has_tensors=True,
 )

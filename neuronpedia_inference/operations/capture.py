@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from neuronpedia_inference.domain import ChatMessage, Numbers, Tokens
+import numpy as np
+
+from neuronpedia_inference.domain import ChatMessage, Positions, Tokens
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
-from neuronpedia_inference.operations.edits import checked_plan, skips_special_tokens
+from neuronpedia_inference.operations.edits import checked_plan, selection_of, skips_special_tokens
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.tensors import Arrays
 from neuronpedia_inference.questions.states import States
 from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.schemas.capture import CaptureRequest, CaptureResponse, CaptureResult
+from neuronpedia_inference.schemas.edits import Selection
 from neuronpedia_inference.schemas.inside import MAX_TEXTS
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ async def capture(request: CaptureRequest, rt: Runtime) -> CaptureResponse:
     points = {name: Point.parse(name) for name in request.points}
     width = sum(rt.width(point) for point in points.values())
     batch, is_several = _batch(request, rt)
-    n_rows = sum(map(len, batch)) if request.positions == "all" else len(batch)
+    places = [_places(request.positions, tokens, number) for number, tokens in enumerate(batch)]
+    n_rows = len(batch) if request.positions == "mean" else sum(map(len, places))
     most = rt.settings.max_result_values * (SMALLER if request.format == "safetensors" else 1)
     if n_rows * width > most:
         raise LimitExceeded(
@@ -42,21 +45,15 @@ async def capture(request: CaptureRequest, rt: Runtime) -> CaptureResponse:
     is_chat = not isinstance(request.prompt, str) and not is_several
     skips = skips_special_tokens(request, is_chat=is_chat)
     plan = await checked_plan(request, rt, skip_special_tokens=skips)
-    question = States(batch, list(points.values()), request.positions, n_rows * width, request.dtype)
+    positions = places if isinstance(request.positions, Selection) else request.positions
+    question = States(batch, list(points.values()), positions, n_rows * width, request.dtype)
     with reproducibly(request.reproducible):
         found = await rt.ask(question, plan)
     results = []
     for number, (tokens, states) in enumerate(zip(batch, found, strict=True)):
         arrays = {name: states[point] for name, point in points.items()}
-        results.append(_result(tokens, Arrays(arrays, prefix=f"{number}/" if is_several else "")))
+        results.append(_result(tokens, places[number], Arrays(arrays, prefix=f"{number}/" if is_several else "")))
     return CaptureResponse.model_construct(positions=request.positions, dtype=request.dtype, results=results)
-
-
-def tensors(reply: Any) -> tuple[Mapping[str, Numbers], CaptureResponse]:
-    """The arrays of an answer by their names in a file, and the answer without them."""
-    arrays = {name: array for one in reply.results for name, array in one.states.named.items()}
-    bare = [one.model_copy(update={"states": {}}) for one in reply.results]
-    return arrays, CaptureResponse.model_construct(positions=reply.positions, dtype=reply.dtype, results=bare)
 
 
 def _batch(request: CaptureRequest, rt: Runtime) -> tuple[list[Tokens], bool]:
@@ -80,12 +77,30 @@ def _tokens(text: str, rt: Runtime) -> Tokens:
     return rt.tokenize(text, "once")
 
 
-def _result(tokens: Tokens, states: Arrays) -> CaptureResult:
+def _places(positions: Positions | Selection, tokens: Tokens, number: int) -> list[int]:
+    """Of a text's tokens those that are read. Raises InvalidRequest for a selection that is not of a prompt."""
+    if not isinstance(positions, Selection):
+        special = tokens.is_special if positions == "mean" else (False,) * len(tokens)
+        counted = [place for place, is_special in enumerate(special) if not is_special]
+        return counted[-1:] if positions == "last" else counted
+    if positions.phase == "generated":
+        raise InvalidRequest("positions.phase: nothing is generated here, so there is nothing to select of it")
+    if positions.ramp is not None:
+        raise InvalidRequest("positions.ramp: a vector is read or not; a ramp is for edits. Give `from` and `to`.")
+    weights = selection_of(positions).weights(np.arange(len(tokens)), np.asarray(tokens.ids), len(tokens))
+    chosen = np.flatnonzero(weights).tolist()
+    if not chosen:
+        raise InvalidRequest(f"positions: selects none of the {len(tokens)} tokens of text {number}. Choose others.")
+    return chosen
+
+
+def _result(tokens: Tokens, places: list[int], states: Arrays) -> CaptureResult:
     return CaptureResult.model_construct(
         tokens=list(tokens.strings),
         token_ids=list(tokens.ids),
         is_special=list(tokens.is_special),
         has_bos=tokens.has_bos,
+        positions=places,
         states=states,
     )
 
@@ -97,5 +112,5 @@ CAPTURE = Operation(
     response=CaptureResponse,
     summary="The vectors that pass at points of the model, under any steering",
     run=capture,
-    tensors=tensors,
+    has_tensors=True,
 )

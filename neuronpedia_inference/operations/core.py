@@ -31,7 +31,7 @@ from neuronpedia_inference.operations.reading import ACTIVATIONS, TOP_K
 from neuronpedia_inference.operations.rendering import Spelling, json_pieces, plain_pieces
 from neuronpedia_inference.operations.score import SCORE
 from neuronpedia_inference.operations.steer import STEER_COMPLETION, STEER_COMPLETION_CHAT
-from neuronpedia_inference.operations.tensors import tensor_pieces
+from neuronpedia_inference.operations.tensors import apart, tensor_pieces
 from neuronpedia_inference.operations.tokenize import TOKENIZE
 from neuronpedia_inference.operations.top_k import ACTIVATION_TOPK_BY_TOKEN, ACTIVATION_TOPK_BY_TOKEN_BATCH
 from neuronpedia_inference.operations.vectors import UTIL_SAE_TOPK_BY_DECODER_COSSIM, UTIL_SAE_VECTOR
@@ -186,20 +186,20 @@ async def answer_pieces(
         count = if_refused.enter_context(runtime.metrics.request(operation.name))
         with Stay() as stay:
             request = await validate_in_turns(operation, body)
-            if accepts_tensors and operation.tensors is not None and getattr(request, "format", None) is None:
+            if accepts_tensors and operation.has_tensors and getattr(request, "format", None) is None:
                 request = request.model_copy(update={"format": "safetensors"})
             reply = await operation.run(request, runtime)
         if_refused.pop_all()
     spelling = _spelling(operation, body)
-    if operation.tensors is not None and _is_of_tensors(operation, request):
-        counted = _Counted(paced_items(tensor_pieces(*operation.tensors(reply), spelling)), _itself, count, stay)
+    if _is_of_tensors(operation, request):
+        counted = _Counted(paced_items(tensor_pieces(*apart(reply), spelling)), _itself, count, stay)
         counted.media_type = MEDIA_TYPE
         return counted
     return _Counted(paced_items(json_pieces(reply, spelling, omit_null=operation.omits_null)), _itself, count, stay)
 
 
 def _is_of_tensors(operation: Operation[Any], request: Wire) -> bool:
-    return operation.tensors is not None and getattr(request, "format", None) == "safetensors"
+    return operation.has_tensors and getattr(request, "format", None) == "safetensors"
 
 
 async def answer_events(operation: Operation[Any], body: Body, runtime: Runtime) -> Events[Any, dict[str, Any]]:

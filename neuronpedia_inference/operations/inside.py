@@ -13,6 +13,7 @@ from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.rendering import Rows
+from neuronpedia_inference.operations.tensors import Columns, prefix_of
 from neuronpedia_inference.questions.states import HeadPattern, States
 from neuronpedia_inference.schemas.inside import (
     ActivationAttentionRequest,
@@ -39,10 +40,13 @@ async def attention(request: ActivationAttentionRequest, rt: Runtime) -> Activat
     found = await rt.ask(HeadPattern(tokens, request.layer, request.head))
     n = len(tokens)
     is_shown = n > 1  # a token by itself has nowhere else to look
-    return ActivationAttentionResponse(
+    shown = slice(0, len(found.weights) if is_shown else 0)
+    queries, keys, weights = found.queries[shown], found.keys[shown], found.weights[shown]
+    indices, rounded = (queries * n + keys).tolist(), _rounded(weights)
+    return ActivationAttentionResponse.model_construct(
         seq_len=n,
-        attention_indices=(found.queries * n + found.keys).tolist() if is_shown else [],
-        attention_values=_rounded(found.weights) if is_shown else [],
+        attention_indices=Columns(len(indices), indices.__getitem__, {"queries": queries, "keys": keys}),
+        attention_values=Columns(len(rounded), rounded.__getitem__, {"weights": weights}),
         max_activation=round(found.largest, DECIMALS),
         tokens=list(tokens.strings),
     )
@@ -67,6 +71,10 @@ async def raw(request: ActivationRawRequest, rt: Runtime) -> ActivationRawRespon
     found = await rt.ask(States(batch, points, "last", n_numbers))
     is_short = rt.model.dtype != "float32"
 
+    def by_point(place: int) -> dict[str, Numbers]:
+        prefix = prefix_of(place, len(batch))
+        return {prefix + point.name: found[place][point] for point in points}
+
     def result(place: int) -> RawResult:
         tokens, states = batch[place], found[place]
 
@@ -75,10 +83,13 @@ async def raw(request: ActivationRawRequest, rt: Runtime) -> ActivationRawRespon
             rows = [_rounded(row) if is_short else row.tolist() for row in values]
             return RawActivation(layer=layers[number], token_indices=[len(tokens) - 1], values=rows)
 
+        def bare(number: int) -> RawActivation:
+            return RawActivation(layer=layers[number], token_indices=[len(tokens) - 1], values=[])
+
         return RawResult.model_construct(
             token_strings=list(tokens.strings),
             token_ids=list(tokens.ids),
-            activations=Rows(len(layers), activation),
+            activations=Columns(len(layers), activation, by_point(place), bare),
         )
 
     return ActivationRawResponse.model_construct(
@@ -113,6 +124,7 @@ ACTIVATION_ATTENTION = Operation(
     summary="Where one attention head looks",
     run=attention,
     casing="camel",
+    has_tensors=True,
 )
 ACTIVATION_RAW = Operation(
     name="activation_raw",
@@ -122,4 +134,5 @@ ACTIVATION_RAW = Operation(
     summary="The residual stream behind layers, at each prompt's last token",
     run=raw,
     casing="camel",
+    has_tensors=True,
 )

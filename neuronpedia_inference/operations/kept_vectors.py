@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from neuronpedia_inference.domain import Numbers
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.operation import Operation
@@ -39,6 +41,10 @@ def of_tensors(tensors: Mapping[str, Numbers]) -> dict[str, Any]:
             raise InvalidRequest(
                 f"{name[:80]!r} has the shape {list(tensor.shape)[:8]}; a vector is [width] or [1, width]. "
                 "Send the one row that is meant, or their mean."
+            )
+        if not np.issubdtype(tensor.dtype, np.floating):
+            raise InvalidRequest(
+                f"{name[:80]!r} holds whole numbers ({tensor.dtype}); a vector is of float32, 16 bit or not."
             )
     return {"vectors": [{"name": name, "vector": tensor.reshape(-1)} for name, tensor in tensors.items()]}
 

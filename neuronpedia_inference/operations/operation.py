@@ -41,8 +41,8 @@ class Operation(Generic[Req]):
     """GET: fields are parts of the path or of the query, and there is no body."""
     casing: Literal["snake", "camel", "both"] = "snake"
     """Spelling of the answer when the request's keys do not show one."""
-    tensors: Callable[[Any], tuple[Mapping[str, Numbers], Wire]] | None = None
-    """Of its answer the arrays and the rest, where it may be a file of tensors."""
+    has_tensors: bool = False
+    """Whether the answer may be a file of tensors."""
     from_tensors: Callable[[Mapping[str, Numbers]], dict[str, Any]] | None = None
     """Of a file of tensors the body that means the same, where it may be sent instead."""
     off_modal_because: str = ""

@@ -3,20 +3,47 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel
 
 from neuronpedia_inference.domain import Numbers
 from neuronpedia_inference.operations.rendering import Entries, Rows, Spelling, json_pieces
+from neuronpedia_inference.tensor_files import NAMES
 
 PIECE_BYTES = 2**18
-DTYPES = {"float32": "F32", "float16": "F16"}
+KINDS = {dtype: kind for kind, dtype in NAMES.items()}
+
+
+class Columns(Rows[Any]):
+    """Part of an answer whose numbers are arrays: as JSON its rows are made of them, as tensors they leave as they are.
+
+    named: the arrays, by their names in a file. bare: what stays of a row without them; None where nothing does.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        make: Callable[[int], Any],
+        named: Mapping[str, Numbers],
+        bare: Callable[[int], Any] | None = None,
+    ) -> None:
+        super().__init__(n, make)
+        self.named = named
+        self.without: Any = [] if bare is None else Rows(n, bare)
+
+    @classmethod
+    def of(cls, name: str, array: Numbers) -> Columns:
+        """A list of numbers, or of lists of numbers."""
+        return cls(len(array), lambda place: array[place].tolist(), {name: array})
 
 
 class Arrays(Entries):
     """Arrays by name as an object of an answer; as tensors they leave as they are."""
+
+    without: Any = {}
 
     def __init__(self, arrays: Mapping[str, Numbers], *, prefix: str = "") -> None:
         """arrays: each [n, width]; prefix: of their names in a file."""
@@ -25,8 +52,40 @@ class Arrays(Entries):
         super().__init__(len(names), lambda place: (names[place], _rows(arrays[names[place]])))
 
 
+class Pairs(Entries):
+    """As Columns, for an object of an answer."""
+
+    without: Any = {}
+
+    def __init__(self, n: int, make: Callable[[int], tuple[str, Any]], named: Mapping[str, Numbers]) -> None:
+        super().__init__(n, make)
+        self.named = named
+
+
 def _rows(array: Numbers) -> Rows[list[float]]:
     return Rows(len(array), lambda row: array[row].tolist())
+
+
+def prefix_of(number: int, n_texts: int) -> str:
+    """Of the names of one text's tensors among so many, counted from 0: nothing where there is one by itself."""
+    return f"{number}/" if n_texts > 1 else ""
+
+
+def apart(reply: BaseModel) -> tuple[dict[str, Numbers], BaseModel]:
+    """The arrays of an answer by their names in a file, and the answer without them."""
+    named: dict[str, Numbers] = {}
+    return named, _without(reply, named)
+
+
+def _without(value: Any, named: dict[str, Numbers]) -> Any:
+    if isinstance(value, Columns | Arrays | Pairs):
+        named.update(value.named)
+        return value.without
+    if isinstance(value, BaseModel):
+        return value.model_copy(update={name: _without(inner, named) for name, inner in value.__dict__.items()})
+    if isinstance(value, list | Rows) and value and isinstance(value[0], BaseModel):
+        return [_without(inner, named) for inner in value]
+    return value
 
 
 def tensor_pieces(arrays: Mapping[str, Numbers], about: BaseModel, spelling: Spelling) -> Iterator[bytes]:
@@ -39,11 +98,11 @@ def tensor_pieces(arrays: Mapping[str, Numbers], about: BaseModel, spelling: Spe
     end = 0
     for name, array in arrays.items():
         start, end = end, end + array.nbytes
-        header[name] = {"dtype": DTYPES[str(array.dtype)], "shape": list(array.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": KINDS[str(array.dtype)], "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for array in arrays.values():
-        content = array.data.cast("B")
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         for first in range(0, len(content), PIECE_BYTES):
             yield bytes(content[first : first + PIECE_BYTES])

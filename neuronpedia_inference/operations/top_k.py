@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from neuronpedia_inference.domain import Tokens, TopFeatures
 from neuronpedia_inference.errors import LimitExceeded
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model, check_size, counted_from, tokenize_prompts
-from neuronpedia_inference.operations.rendering import Rows
+from neuronpedia_inference.operations.tensors import Columns, prefix_of
 from neuronpedia_inference.questions import TopPerToken
 from neuronpedia_inference.schemas.activation import (
     ActivationTopkByTokenBatchRequest,
@@ -41,7 +42,10 @@ async def activation_topk_by_token_batch(
 
 async def _top_k(request: TopkFields, prompts: Sequence[str], rt: Runtime) -> list[ActivationTopkByTokenResponse]:
     found = await tops(request, prompts, rt)
-    return [_result(tokens, top, counted_from(tokens, ignore_bos=request.ignore_bos)) for tokens, top in found]
+    return [
+        _result(tokens, top, counted_from(tokens, ignore_bos=request.ignore_bos), prefix_of(number, len(found)))
+        for number, (tokens, top) in enumerate(found)
+    ]
 
 
 async def tops(request: TopkFields, prompts: Sequence[str], rt: Runtime) -> list[tuple[Tokens, TopFeatures]]:
@@ -61,13 +65,14 @@ def _checked(top_k: int, rt: Runtime) -> int:
     return top_k
 
 
-def _result(tokens: Tokens, top: TopFeatures, start: int) -> ActivationTopkByTokenResponse:
+def _result(tokens: Tokens, top: TopFeatures, start: int, prefix: str) -> ActivationTopkByTokenResponse:
     """Tokens from `start` on; their positions still count from the beginning of the prompt."""
     assert len(top) == len(tokens), (len(top), len(tokens))
 
-    def at(place: int) -> ActivationTopkByTokenResult:
+    def at(place: int, *, bare: bool = False) -> ActivationTopkByTokenResult:
         position = start + place
-        pairs = zip(top.indices[position].tolist(), top.values[position].tolist(), strict=True)
+        strongest = slice(0, 0 if bare else None)
+        pairs = zip(top.indices[position][strongest].tolist(), top.values[position][strongest].tolist(), strict=True)
         return ActivationTopkByTokenResult.model_validate(
             {
                 "token_position": position,
@@ -78,7 +83,13 @@ def _result(tokens: Tokens, top: TopFeatures, start: int) -> ActivationTopkByTok
         )
 
     return ActivationTopkByTokenResponse.model_construct(
-        results=Rows(len(tokens) - start, at), tokens=list(tokens.strings[start:])
+        results=Columns(
+            len(tokens) - start,
+            at,
+            {f"{prefix}indices": top.indices[start:], f"{prefix}values": top.values[start:]},
+            partial(at, bare=True),
+        ),
+        tokens=list(tokens.strings[start:]),
     )
 
 
@@ -89,6 +100,7 @@ ACTIVATION_TOPK_BY_TOKEN = Operation(
     response=ActivationTopkByTokenResponse,
     summary="The strongest features at each token of one prompt",
     run=activation_topk_by_token,
+    has_tensors=True,
 )
 ACTIVATION_TOPK_BY_TOKEN_BATCH = Operation(
     name="activation_topk_by_token_batch",
@@ -97,4 +109,5 @@ ACTIVATION_TOPK_BY_TOKEN_BATCH = Operation(
     response=ActivationTopkByTokenBatchResponse,
     summary="The strongest features at each token of up to 4 prompts",
     run=activation_topk_by_token_batch,
+    has_tensors=True,
 )

@@ -33,11 +33,12 @@ ATTENDED_BYTES = 40
 
 @dataclass(frozen=True)
 class States:
-    """The vectors at points: [n, width] per prompt and point; n is 1 but where all positions are wanted."""
+    """The vectors at points: [n, width] per prompt and point; n is 1 for `last` and `mean`."""
 
     prompts: Sequence[Tokens]
     at: Sequence[Point]
-    positions: Positions
+    positions: Positions | Sequence[Sequence[int]]
+    """Of all prompts alike, or the places of each."""
     n_numbers: int
     """Of the answer."""
     precision: Precision = "float32"
@@ -60,15 +61,15 @@ class States:
 
     def reduce(self, captured: Sequence[Captured], weights: Weights) -> Steps[list[Mapping[Point, Numbers]]]:
         found: list[Mapping[Point, Numbers]] = []
-        for prompt, seen in zip(self.prompts, captured, strict=True):
+        for number, (prompt, seen) in enumerate(zip(self.prompts, captured, strict=True)):
             states: dict[Point, Numbers] = {}
             for point in self.at:
-                states[point] = _on_host(self._wanted(prompt, seen[point]), point, self.precision)
+                states[point] = _on_host(self._wanted(number, prompt, seen[point]), point, self.precision)
                 yield None
             found.append(states)
         return found
 
-    def _wanted(self, prompt: Tokens, hidden: Tensor) -> Tensor:
+    def _wanted(self, number: int, prompt: Tokens, hidden: Tensor) -> Tensor:
         """[pos, width] -> [n, width], float32"""
         match self.positions:
             case "all":
@@ -78,6 +79,8 @@ class States:
             case "mean":
                 counted = [place for place, is_special in enumerate(prompt.is_special) if not is_special]
                 return hidden[counted].float().mean(dim=0, keepdim=True)
+            case places:
+                return hidden[list(places[number])].float()
 
 
 @dataclass(frozen=True)

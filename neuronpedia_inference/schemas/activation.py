@@ -13,6 +13,7 @@ from neuronpedia_inference.schemas.common import (
     AtMostABatch,
     Many,
     MaybeModelName,
+    MayBeTensors,
     ModelName,
     Name,
     NumResults,
@@ -24,7 +25,6 @@ from neuronpedia_inference.schemas.common import (
     SourceName,
     SourceSetName,
     TopK,
-    Wire,
     examples,
 )
 from neuronpedia_inference.schemas.vectors import Vector
@@ -41,7 +41,7 @@ OursPrompt = Annotated[
 ]
 
 
-class FeatureOrVector(Wire):
+class FeatureOrVector(MayBeTensors):
     """What to measure: `source` with `index`, or `vector` with `hook`."""
 
     model: ModelName
@@ -58,7 +58,10 @@ class FeatureOrVector(Wire):
 
 
 class ActivationSingleRequest(FeatureOrVector, OnePrompt):
-    """One feature, or one custom vector, over one prompt."""
+    """One feature, or one custom vector, over one prompt.
+
+    As tensors: `values`, [token].
+    """
 
     model_config = ConfigDict(
         json_schema_extra=examples(
@@ -74,7 +77,10 @@ class ActivationSingleRequest(FeatureOrVector, OnePrompt):
 
 
 class ActivationSingleBatchRequest(FeatureOrVector, SeveralPrompts):
-    """One feature, or one custom vector, over several prompts."""
+    """One feature, or one custom vector, over several prompts.
+
+    As tensors: `0/values` for the first, [token], and so on.
+    """
 
     model_config = ConfigDict(
         json_schema_extra=examples({"prompts": _TEXTS, "model": _MODEL, "source": "15-res-4k", "index": "42"})
@@ -120,7 +126,7 @@ class ActivationSingleBatchResponse(Reply):
     results: list[ActivationSingleResponse] = Field(description="One entry per prompt.")
 
 
-class RankingFields(Wire):
+class RankingFields(MayBeTensors):
     """How the strongest features are chosen."""
 
     model: ModelName
@@ -136,7 +142,10 @@ class RankingFields(Wire):
 
 
 class ActivationAllRequest(RankingFields, OnePrompt):
-    """The features of a source set that fire most on one prompt."""
+    """The features of a source set that fire most on one prompt.
+
+    As tensors: `values`, [feature, token], in the order of `activations`.
+    """
 
     model_config = ConfigDict(
         json_schema_extra=examples(
@@ -154,7 +163,10 @@ class ActivationAllRequest(RankingFields, OnePrompt):
 
 
 class ActivationAllBatchRequest(RankingFields, SeveralPrompts):
-    """The features of a source set that fire most, for several prompts."""
+    """The features of a source set that fire most, for several prompts.
+
+    As tensors: `0/values` for the first, [feature, token], and so on.
+    """
 
     model_config = ConfigDict(
         json_schema_extra=examples(
@@ -193,7 +205,7 @@ class ActivationAllBatchResponse(Reply):
     results: list[ActivationAllResponse] = Field(description="One entry per prompt.")
 
 
-class TopkFields(Wire):
+class TopkFields(MayBeTensors):
     """What to list for each token."""
 
     model: ModelName
@@ -203,7 +215,10 @@ class TopkFields(Wire):
 
 
 class ActivationTopkByTokenRequest(TopkFields, OnePrompt):
-    """The strongest features at each token of one prompt."""
+    """The strongest features at each token of one prompt.
+
+    As tensors: `indices` and `values`, [token, k].
+    """
 
     model_config = ConfigDict(
         json_schema_extra=examples(
@@ -213,7 +228,10 @@ class ActivationTopkByTokenRequest(TopkFields, OnePrompt):
 
 
 class ActivationTopkByTokenBatchRequest(TopkFields, SeveralPrompts):
-    """The strongest features at each token of several prompts."""
+    """The strongest features at each token of several prompts.
+
+    As tensors: `0/indices` and `0/values` for the first, [token, k], and so on.
+    """
 
     model_config = ConfigDict(
         json_schema_extra=examples(
@@ -256,8 +274,12 @@ class ActivationTopkByTokenBatchResponse(Reply):
     results: list[ActivationTopkByTokenResponse] = Field(description="One entry per prompt.")
 
 
-class ActivationSourceRequest(SeveralPrompts):
-    """Every feature of a source that fires."""
+class ActivationSourceRequest(MayBeTensors, SeveralPrompts):
+    """Every feature of a source that fires.
+
+    As tensors, of each prompt: feature `indices[i]` fires at `positions[starts[i]:ends[i]]` with the activations
+    `values[starts[i]:ends[i]]`, unrounded; with several prompts `0/indices` and so on.
+    """
 
     model: ModelName
     source: SourceName

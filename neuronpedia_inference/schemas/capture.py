@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, get_args
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from neuronpedia_inference.domain import Positions, Precision
 from neuronpedia_inference.schemas.common import (
@@ -12,16 +13,25 @@ from neuronpedia_inference.schemas.common import (
     AtMost,
     Many,
     MaybeModelName,
+    MayBeTensors,
     Name,
     Ours,
     Reply,
     Reproducible,
     examples,
 )
+from neuronpedia_inference.schemas.edits import Selection
 from neuronpedia_inference.schemas.steer import AtMostMessages, NPSteerChatMessage, SteerSpecialTokens
 from neuronpedia_inference.schemas.steering import Steering
+from neuronpedia_inference.schemas.words import problem
 
 _TEXT = "The cat sat on the mat."
+
+
+def _words_or_selection(value: Any) -> Any:
+    if isinstance(value, Mapping | Selection) or value in get_args(Positions):
+        return value
+    raise problem(f"is one of {', '.join(get_args(Positions))}, or a selection such as {{'first': 4}}")
 
 
 class Places(Ours):
@@ -35,7 +45,7 @@ class Places(Ours):
     )
 
 
-class CaptureRequest(Steering, Places):
+class CaptureRequest(Steering, Places, MayBeTensors):
     """The vectors that pass at points of the model, under any steering.
 
     A point is read behind its own edits, so its numbers are what the rest of the model reads. To what edits select, the
@@ -46,14 +56,12 @@ class CaptureRequest(Steering, Places):
     metadata, under `answer`.
     """
 
-    positions: Positions = Field(
+    positions: Annotated[Positions | Selection, BeforeValidator(_words_or_selection)] = Field(
         default="all",
-        description="Every token, BOS included; each text's last one; or the mean over tokens that are not special.",
+        description="Every token, BOS included (`all`); each text's `last` one; the `mean` over tokens that are not "
+        "special; or a selection as edits have it, of each text, without `ramp`.",
     )
     dtype: Precision = Field(default="float32", description="Precision of the answer's numbers.")
-    format: Literal["json", "safetensors"] | None = Field(
-        default=None, description="How to answer; null means as the `Accept` header says, which is JSON by default."
-    )
     steer_special_tokens: SteerSpecialTokens = False
     reproducible: Reproducible = False
     model: MaybeModelName = None
@@ -79,8 +87,9 @@ class CaptureResult(Reply):
     token_ids: list[int] = Field(description="Their ids.")
     is_special: list[bool] = Field(description="Which of them are special tokens.")
     has_bos: bool = Field(description="Whether the first of them is the BOS token.")
+    positions: list[int] = Field(description="Which of them were read, in the order of the rows of `states`.")
     states: dict[str, list[list[float]]] = Field(
-        description="Per point [n, width]: n is the number of tokens, or 1 for `last` and `mean`; heads concatenated. "
+        description="Per point [n, width]: n is the number of `positions`, or 1 for `mean`; heads concatenated. "
         "Empty in the metadata of tensors."
     )
 
@@ -88,6 +97,6 @@ class CaptureResult(Reply):
 class CaptureResponse(Reply):
     """Always a list, also for a single text."""
 
-    positions: Positions = Field(description="Which positions were read.")
+    positions: Positions | Selection = Field(description="As asked for.")
     dtype: Precision = Field(description="Precision of the numbers.")
     results: list[CaptureResult] = Field(description="One entry per text, in request order.")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from annotated_types import GroupedMetadata, MaxLen
 from pydantic import (
@@ -216,6 +216,14 @@ Seed = Annotated[
     WithJsonSchema({"type": "number", "minimum": -SEED_LIMIT, "exclusiveMaximum": SEED_LIMIT}),
 ]
 """Any JSON number; fractions are cut off."""
+
+
+class MayBeTensors(Wire):
+    """A request whose answer may be a file of tensors."""
+
+    format: Literal["json", "safetensors"] | None = Field(
+        default=None, description="How to answer; null means as the `Accept` header says, which is JSON by default."
+    )
 
 
 class OnePrompt(Wire):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from neuronpedia_inference.schemas.common import AtMost, Many, MaybeModelName, ModelName, Reply, Wire, examples
+from neuronpedia_inference.schemas.common import AtMost, Many, MaybeModelName, MayBeTensors, ModelName, Reply, examples
 
 _MODEL = "smollm2-135m-instruct"
 MAX_TEXTS = 16
@@ -16,8 +16,11 @@ MAX_LAYERS = 4096
 AtMostTexts = AtMost(MAX_TEXTS, "Batch size {n} exceeds maximum of {most}")
 
 
-class ActivationAttentionRequest(Wire):
-    """Where one attention head looks."""
+class ActivationAttentionRequest(MayBeTensors):
+    """Where one attention head looks.
+
+    As tensors: `queries`, `keys` and `weights`, one entry for each key that is shown, the weights unrounded.
+    """
 
     prompt: str = Field(description="Text to run through the model.")
     model: ModelName
@@ -40,8 +43,12 @@ class ActivationAttentionResponse(Reply):
     tokens: list[str] = Field(description="The prompt's tokens as text.")
 
 
-class ActivationRawRequest(Wire):
-    """The residual stream behind layers, at each prompt's last token."""
+class ActivationRawRequest(MayBeTensors):
+    """The residual stream behind layers, at each prompt's last token.
+
+    As tensors: `blocks.15.hook_resid_post` for layer 15, [1, d_model], unrounded; with several prompts
+    `0/blocks.15.hook_resid_post`.
+    """
 
     prompts: Annotated[Many[str], AtMostTexts] = Field(description="1 to 16 texts to run through the model.")
     layers: Annotated[Many[int], AtMost(MAX_LAYERS)] | None = Field(

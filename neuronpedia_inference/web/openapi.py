@@ -89,7 +89,7 @@ def _operation(operation: Operation[Any], refs: Refs) -> dict[str, Any]:
     failures = WITHOUT_A_BODY if operation.method == "GET" else FAILURES
     if _may_name_a_vector(operation):
         failures = (*failures, 404)
-    if operation.tensors is not None:
+    if operation.has_tensors:
         content[MEDIA_TYPE] = {"schema": {"type": "string", "format": "binary"}}
     return {
         "operationId": operation.name,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from neuronpedia_inference.costs import COLUMNS_AT_ONCE, Costs, Demand, together
-from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.domain import Sampling, Tokens
 from neuronpedia_inference.edits.plan import Do
 from neuronpedia_inference.edits.select import Selection
 from neuronpedia_inference.engine.cache import RowCache
@@ -22,6 +22,7 @@ from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
 from neuronpedia_inference.operations import by_name, validate
 from neuronpedia_inference.questions.checks import check_vector
+from neuronpedia_inference.questions.states import States
 from neuronpedia_inference.web.parsing import parsed
 from tests import models
 from tests.allocation import allocated_at_the_peak
@@ -49,6 +50,35 @@ def test_a_capture_stays_within_its_demand(family: str, lengths: Sequence[int], 
     assert demand.tokens == sum(lengths)
     taken = allocated_at_the_peak(lambda: built.capture([prompt(n) for n in lengths], [point]))
     assert taken <= demand.bytes
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("positions", ["all", "mean"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_is_answered_of_a_capture_stays_within_its_demand(family: str, positions: Any, precision: Any) -> None:
+    """The pass, what is held of it, and the vectors that leave, at every layer."""
+    built = engine(family)
+    points = [Point(layer, "hook_resid_post") for layer in range(built.n_layers)]
+    texts = [Tokens(prompt(n), ("t",) * n, (False,) * n, False) for n in (120, 40)]
+    width = sum(built.width(point) for point in points)
+    n_numbers = width * (160 if positions == "all" else 2)
+    question = States(texts, points, positions, n_numbers, precision)
+
+    found: list[Any] = []
+
+    def reduced() -> Generator[Any, Any, None]:
+        weights: Any = None
+        captured = built.capture([one.ids for one in texts], points)
+        found.extend((yield from question.reduce(captured, weights)))
+
+    def run() -> None:
+        for _ in reduced():
+            pass
+
+    widths = [built.width(point) for point in points]
+    demand = costs(family).capture([120, 40], widths, question.n_bytes, pattern=False)
+    assert allocated_at_the_peak(run) <= demand.bytes
+    assert sum(array.size for one in found for array in one.values()) == n_numbers
 
 
 @pytest.mark.parametrize("family", models.CONFIGS)

@@ -11,12 +11,13 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load
-from served import TEXT, WIDTH, Serve, Wrapped, small_settings
+from served import MODEL, SOURCE, TEXT, WIDTH, Serve, Wrapped, small_settings
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neuronpedia_inference.embedded.weights import model_folder
 from neuronpedia_inference.runtime import Runtime
+from neuronpedia_inference.tensor_files import answer_in
 
 RESID, MLP, HEADS = "blocks.15.hook_resid_post", "blocks.3.hook_mlp_out", "blocks.7.attn.hook_z"
 OTHER = "Two planets met."
@@ -87,6 +88,30 @@ def test_what_is_captured_is_what_passes_in_hugging_face(
             wanted = {"all": hidden, "last": hidden[-1:], "mean": hidden[1:].mean(0, keepdim=True)}[positions]
             assert close(result["states"][point], wanted)
             assert not close(result["states"][point], wanted + 1e-3 * wanted.abs().max())  # the tolerance can tell
+
+
+@pytest.mark.parametrize(
+    ("selection", "chosen"),
+    [
+        ({"first": 2}, lambda n: [0, 1]),
+        ({"last": 2, "phase": "prompt"}, lambda n: [n - 2, n - 1]),
+        ({"from": 1, "to": 4, "except": {"positions": [2]}}, lambda n: [1, 3]),
+    ],
+)
+def test_a_selection_is_read_in_every_text(
+    http: httpx.Client, selection: dict[str, Any], chosen: Callable[[int], list[int]]
+) -> None:
+    whole, some = (
+        post(http, prompt=[TEXT, OTHER], points=[RESID], positions=positions)["results"]
+        for positions in ("all", selection)
+    )
+    for of_whole, of_some in zip(whole, some, strict=True):
+        places = chosen(len(of_whole["tokens"]))
+        assert of_some["positions"] == places
+        assert close(of_some["states"][RESID], torch.tensor(of_whole["states"][RESID])[places])
+    body = {"prompt": TEXT, "points": [RESID], "positions": selection, "format": "safetensors"}
+    found = load(http.post("/v1/capture", json=body).content)[RESID]
+    assert close(found, torch.tensor(some[0]["states"][RESID]))
 
 
 def test_a_chat_is_read_as_the_model_reads_it(http: httpx.Client, net: Any, tokenizer: Any) -> None:
@@ -166,7 +191,12 @@ BODY = {"prompt": TEXT, "points": [RESID]}
         ({"points": ["hello"]}, 400, "unknown_hook", "expected the form blocks.<layer>.<place>"),
         ({"points": ["blocks.1.attn.hook_pattern"]}, 400, "unknown_hook", "Places in a block: "),
         ({"points": [RESID] * 4097}, 400, "limit_exceeded", "points: 4097 items are too many, the most is 4096"),
-        ({"positions": "first"}, 422, "invalid_body", "positions: "),
+        ({"positions": "first"}, 422, "invalid_body", "positions: is one of all, last, mean, or a selection"),
+        ({"positions": {"first": 0}}, 422, "invalid_body", "first: "),
+        ({"positions": {"frist": 1}}, 422, "invalid_body", "Did you mean 'first'?"),
+        ({"positions": {"phase": "generated"}}, 400, "invalid_request", "positions.phase: nothing is generated here"),
+        ({"positions": {"ramp": [0, 4]}}, 400, "invalid_request", "positions.ramp: a vector is read or not"),
+        ({"positions": {"from": 40}}, 400, "invalid_request", "selects none of the 8 tokens of text 0"),
         ({"dtype": "int8"}, 422, "invalid_body", "dtype: "),
         ({"format": "npz"}, 422, "invalid_body", "format: "),
         ({"layers": [1]}, 422, "invalid_body", "there is no field 'layers'"),
@@ -202,3 +232,110 @@ def test_answers_are_bounded_and_tensors_may_be_larger(runtime: Runtime, serve: 
             assert refused.json()["code"] == "limit_exceeded"
             assert "MAX_RESULT_VALUES" in refused.json()["error"]
         assert f"are {5 * WIDTH} numbers, the most in one answer is {4 * WIDTH}" in asked(5).json()["error"]
+
+
+SINGLE = {"model": MODEL, "source": SOURCE, "index": "1113"}
+RANKING = {"model": MODEL, "source_set": "res-4k", "selected_sources": [SOURCE], "sort_by_token_indexes": []}
+STRONGEST = {**RANKING, "ignore_bos": True, "num_results": 4}
+TOPK = {"model": MODEL, "source": SOURCE, "top_k": 3, "ignore_bos": True}
+
+
+def rows(values: list[Any], key: str) -> Tensor:
+    return torch.tensor([one[key] for one in values])
+
+
+def strongest(told: dict[str, Any], key: str) -> Tensor:
+    return torch.tensor([[one[key] for one in at["top_features"]] for at in told["results"]])
+
+
+def pairs(told: dict[str, Any]) -> list[Any]:
+    return list(told["results"][0]["activeFeatures"].values())
+
+
+AS_TENSORS: dict[str, tuple[dict[str, Any], dict[str, Callable[[dict[str, Any]], Tensor]]]] = {
+    "activation/single": (
+        {"prompt": TEXT, **SINGLE},
+        {"values": lambda told: torch.tensor(told["activation"]["values"])},
+    ),
+    "activation/single-batch": (
+        {"prompts": [TEXT, OTHER], **SINGLE},
+        {f"{n}/values": lambda told, n=n: torch.tensor(told["results"][n]["activation"]["values"]) for n in range(2)},
+    ),
+    "activation/all": ({"prompt": TEXT, **STRONGEST}, {"values": lambda told: rows(told["activations"], "values")}),
+    "activation/all-batch": (
+        {"prompts": [TEXT, OTHER], **STRONGEST},
+        {f"{n}/values": lambda told, n=n: rows(told["results"][n]["activations"], "values") for n in range(2)},
+    ),
+    "activation/topk-by-token": (
+        {"prompt": TEXT, **TOPK},
+        {
+            "indices": lambda told: strongest(told, "feature_index"),
+            "values": lambda told: strongest(told, "activation_value"),
+        },
+    ),
+    "activation/topk-by-token-batch": (
+        {"prompts": [TEXT, OTHER], **TOPK},
+        {f"{n}/values": lambda told, n=n: strongest(told["results"][n], "activation_value") for n in range(2)},
+    ),
+    "activation/source": (
+        {"prompts": [TEXT], "model": MODEL, "source": SOURCE},
+        {
+            "values": lambda told: torch.tensor([value for one in pairs(told) for _, value in one]),
+            "positions": lambda told: torch.tensor([place for one in pairs(told) for place, _ in one]),
+            "indices": lambda told: torch.tensor([int(key) for key in told["results"][0]["activeFeatures"]]),
+        },
+    ),
+    "activation/attention": (
+        {"prompt": TEXT, "model": MODEL, "layer": 3, "head": 1},
+        {"weights": lambda told: torch.tensor(told["attentionValues"])},
+    ),
+    "activation/raw": (
+        {"prompts": [TEXT, OTHER], "layers": [3, 15], "model": MODEL},
+        {
+            f"{n}/{RESID}": lambda told, n=n: torch.tensor(told["results"][n]["activations"][1]["values"])
+            for n in range(2)
+        },
+    ),
+}
+ROUNDED = {"activation/source": 3, "activation/attention": 4, "activation/raw": 4}
+"""Decimals of the JSON; tensors have all of them."""
+
+
+def by_feature(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Entries in the order of the features, as the JSON has them."""
+    if "starts" not in found:
+        return found
+    spans = zip(found["starts"].tolist(), found["ends"].tolist(), strict=True)
+    order = [entry for start, end in spans for entry in range(start, end)]
+    return {**found, **{name: found[name][order] for name in ("positions", "values")}}
+
+
+@pytest.mark.parametrize("route", AS_TENSORS)
+def test_other_answers_are_tensors_too(http: httpx.Client, route: str) -> None:
+    body, arrays = AS_TENSORS[route]
+    told = http.post(f"/v1/{route}", json=body)
+    assert told.headers["content-type"] == "application/json"
+    answer = http.post(f"/v1/{route}", json=body, headers={"Accept": SAFETENSORS})
+    assert (answer.status_code, answer.headers["content-type"]) == (200, SAFETENSORS), answer.text
+    assert answer.content == http.post(f"/v1/{route}", json={**body, "format": "safetensors"}).content
+    found = by_feature(load(answer.content))
+    assert found.keys() >= arrays.keys()
+    for name, expected in arrays.items():
+        wanted = expected(told.json())
+        assert wanted.numel()
+        if route in ROUNDED and wanted.is_floating_point():
+            torch.testing.assert_close(found[name], wanted, rtol=1e-6, atol=0.51 * 10 ** -ROUNDED[route])
+        else:
+            torch.testing.assert_close(found[name].to(wanted.dtype), wanted, rtol=0, atol=0)
+    about = answer_in(answer.content)
+    assert about.keys() == told.json().keys()
+    strings = {"tokens", "tokenStrings"}
+    for key in strings & about.keys():
+        assert about[key] == told.json()[key]
+
+
+def test_tensors_of_no_features_are_empty(http: httpx.Client) -> None:
+    answer = http.post(
+        "/v1/activation/all", json={"prompt": TEXT, **STRONGEST, "num_results": 0, "format": "safetensors"}
+    )
+    assert load(answer.content)["values"].shape == (0, len(answer_in(answer.content)["tokens"]))

@@ -101,6 +101,29 @@ def test_other_ways_to_call(deployed: Deployed) -> None:
     assert all(result.values()), result
 
 
+def test_tensors_come_as_bytes_or_as_arrays(deployed: Deployed) -> None:
+    result = deployed.python(
+        """
+        from safetensors.numpy import load
+        service, body = Inference(), {"prompts": ["The cat sat."], "layers": [15], "model": "m"}
+        name = "blocks.15.hook_resid_post"
+        told = service.activation_raw.remote(body)
+        arrays = service.activation_raw.remote(body, format="numpy")
+        result = {
+            "told": told["results"][0]["activations"][0]["values"],
+            "bytes": load(service.activation_raw.remote(body, format="safetensors"))[name].tolist(),
+            "arrays": arrays["tensors"][name].tolist(),
+            "tokens": arrays["answer"]["results"][0]["tokenIds"] == told["results"][0]["tokenIds"],
+            "captured": list(service.capture.remote("The cat sat.", [name], format="numpy")["tensors"]),
+        }
+        """
+    )
+    assert result["bytes"] == result["arrays"]
+    assert len(result["told"][0]) == 576
+    assert result["told"][0] == pytest.approx(result["bytes"][0], abs=0.51e-4)
+    assert (result["tokens"], result["captured"]) == (True, ["blocks.15.hook_resid_post"])
+
+
 def test_a_stream_arrives_as_it_is_written_and_ends_as_the_whole(deployed: Deployed) -> None:
     result = deployed.python(
         """
