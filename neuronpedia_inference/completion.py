@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from neuronpedia_inference.domain import ChatMessage, Sampling, Tokens, Written
 from neuronpedia_inference.edits.plan import Plan
 from neuronpedia_inference.edits.proof import ResolvedEdit
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.watches.rules import RulePlan
+
+if TYPE_CHECKING:
+    from neuronpedia_inference.questions import Question
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Completion:
     """What is watched in every row, twice where that row is steered, and what ends it early."""
     proves: bool = False
     """Whether what edits do is read, behind what is watched: the numbers of `edits.proof`."""
+    then: Callable[[Tokens], Question[Any]] | None = None
+    """Of the prompt: what will be asked at the most once all is written. It has to have room before anything runs."""
     named: Plan | None = None
     """Has to be possible too, whether or not a row is steered by it."""
 

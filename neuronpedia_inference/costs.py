@@ -111,6 +111,10 @@ class Demand:
     positions: int = 0
     """That one of its rows may reach."""
 
+    def at_least(self, other: Demand) -> Demand:
+        """Room for either: of what comes one after the other."""
+        return Demand(**{f.name: max(getattr(self, f.name), getattr(other, f.name)) for f in fields(Demand)})
+
     def beyond(self, bounds: Demand) -> str | None:
         """The first bound that is broken, by name."""
         return next((name for name in BOUNDS if getattr(self, name) > getattr(bounds, name)), None)

@@ -37,7 +37,7 @@ from neuronpedia_inference.scheduler.admission import Admission
 from neuronpedia_inference.scheduler.events import TicketEvents
 from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, GenerateWork, Steps, Ticket, Work
 from neuronpedia_inference.scheduler.policy import Limits
-from neuronpedia_inference.scheduler.stay import at_the_end
+from neuronpedia_inference.scheduler.stay import hold, idle
 from neuronpedia_inference.scheduler.worker import Worker
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.vitals import Load, vitals
@@ -226,6 +226,7 @@ class Runtime:
             rules=reads,
             seeds=wanted.seeds,
             proves=wanted.proves,
+            ahead=self._ahead(wanted, prompt),
             stream=stream,
         )
         return Begun(
@@ -255,13 +256,14 @@ class Runtime:
         rules: RulePlan | None = None,
         seeds: Sequence[int] | None = None,
         proves: bool = False,
+        ahead: Demand | None = None,
         stream: bool,
     ) -> AsyncIterator[tuple[Written, ...]]:
         """One row per plan, all in one batch; None generates unsteered. Plans have passed `check_steering`.
 
         seeds: one per plan, where they differ from the sampling's. What is watched comes with every row, twice where
         that row is steered. `rules` are on what is watched. proves: behind that comes, with every edited row, what its
-        edits do (`edits.proof`).
+        edits do (`edits.proof`). ahead: what the request will do next, which has to have room too.
 
         Checks and admits at once: every 4xx and 503 is raised by the call itself. With `stream` what is new in every
         row, as often as there is something and the reader asks; without, everything at once at the end. Closing the
@@ -298,6 +300,8 @@ class Runtime:
             reads_out=watches is not None and watches.reads_out,
             pattern=pattern,
         )
+        if ahead is not None:
+            demand = demand.at_least(ahead)
         events = TicketEvents(lambda put: self._submit(work, demand, on_event=put, held=held), at_the_end=not stream)
         return Writing(events, Completions(self._codec, len(plans), sampling.stop))
 
@@ -347,6 +351,14 @@ class Runtime:
         if isinstance(prompt, Tokens):
             return "", prompt
         return ("", self.tokenize(prompt, "once")) if isinstance(prompt, str) else self.render_chat(prompt)
+
+    def _ahead(self, wanted: Completion, prompt: Tokens) -> Demand | None:
+        """Of what is asked once it is written. Raises as `ask` does before anything runs."""
+        if wanted.then is None:
+            return None
+        question = wanted.then(prompt)
+        question.check(self._engine, self.model.vocab_size)
+        return self._demand(question, question.points, None)
 
     def _resolved(self, plan: Plan | None) -> tuple[ResolvedEdit, ...]:
         return () if plan is None else self._edits.resolved(plan)
@@ -440,8 +452,8 @@ class Runtime:
         on_event: Callable[[Any], None] | None = None,
         held: ExitStack | None = None,
     ) -> Ticket:
-        """`held` is closed on the worker when the work has ended."""
-        permit = self._admission.permit(demand)
+        """`held` is closed on the worker when the work has ended. What follows it in its request has its room."""
+        permit = self._admission.permit(demand, idle())
         try:
             ticket = self._worker.submit(work, on_event=on_event)
         except NotReady:
@@ -449,7 +461,7 @@ class Runtime:
             raise
         if held is not None:
             ticket.future.add_done_callback(lambda _: held.close())
-        at_the_end(ticket.future, permit.release)
+        hold(ticket.future, permit)
         return ticket
 
     def _demand(self, question: Question[Any], points: Collection[Point], plan: Plan | None) -> Demand:

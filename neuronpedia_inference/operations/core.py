@@ -240,7 +240,8 @@ class _Counted(Events[Any, Any]):
         with ExitStack() as at_the_end:
             at_the_end.callback(self._stay.close)
             at_the_end.push(self._count)
-            event = await (await super().__anext__())
+            with self._stay:
+                event = await (await super().__anext__())
             at_the_end.pop_all()
             return event
 

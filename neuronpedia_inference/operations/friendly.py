@@ -9,7 +9,7 @@ from neuronpedia_inference.completion import Completion
 from neuronpedia_inference.domain import Sampling, Written
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.edits import plan_of, skips_special_tokens
-from neuronpedia_inference.operations.judging import Judging
+from neuronpedia_inference.operations.judging import Judging, longest
 from neuronpedia_inference.operations.operation import Events, Operation, last
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.receipts import Account
@@ -65,12 +65,14 @@ def _wanted(request: SteerRequest, rt: Runtime) -> Completion:
         check_model(request.model, rt)
     skips = skips_special_tokens(request, is_chat=not isinstance(request.prompt, str))
     plan = plan_of(request, rt, skip_special_tokens=skips)
+    plans = [plan, *([None] if request.compare else [])]
     return Completion(
         request.prompt if isinstance(request.prompt, str) else turns(request.prompt),
-        [plan, *([None] if request.compare else [])],
+        plans,
         _sampling(request),
         reads=watch_plan(request.watch or (), request.rules or (), rt),
         proves=request.receipt or request.judge,
+        then=(lambda prompt: longest(prompt, len(plans), request.max_new_tokens, rt)) if request.judge else None,
     )
 
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
 
 from neuronpedia_inference.domain import Tokens, Written
-from neuronpedia_inference.errors import Overloaded
 from neuronpedia_inference.operations.score import likelihoods
 from neuronpedia_inference.operations.story import Story, Transcript
+from neuronpedia_inference.questions.likelihoods import Likelihoods
 from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.schemas.judge import SteerJudge
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
-T = TypeVar("T")
-
+ENDS_S = 60.0
+"""A generation that has told all has this long to end, so that its room is there for what follows."""
 GRAM = 3
 """Tokens of which runs are compared."""
-AGAIN_S = 0.05
-"""Between two tries of work that goes on with what was admitted."""
 
 
 def repetition(ids: Sequence[int]) -> float:
@@ -45,6 +41,7 @@ class Judging(AsyncIterator[tuple[Written, ...]]):
     async def __anext__(self) -> tuple[Written, ...]:
         news = await anext(self._story)
         if self._story.has_ended:
+            await self._story.rest(ENDS_S)
             await judge(self._story, self._rt, reproducible=self._reproducible)
         return news
 
@@ -58,13 +55,13 @@ class Judging(AsyncIterator[tuple[Written, ...]]):
 async def judge(story: Story, rt: Runtime, *, reproducible: bool) -> None:
     """Every row of a story that has ended is judged; one without any token is not.
 
-    Raises Overloaded where there is no room for that within REQUEST_TIMEOUT.
+    Who began it by a `Completion` with `then` has room for it.
     """
     rows = [row for row in story.rows if row.token_ids]
     texts = [_whole(story.begun.prompt, row) for row in rows]
     question = likelihoods(texts, [len(story.begun.prompt)] * len(rows), rt)
     with reproducibly(reproducible):
-        found = await once_there_is_room(lambda: rt.ask(question), rt) if rows else []
+        found = await rt.ask(question) if rows else []
     for row, likelihood in zip(rows, found, strict=True):
         doses = [] if row.proof is None else [traced.dose for traced in row.proof.traced]
         row.judge = SteerJudge(
@@ -72,18 +69,15 @@ async def judge(story: Story, rt: Runtime, *, reproducible: bool) -> None:
         )
 
 
-async def once_there_is_room(attempt: Callable[[], Awaitable[T]], rt: Runtime) -> T:
-    """What is done for a request that is inside already: a server that is busy is asked again, while others have their
-    turns. Raises Overloaded after REQUEST_TIMEOUT."""
-    most_s = rt.settings.request_timeout_s
-    until = time.monotonic() + most_s if most_s else float("inf")
-    while True:
-        try:
-            return await attempt()
-        except Overloaded:
-            if time.monotonic() > until:
-                raise
-            await asyncio.sleep(AGAIN_S)
+def longest(prompt: Tokens, n_rows: int, n_tokens: int, rt: Runtime) -> Likelihoods:
+    """What `judge` asks of so many rows of so many new tokens at the most."""
+    text = Tokens(
+        prompt.ids + prompt.ids[-1:] * n_tokens,
+        prompt.strings + prompt.strings[-1:] * n_tokens,
+        prompt.is_special + prompt.is_special[-1:] * n_tokens,
+        prompt.has_bos,
+    )
+    return likelihoods([text] * n_rows, [len(prompt)] * n_rows, rt)
 
 
 def _whole(prompt: Tokens, row: Transcript) -> Tokens:

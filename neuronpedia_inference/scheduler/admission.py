@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import reduce
 
 from neuronpedia_inference.costs import NO_GRID, Demand, Grid, together
 from neuronpedia_inference.errors import LimitExceeded, Overloaded
@@ -53,8 +54,13 @@ class Admission:
         """The most bytes that were inside at once."""
         return self._peak_bytes
 
-    def permit(self, demand: Demand) -> Permit:
-        """Raises Overloaded when there is no room now, LimitExceeded when there never would be."""
+    def permit(self, demand: Demand, instead_of: Collection[Permit] = ()) -> Permit:
+        """Raises Overloaded when there is no room now, LimitExceeded when there never would be.
+
+        instead_of: what the same request has, for work that has ended. The new one is for all of it, so that a request
+        never waits for room that others of its kind hold, waiting likewise.
+        """
+        demand = reduce(Demand.at_least, (one.demand for one in instead_of), demand)
         by_itself = self._together([demand])
         alone = by_itself.beyond(self.bounds)
         if alone is not None:
@@ -66,10 +72,11 @@ class Admission:
         permit = Permit(self, demand)
         with self._lock:
             inside = self._inside
-            wanted = self._together([*(one.demand for one in self._permits), demand])
+            others = self._permits.difference(instead_of)
+            wanted = self._together([*(one.demand for one in others), demand])
             full = wanted.beyond(self.bounds)
             if full is None:
-                self._permits.add(permit)
+                self._permits = others | {permit}
                 self._inside = wanted
                 self._peak_bytes = max(self._peak_bytes, wanted.bytes)
         if full is not None:

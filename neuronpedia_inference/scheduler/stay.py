@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
+
+
+class Held(Protocol):
+    """What was admitted."""
+
+    def release(self) -> None:
+        """May be called again without effect."""
+        ...
 
 
 class Stay:
@@ -15,6 +22,7 @@ class Stay:
 
     def __init__(self) -> None:
         self._held = ExitStack()
+        self._works: list[tuple[Future[Any], Held]] = []
         self._before: Token[Stay | None] | None = None
 
     def __enter__(self) -> Self:
@@ -31,18 +39,29 @@ class Stay:
         """May be called again without effect."""
         self._held.close()
 
-    def at_the_end(self, work: Future[Any], release: Callable[[], None]) -> None:
-        """Of the stay, and of the work: rows of a caller who has left are inside a little longer."""
-        self._held.callback(lambda: work.add_done_callback(lambda _: release()))
+    def hold(self, work: Future[Any], permit: Held) -> None:
+        """To the end of the stay, and of the work: rows of a caller who has left are inside a little longer."""
+        self._works.append((work, permit))
+        self._held.callback(lambda: work.add_done_callback(lambda _: permit.release()))
+
+    def idle(self) -> list[Held]:
+        """What is held for work that has ended."""
+        return [permit for work, permit in self._works if work.done()]
 
 
-def at_the_end(work: Future[Any], release: Callable[[], None]) -> None:
-    """Call `release` at the end of the stay that we are in, if any, and of the work."""
+def hold(work: Future[Any], permit: Held) -> None:
+    """Release the permit at the end of the stay that we are in, if any, and of the work."""
     stay = _STAY.get()
     if stay is None:
-        work.add_done_callback(lambda _: release())
+        work.add_done_callback(lambda _: permit.release())
     else:
-        stay.at_the_end(work, release)
+        stay.hold(work, permit)
+
+
+def idle() -> list[Any]:
+    """What the stay that we are in holds for work that has ended."""
+    stay = _STAY.get()
+    return [] if stay is None else stay.idle()
 
 
 _STAY: ContextVar[Stay | None] = ContextVar("stay", default=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neuronpedia_inference.embedded.weights import model_folder
 from neuronpedia_inference.operations.judging import repetition
+from neuronpedia_inference.runtime import Runtime
 
 FEATURES = [{"source": SOURCE, "index": INDEX, "strength": 70}]
 
@@ -113,3 +115,26 @@ def test_nothing_is_judged_unless_asked_for_and_judging_changes_no_token(http: h
     assert (plain["steered"]["judge"], plain["default"]["judge"]) == (None, None)
     assert judged["steered"]["tokens"] == plain["steered"]["tokens"]
     assert judged["default"]["tokens"] == plain["default"]["tokens"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_judging_has_the_room_of_what_was_written(
+    http: httpx.Client, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Requests that are written and wait for room to be judged would otherwise wait for each other."""
+    monkeypatch.setattr(runtime._admission, "bounds", replace(runtime._admission.bounds, requests=1))
+    body = {"prompt": PROMPT, "max_new_tokens": 4, "judge": True, "features": FEATURES, "stream": stream}
+    answer = http.post("/v1/steer", json=body)
+    assert answer.status_code == 200
+    assert answer.text.count('"logprob_per_token"') == 2
+
+
+def test_what_could_never_be_judged_is_not_begun(
+    http: httpx.Client, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime._admission, "bounds", replace(runtime._admission.bounds, tokens=60))
+    body = {"prompt": PROMPT, "max_new_tokens": 30, "features": FEATURES}
+    assert http.post("/v1/steer", json=body).status_code == 200
+    refused = http.post("/v1/steer", json={**body, "judge": True, "stream": True})
+    assert refused.status_code == 400
+    assert "the server has 60 tokens for all" in refused.json()["error"]
