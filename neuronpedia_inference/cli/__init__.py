@@ -103,7 +103,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP.
 
-    GET /health answers at once, GET /ready when the model is loaded. API: /docs.
+    For people: the page at /, the reference at /docs. GET /health answers at once, GET /ready when the model is loaded.
 
     The secret that callers must send comes from the environment: [bold]SECRET=... neuronpedia-inference serve[/].
     Without one, only this machine can connect, unless you add --insecure.
