@@ -125,10 +125,21 @@ class Proof:
     def traced(self, number: int) -> Traced:
         """What is known of an edit."""
         place, within = self._place_of[number]
-        is_known = self.edits[number].edit.when is None or len(place.selections) == 1
-        sides = (place.first, place.last) if is_known else ()
-        first, last = (self._moment(side, within) for side in sides) if sides else (None, None)
-        return Traced(self.edits[number], is_known, first, last)
+        known = self._is_known(number)
+        first, last = (self._moment(side, within) if known else None for side in (place.first, place.last))
+        return Traced(self.edits[number], known, first, last)
+
+    @property
+    def doses(self) -> list[float | None]:
+        """Of every edit the mean over generated tokens, 0 where it did not act; None where it cannot be told."""
+        return [self._dose(number) if self._is_known(number) else None for number in range(len(self.edits))]
+
+    def _dose(self, number: int) -> float | None:
+        place, within = self._place_of[number]
+        return float(place.doses[within]) / place.n_generated if place.n_generated else None
+
+    def _is_known(self, number: int) -> bool:
+        return self.edits[number].edit.when is None or len(self._place_of[number][0].selections) == 1
 
     def _moment(self, found: _Found, within: int) -> Moment | None:
         position = int(found.positions[within])
@@ -162,13 +173,21 @@ class _Place:
         """[edit]: the column of its activation; 0 where it has none."""
         self.n_numbers = 1 + n_edits + int(reads.sum())
         self.first, self.last = _Found(n_edits), _Found(n_edits)
+        self.doses = np.zeros(n_edits)
+        """[edit]: the sum over generated tokens."""
+        self.n_generated = 0
 
     def add(self, at: Places, ids: Places, sides: Numbers, n_prompt: int) -> None:
         """at, ids: [pos]. sides: [pos, side, n] of norm, projections and activations."""
         n_edits = len(self.selections)
-        moved = sides[:, 0, 1 : 1 + n_edits] != sides[:, 1, 1 : 1 + n_edits]
+        change = np.abs(sides[:, 1, 1 : 1 + n_edits] - sides[:, 0, 1 : 1 + n_edits])
         selected = np.stack([on.weights(at, ids, n_prompt) > 0 for on in self._distinct], axis=1)
-        acted = moved & selected[:, self._which]
+        change = np.where(selected[:, self._which], change, 0.0)
+        acted = change > 0
+        is_generated = at >= n_prompt
+        norms = np.maximum(sides[is_generated, 0, :1], np.finfo(np.float32).tiny)
+        self.doses += (change[is_generated] / norms).sum(axis=0)
+        self.n_generated += int(is_generated.sum())
         some = acted.any(axis=0)
         self._note(self.first, some & (self.first.positions < 0), acted.argmax(axis=0), at, sides)
         self._note(self.last, some, len(at) - 1 - acted[::-1].argmax(axis=0), at, sides)

@@ -63,7 +63,7 @@ async def judge(story: Story, rt: Runtime, *, reproducible: bool) -> None:
     with reproducibly(reproducible):
         found = await rt.ask(question) if rows else []
     for row, likelihood in zip(rows, found, strict=True):
-        doses = [] if row.proof is None else [traced.dose for traced in row.proof.traced]
+        doses = [] if row.proof is None else row.proof.doses
         row.judge = SteerJudge(
             logprob_per_token=float(likelihood.logprobs.mean()), repetition=repetition(row.token_ids), dose=doses
         )

@@ -58,6 +58,7 @@ def test_the_first_and_the_last_token_where_it_was_moved(in_front: int) -> None:
     first = proof.traced(0).first
     assert first is not None
     assert first.dose == 1.0
+    assert proof.doses == [(2 / 2 + 4 / 8) / 2, (1 / 4 + 0) / 2, 0.0, 0.0], "means over the two generated tokens"
 
 
 def test_it_does_not_matter_how_they_come() -> None:
