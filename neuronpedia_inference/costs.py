@@ -1,9 +1,9 @@
 """What a request takes, in numbers that admission can add up. Arithmetic over sizes; no tensors.
 
 generation   the pass over its prompt, and 512 + 400 × log-probabilities for every new token on its way to the caller,
-             and 96 for every number of the vectors that came with it and every number that is read while it runs;
-             the reduction of the largest source that is read whole for that; and for a lens 24 × logits of as many
-             positions as a block has room for
+             those that rules may take back among them (back × times), and 96 for every number of the vectors that came
+             with it and every number that is read while it runs; the reduction of the largest source that is read
+             whole for that; and for a lens 24 × logits of as many positions as a block has room for
              edits     48 × d_model + 32 × prompt tokens for each, and 24 × d_model × prompt tokens where there are any:
                        their vectors in two tables, numbers and weights by position, and states in float32
 all of them  1.2 × slots × columns × cache bytes of a position: rows of different requests lie in one grid, as wide as

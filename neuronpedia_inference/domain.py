@@ -408,6 +408,18 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """A rule has taken the newest tokens of a text back."""
+
+    rule: int
+    """Which of the text's rules."""
+    position: int
+    """How many generated tokens were left: where others are drawn, or the text ends."""
+    n_tokens: int
+    """How many were taken back."""
+
+
+@dataclass(frozen=True, slots=True)
 class Written:
     """What one row has gained since the last time."""
 
@@ -416,11 +428,13 @@ class Written:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = field(default=())
     finish_reason: str | None = None
-    """None while it goes on, then "stop" (end-of-sequence token), "length", "stop_string" or "stop_rule"."""
+    """None while it goes on, then "stop" (end-of-sequence token), "length", "stop_string", "stop_rule" or
+    "retry_exhausted"."""
     tokens: tuple[str, ...] = ()
     """`token_ids` as strings."""
     rule: int | None = field(default=None, kw_only=True)
     """The rule that ended the text at its last token."""
+    refusals: tuple[Refusal, ...] = field(default=(), kw_only=True)
     numbers: Numbers | None = field(default=None, compare=False)
     """[pos, n]: what was read at the positions of the text that have become known, from the prompt's first on."""
     ending: str = ""

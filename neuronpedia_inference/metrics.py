@@ -113,7 +113,9 @@ class Metrics:
         self._captures = self._histogram(
             "capture_batch_requests", "Requests that shared a forward pass for activations.", SIZES
         )
-        self._generated = self._counter("generated_tokens_total", "Tokens drawn for all rows.")
+        self._generated = self._counter(
+            "generated_tokens_total", "New tokens that were told, of all rows; what rules take back is not."
+        )
         self._prompt = self._counter(
             "prompt_tokens_total", "Prompt tokens run through the model, by kind of forward pass.", "pass"
         )
@@ -139,14 +141,16 @@ class Metrics:
     # Worker
 
     def decoded(self, n_rows: int) -> None:
-        """One decode step, which drew a token for each row."""
+        """One decode step of so many rows."""
         self._decode_rows.observe(n_rows)
-        self._generated.inc(n_rows)
+
+    def told(self, n_tokens: int) -> None:
+        """So many new tokens are on their way to whoever asked."""
+        self._generated.inc(n_tokens)
 
     def prefilled(self, n_rows: int, n_tokens: int, n_padding: int) -> None:
-        """One forward pass over prompts, which drew the first token of each row; n_tokens without padding."""
+        """One forward pass over prompts of so many rows; n_tokens without padding."""
         self._prefill_rows.observe(n_rows)
-        self._generated.inc(n_rows)
         self._passed("prefill", n_tokens, n_padding)
 
     def captured(self, n_requests: int, n_tokens: int, n_padding: int) -> None:

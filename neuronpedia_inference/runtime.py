@@ -269,7 +269,8 @@ class Runtime:
         row, as often as there is something and the reader asks; without, everything at once at the end. Closing the
         iterator frees the rows.
         """
-        self._check_room(prompt, sampling)
+        n_refused = 0 if rules is None else rules.n_refused
+        self._check_room(prompt, sampling, n_refused)
         n_read = self._n_read(prompt, plans, sampling, watches, proves=proves)
         steered = [plan for plan in plans if plan is not None]
         for plan in steered:
@@ -290,7 +291,7 @@ class Runtime:
         demand = self._costs.generation(
             work.n_rows,
             work.n_prompt_tokens,
-            sampling.max_new_tokens,
+            sampling.max_new_tokens + n_refused,
             n_logprobs=sampling.n_logprobs,
             n_numbers=(1 + proves) * sum(plan.n_numbers for plan in steered) + work.n_rows * len(sampling.logit_bias),
             n_read=n_read,
@@ -427,7 +428,7 @@ class Runtime:
             watched.append(replace(row, watches=tuple(of_row), rules=ends))
         return watched
 
-    def _check_room(self, prompt: Tokens, sampling: Sampling) -> None:
+    def _check_room(self, prompt: Tokens, sampling: Sampling, n_refused: int) -> None:
         check_prompts([prompt], self.model.vocab_size)
         most = max_tokens(self.settings, self.model)
         if len(prompt) + sampling.max_new_tokens > most:
@@ -435,6 +436,12 @@ class Runtime:
                 f"No room to generate: the prompt is {len(prompt)} tokens and {sampling.max_new_tokens} are asked for, "
                 f"but the per-request budget (prompt + completion) is {most}. "
                 "Shorten the prompt, ask for fewer tokens, or start a new conversation."
+            )
+        if len(prompt) + sampling.max_new_tokens + n_refused > most:
+            raise LimitExceeded(
+                f"rules: up to {n_refused} tokens are taken back and drawn anew (back × times of every retry), beside "
+                f"{len(prompt)} of the prompt and {sampling.max_new_tokens} new ones, but the per-request budget is "
+                f"{most}. Take back fewer or less often, or ask for fewer tokens."
             )
 
     def _submit(

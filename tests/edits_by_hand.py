@@ -146,18 +146,27 @@ def _loaded(of: Any, layer: int, place: str) -> LoadedSae:
 class Text:
     """A text that grows token by token; every pass runs all of it."""
 
-    def __init__(self, family: str, hands: Sequence[Hand], prompt: Sequence[int]) -> None:
+    def __init__(
+        self, family: str, hands: Sequence[Hand], prompt: Sequence[int], looked_at: Sequence[When] = ()
+    ) -> None:
         self._family = family
         self._hands = hands
         self.tokens = list(prompt)
         self.n_prompt = len(prompt)
-        self._fired: dict[When, list[bool]] = {hand.when: [] for hand in hands if hand.when is not None}
+        whens = [*looked_at, *(hand.when for hand in hands if hand.when is not None)]
+        self._fired: dict[When, list[bool]] = {when: [] for when in whens}
         """Of every condition, at every position of the pass under way, or of the one before."""
+        self.passed: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        """[pos, width] at every point that is edited or looked at, before and behind its edits, in the last pass."""
         self._inputs: dict[int, Tensor] = {}
         """[pos, width]: what every block's MLP reads, in the pass under way."""
 
-    def grow(self) -> None:
-        """One token more. Raises NearTie where rounding could decide it, or whether a feature fires."""
+    def holds(self, when: When) -> bool:
+        """At the last token that has been the input."""
+        return when.holds(self._fired[when], len(self._fired[when]))
+
+    def grow(self, banned: Sequence[int] = ()) -> None:
+        """One token more, none of these. Raises NearTie where rounding could decide it, or whether a feature fires."""
         net = models.model(self._family)
         points = {(hand.layer, hand.place) for hand in self._hands} | {(one.layer, one.place) for one in self._fired}
         with ExitStack() as stack:
@@ -166,7 +175,7 @@ class Text:
                 stack.callback(models._hook(mlp, True, partial(self._keep_input, number)).remove)
             for layer, place in sorted(points, key=lambda point: point[1] == "hook_resid_mid"):
                 stack.enter_context(models.hooked(net, self._family, layer, place, partial(self._pass, layer, place)))
-            self.tokens += models.greedy(net, self.tokens, 1)
+            self.tokens += models.greedy(net, self.tokens, 1, banned)
 
     def _keep_input(self, layer: int, h: Tensor) -> Tensor:
         self._inputs[layer] = h[0]
@@ -178,7 +187,9 @@ class Text:
             if (when.layer, when.place) == (layer, place):
                 self._fired[when] = when.fires(found)
         here = [hand for hand in self._hands if (hand.layer, hand.place) == (layer, place)]
-        return edited(found, here, self, layer).view_as(h) if here else h
+        behind = edited(found, here, self, layer)
+        self.passed[layer, place] = found, behind
+        return behind.view_as(h)
 
     def share(self, hand: Hand, at: int) -> float:
         """How much a position is edited."""
@@ -205,6 +216,55 @@ def greedy(family: str, hands: Sequence[Hand], prompt: Sequence[int], n_tokens: 
     for _ in range(n_tokens):
         text.grow()
     return text.tokens[len(prompt) :]
+
+
+@dataclass(frozen=True)
+class HandRule:
+    """What is done at a token at which a condition holds."""
+
+    when: When
+    back: int = 0
+    """Tokens that are taken back, unless so many have followed them; 0: the text ends with this one."""
+    times: int = 0
+
+
+Ruling = tuple[list[int], str, list[tuple[int, int, int]]]
+"""Tokens, why the text ended, and of every refusal the rule, how many tokens were left, and how many were not."""
+
+
+def ruled(text: Text, n_tokens: int, rules: Sequence[HandRule]) -> Ruling:
+    """What a plain loop takes under rules. The text's last pass is that of all its tokens."""
+    found = _ruled(text, n_tokens, rules)
+    text.tokens = [*text.tokens[: text.n_prompt], *found[0]]
+    text.grow()
+    text.tokens.pop()
+    return found
+
+
+def _ruled(text: Text, n_tokens: int, rules: Sequence[HandRule]) -> Ruling:
+    refusals: list[tuple[int, int, int]] = []
+    banned: dict[int, list[int]] = {}
+    n_told, n_held = 0, max((rule.back or 1 for rule in rules), default=0)
+    while True:
+        n_seen = len(text.tokens) - text.n_prompt
+        text.grow(banned.get(n_seen, ()))
+        acting = [n for n, rule in enumerate(rules) if n_seen and text.holds(rule.when)]
+        if not acting and n_seen < n_tokens:
+            n_told = max(n_told, n_seen + 1 - n_held)
+            continue
+        text.tokens.pop()  # it only had to be looked at
+        kept = text.tokens[text.n_prompt :]
+        if not acting or not rules[acting[0]].back:
+            return kept, "stop_rule" if acting else "length", refusals
+        rule = rules[acting[0]]
+        n_refused = min(rule.back, n_seen - n_told)
+        n_left = n_seen - n_refused
+        refusals.append((acting[0], n_left, n_refused))
+        banned = {place: ids for place, ids in banned.items() if place <= n_left}
+        banned.setdefault(n_left, []).append(kept[n_left])
+        del text.tokens[text.n_prompt + n_left :]
+        if sum(number == acting[0] for number, *_ in refusals) > rule.times:
+            return kept[:n_left], "retry_exhausted", refusals
 
 
 def edited(h: Tensor, hands: Sequence[Hand], text: Text, layer: int) -> Tensor:

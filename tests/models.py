@@ -191,8 +191,8 @@ class NearTie(AssertionError):
     """Rounding could decide which token comes next, so nothing can be compared."""
 
 
-def greedy(net: PreTrainedModel, ids: Sequence[int], n_tokens: int) -> list[int]:
-    """A plain greedy loop without cache; wrap it in `hooked` to steer it.
+def greedy(net: PreTrainedModel, ids: Sequence[int], n_tokens: int, banned: Sequence[int] = ()) -> list[int]:
+    """A plain greedy loop without cache; wrap it in `hooked` to steer it. None of the tokens is a banned one.
 
     Who compares with these tokens compares what rounding cannot change: a choice that it could is refused.
     """
@@ -201,6 +201,7 @@ def greedy(net: PreTrainedModel, ids: Sequence[int], n_tokens: int) -> list[int]
     with torch.no_grad():
         for _ in range(n_tokens):
             logits = net(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+            logits[list(banned)] = logits.min()
             best, second = logits.topk(2).values.tolist()
             if best - second <= APART * float(logits.abs().max()):
                 raise NearTie("take another prompt or seed")

@@ -71,6 +71,10 @@ class RowMemory(Protocol):
         """Copy a slot to a free one. May be repeated."""
         ...
 
+    def cut(self, slot: int, length: int) -> None:
+        """Of a slot's positions no more than these are there. May be repeated."""
+        ...
+
     def layers_of(self, slot: int, length: int) -> Layers | None:
         """Views of a slot's first columns; None where a row cannot begin with another's."""
         ...
@@ -208,6 +212,10 @@ class RowCache(Cache):
         for layer in self._slots:
             layer.move(source, target)
 
+    def cut(self, slot: int, length: int) -> None:
+        for layer in self._slots:
+            layer.cut(slot, length)
+
     def layers_of(self, slot: int, length: int) -> Layers | None:
         return [layer.view(slot, length) for layer in self._slots]
 
@@ -323,6 +331,11 @@ class _Slots(CacheLayerMixin):
             if held is not None:
                 held[target] = held[source]
 
+    def cut(self, slot: int, length: int) -> None:
+        for held in (self.keys, self.values):
+            if held is not None:
+                held[slot, :, length:] = 0
+
     def put(
         self, keys: Tensor, values: Tensor, rows: Sequence[int], lengths: Sequence[int], first: int, grid: Grid
     ) -> None:
@@ -364,12 +377,13 @@ class SoloCache:
         self._config = config
         self._rotation = rotation
         self._cache: Cache | None = None
+        self._is_cut = False
 
     def prompts(self, n_columns: int) -> Cache:
         return DynamicCache(config=self._config)
 
     def is_outdated(self, length: int) -> bool:
-        return self._rotation.outdates(length + 1)
+        return self._is_cut or self._rotation.outdates(length + 1)
 
     def grow(self, grid: Grid) -> None:
         pass  # Hugging Face's cache grows by itself
@@ -379,10 +393,13 @@ class SoloCache:
 
     def put(self, prompts: Cache, rows: Sequence[int], lengths: Sequence[int], first: int) -> None:
         assert (list(rows), first) == ([0], 0), (rows, first)
-        self._cache = prompts
+        self._cache, self._is_cut = prompts, False
 
     def move(self, source: int, target: int) -> None:
         raise AssertionError("there is one row")
+
+    def cut(self, slot: int, length: int) -> None:
+        self._is_cut = True  # windows and states cannot go back: the text is run again
 
     def layers_of(self, slot: int, length: int) -> Layers | None:
         return None

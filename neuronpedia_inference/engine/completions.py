@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from neuronpedia_inference.domain import Numbers, TokenLogprob, Written
+from neuronpedia_inference.domain import Numbers, Refusal, TokenLogprob, Written
 from neuronpedia_inference.engine.protocol import NO_TOKEN, RowStep
 from neuronpedia_inference.engine.stops import Cut
 from neuronpedia_inference.engine.tokens import TextCodec, TextStream
@@ -27,6 +27,7 @@ class _News:
     finish_reason: str | None = None
     numbers: list[Numbers] = field(default_factory=list)
     rule: int | None = None
+    refusals: list[Refusal] = field(default_factory=list)
     ending: str = ""
 
     def written(self) -> Written:
@@ -39,6 +40,7 @@ class _News:
             np.concatenate(self.numbers) if self.numbers else None,
             self.ending,
             rule=self.rule,
+            refusals=tuple(self.refusals),
         )
 
 
@@ -66,7 +68,7 @@ class _Text:
             yield self._held.popleft()[1]
 
     def end(self, news: _News) -> None:
-        """Say what was held back."""
+        """Say what was held back, if it has not been said."""
         self._read(self._stream.rest(), news)
         self._say(self._cut.rest(), news)
 
@@ -106,7 +108,10 @@ class Completions:
             news.ids.append(step.token_id)
             news.tokens.append(self._codec.token_string(step.token_id))
             self._say(step, text, news)
+        if step.refusal is not None:
+            news.refusals.append(step.refusal)
         if step.ends:
+            text.end(news)
             news.finish_reason, news.rule = step.finish_reason, step.rule
         news.logprobs.extend(text.told())
 

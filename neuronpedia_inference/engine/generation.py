@@ -1,8 +1,9 @@
 """Rows that decode together: they join once their prompts have been run, draw a token a step, and leave at their end.
 
 Every row's draws, failures and end are its own. What a lane knows of its rows changes last: a pass that raises leaves
-it as it was. Leaving and parking are only noted, and done when the next step or joining begins, so that they cannot
-fail. A parked row keeps its slot and draws nothing.
+it as it was. Leaving, parking and going back are only noted, and done when the next step or joining begins, so that
+they cannot fail. A parked row keeps its slot and draws nothing. A row that has gone back runs the newest token that it
+kept once more, for what comes next.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from neuronpedia_inference.engine.decoder import Changes, Decoder, ends
 from neuronpedia_inference.engine.faults import failure_of, let_go
 from neuronpedia_inference.engine.prefixes import Prefixes
 from neuronpedia_inference.engine.prompts import PromptPass
-from neuronpedia_inference.engine.protocol import NO_TOKEN, Lookout, RowId, RowSpec, RowStep, StopReader
+from neuronpedia_inference.engine.protocol import NO_TOKEN, RowId, RowSpec, RowStep, StopReader
 from neuronpedia_inference.engine.reads import Reads
+from neuronpedia_inference.engine.ruled import Ruled
 from neuronpedia_inference.engine.sampling import Drawn, Sampler, draw
 from neuronpedia_inference.engine.slots import Slots
 from neuronpedia_inference.engine.static import Record, Recordings, StaticStep
@@ -43,22 +45,64 @@ class _Row:
     id: RowId
     spec: RowSpec
     sampler: Sampler
+    ruled: Ruled
     generated: list[int] = field(default_factory=list)
     finish: str | None = None
     """Why it draws no more; a watched row stays until its last token has been the input."""
-    lookouts: list[Lookout] = field(default_factory=list)
-    """Of its rules."""
     rule: int | None = None
-    """The one that has ended it."""
+    """The one that has ended it at its newest token."""
     reader: StopReader | None = None
     """Of its text, where texts may end it."""
-    held: RowStep | None = None
-    """Of a row with rules, the newest token, until they have seen it."""
     length: int = 0
     """Positions whose keys and values are kept."""
+    is_cut: bool = False
+    """Behind them may be what was taken back."""
+    is_returning: bool = False
+    """The next pass is of a position that has been read."""
     is_parked: bool = False
     is_leaving: bool = False
     has_failed: bool = False
+
+    @property
+    def newest(self) -> int:
+        """The token that is the next input."""
+        return (self.generated or self.spec.prompt_ids)[-1]
+
+    @property
+    def draws(self) -> bool:
+        """Whether the pass that has just been looked at gives it a token."""
+        return self.finish is None and not self.is_returning
+
+    def read_anew(self) -> None:
+        """What has been generated, as text, where that may end it."""
+        if self.spec.stops is None:
+            return
+        self.reader = self.spec.stops.begin()
+        for token in self.generated:
+            self.reader.ends_at(token)
+
+    def look(self, numbers: Numbers | None) -> None:
+        """The rules see what a pass has read, and the first that wants to acts on the newest generated token."""
+        if self.is_returning or numbers is None:
+            self.is_returning = False
+            return
+        rule = self.ruled.see(numbers, self.generated[-1:] or self.spec.prompt_ids)
+        if rule is None or not self.generated:
+            return
+        if self.spec.rules[rule].retry is None:
+            self.finish, self.rule = "stop_rule", rule
+        else:
+            self._go_back(rule)
+
+    def _go_back(self, rule: int) -> None:
+        n_tokens, goes_on = self.ruled.refuse(rule, len(self.generated))
+        refused = self.generated[-n_tokens:]
+        del self.generated[-n_tokens:]
+        self.sampler.take_back(refused)
+        self.read_anew()
+        self.length -= n_tokens + 1
+        self.finish = None if goes_on else "retry_exhausted"
+        self.is_cut, self.is_returning = True, goes_on
 
 
 @dataclass
@@ -124,12 +168,13 @@ class Lane:
     def decode(self) -> list[RowStep]:
         """One more token for every row that decodes, and what has been read at the one before.
 
-        Rows that draw no more leave. After an exception all are as they were: try it again.
+        Of rows with rules, what they are sure to keep: none, one or several. Rows that draw no more leave. After an
+        exception all are as they were: try it again.
         """
         self._settle()
         if not self._decoding:
             return []
-        logits = self.logits(torch.tensor([row.generated[-1:] for row in self._decoding]))
+        logits = self.logits(torch.tensor([[row.newest] for row in self._decoding]))
         return self._told(self._decoding, logits, self._numbers)
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -216,6 +261,10 @@ class Lane:
         """
         if self._is_settled:
             return
+        for slot, row in self._slots.placed:
+            if row.is_cut:
+                self.memory.cut(slot, row.length)
+                row.is_cut = False
         self._keep_what_leaves()
         self._slots.free(lambda row: row.is_leaving)
         self.memory.trim(self._make_room([]))
@@ -238,7 +287,7 @@ class Lane:
         layers = self.memory.layers_of(slot, row.length)
         if layers is not None:
             n_bytes = sum(one.nbytes for layer in layers if layer is not None for one in layer)
-            self.prefixes.keep(row.spec, row.generated[: row.length - len(row.spec.prompt_ids)], layers, n_bytes)
+            self.prefixes.keep(row.spec, row.generated, row.length, layers, n_bytes)
 
     def _make_room(self, new: Sequence[RowSpec]) -> Grid:
         """For rows beside those that are here, right behind those that decode; the grid that is needed for a step."""
@@ -257,18 +306,18 @@ class Lane:
 
         What fails here ends its own row: the others have drawn, and their step must not be made again.
         """
-        failures = [failure_of(partial(_look, row, read)) for row, read in zip(rows, numbers, strict=True)]
-        drawing = [n for n, row in enumerate(rows) if row.finish is None and failures[n] is None]
+        fresh = [None if row.is_returning else read for row, read in zip(rows, numbers, strict=True)]
+        failures = [failure_of(partial(row.look, read)) for row, read in zip(rows, fresh, strict=True)]
+        drawing = [n for n, row in enumerate(rows) if row.draws and failures[n] is None]
         drawn = dict(zip(drawing, self._draw(rows, drawing, logits) if drawing else (), strict=True))
-        steps = [
-            drawn.get(n) or RowStep(row.id, NO_TOKEN, finish_reason=row.finish, error=failures[n])
-            for n, row in enumerate(rows)
-        ]
-        steps = [self._with_numbers(*one) for one in zip(steps, (row.spec for row in rows), numbers, strict=True)]
-        steps = [_held(row, step) for row, step in zip(rows, steps, strict=True)]
-        for row, step in zip(rows, steps, strict=True):
-            row.is_leaving, row.has_failed = step.ends, step.error is not None
-        if any(step.ends for step in steps):
+        steps: list[RowStep] = []
+        for n, row in enumerate(rows):
+            step = drawn.get(n) or RowStep(row.id, NO_TOKEN, finish_reason=row.finish, rule=row.rule, error=failures[n])
+            told = row.ruled.told(self._with_numbers(step, row.spec, fresh[n]))
+            row.is_leaving = any(one.ends for one in told)
+            row.has_failed = any(one.error is not None for one in told)
+            steps += told
+        if any(row.is_leaving or row.is_cut for row in rows):
             self.drop(())
         return steps
 
@@ -324,9 +373,8 @@ class Joining:
         self._passes: list[tuple[Sequence[_Row], PromptPass]] = []
         for id_, asked in rows:
             spec = begun(asked, lane.decoder.model.device)
-            lookouts = [rule.begin() for rule in spec.rules]
-            reader = None if spec.stops is None else spec.stops.begin()
-            row = _Row(id_, spec, Sampler(spec.sampling, spec.prompt_ids), lookouts=lookouts, reader=reader)
+            row = _Row(id_, spec, Sampler(spec.sampling, spec.prompt_ids), Ruled(spec.rules))
+            row.read_anew()
             is_read = bool(spec.watches)  # its prompt has to pass
             known = lane.prefixes.find(spec) if lane.memory.in_pieces and not is_read else None
             if known is None:
@@ -360,27 +408,6 @@ class Joining:
     def join(self) -> list[RowStep]:
         """The rows join the lane with the first token of each. After an exception none has."""
         return self.lane.take_in(self._passes)
-
-
-def _look(row: _Row, numbers: Numbers | None) -> None:
-    """The rules see what was read; the first that wants it ends the row at its newest token."""
-    if numbers is None or not row.lookouts:
-        return
-    ids = row.generated[-1:] or row.spec.prompt_ids
-    wants = [lookout.see(numbers, ids) for lookout in row.lookouts]
-    if row.generated and any(wants):
-        row.finish, row.rule = "stop_rule", wants.index(True)
-
-
-def _held(row: _Row, step: RowStep) -> RowStep:
-    """Of a row with rules: the token before, which they have seen, with what was read there."""
-    if not row.lookouts or step.error is not None:
-        return step
-    seen, row.held = row.held, step if step.token_id != NO_TOKEN else None
-    if seen is None:
-        return RowStep(row.id, NO_TOKEN, numbers=step.numbers)
-    finish = step.finish_reason if row.held is None else None
-    return replace(seen, numbers=step.numbers, finish_reason=finish, is_awaited=False, rule=row.rule)
 
 
 def _of(logits: Tensor, places: Sequence[int]) -> Tensor:

@@ -50,11 +50,11 @@ class Prefixes:
     def __init__(self, recent: Recent) -> None:
         self._recent = recent
 
-    def keep(self, spec: RowSpec, generated: Sequence[int], layers: Layers, n_bytes: int) -> None:
-        """What a row leaves, whose keys and values these are; `layers` are views, and copied if there is room."""
+    def keep(self, spec: RowSpec, generated: Sequence[int], length: int, layers: Layers, n_bytes: int) -> None:
+        """What a row leaves, of its first `length` positions. `layers` are views, and copied if there is room."""
         if spec.triggers:
             return
-        text = _text(spec, generated)
+        text = _text(spec, generated, length)
         if len(text.positions) < LEAST_POSITIONS or any(text.is_within(other) for other in self._texts()):
             return
         for other in [other for other in self._texts() if other.is_within(text)]:
@@ -65,7 +65,7 @@ class Prefixes:
         """What is kept of the longest beginning of a prompt, and its length. The last token has to be run."""
         if spec.triggers:
             return None
-        text = _text(spec, ())
+        text = _text(spec)
         most = len(text.positions) - 1
         shared = {other: min(most, text.n_shared(other)) for other in self._texts()}
         best = max(shared, key=lambda other: shared[other], default=None)
@@ -78,8 +78,8 @@ class Prefixes:
         return [key for key in self._recent if isinstance(key, _Text)]
 
 
-def _text(spec: RowSpec, generated: Sequence[int]) -> _Text:
-    tokens = [*spec.prompt_ids, *generated]
+def _text(spec: RowSpec, generated: Sequence[int] = (), length: int | None = None) -> _Text:
+    tokens = [*spec.prompt_ids, *generated][:length]
     places, ids = np.arange(len(tokens)), np.array(tokens)
     selections = list(dict.fromkeys(edit.on for edit in spec.edits))
     weights = [selection.weights(places, ids, len(spec.prompt_ids)).tolist() for selection in selections]

@@ -10,7 +10,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from neuronpedia_inference.domain import Numbers, Sampling
+from neuronpedia_inference.domain import Numbers, Refusal, Sampling
 from neuronpedia_inference.edits.rows import RowEdit, Trigger
 from neuronpedia_inference.engine.points import Point
 
@@ -83,12 +83,31 @@ class Lookout(Protocol):
     """What a rule has seen of one text."""
 
     def see(self, numbers: Numbers, ids: Sequence[int], /) -> bool:
-        """What was read at the next positions, [pos, n] as in `RowStep.numbers`, and their tokens; whether to stop."""
+        """What was read at the next positions, [pos, n] as in `RowStep.numbers`, and their tokens; whether to act."""
+        ...
+
+    def forget(self, n_positions: int, /) -> None:
+        """The newest positions are not there any more."""
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """The newest tokens are taken back, and others drawn in their place."""
+
+    back: int
+    """Tokens; fewer where fewer are held back: a token that so many follow stays."""
+    times: int
+    """In one text; after that the text ends before them."""
+
+
 class Rule(Protocol):
-    """Ends a text at a token for what was read there."""
+    """Acts on a text at a token for what was read there."""
+
+    @property
+    def retry(self) -> Retry | None:
+        """None: the token is kept, and the last."""
+        ...
 
     def begin(self) -> Lookout: ...
 
@@ -167,6 +186,14 @@ class RowStep:
     """With a row's last token: what is read there is still to come, in a step of its own."""
     rule: int | None = None
     """The rule that ended the row at this token, with finish_reason "stop_rule"."""
+    refusal: Refusal | None = None
+    """Tokens that nobody was told of were taken back."""
+
+    @property
+    def says_something(self) -> bool:
+        """False of a row that has stepped, and holds back what it has got."""
+        told = (self.finish_reason, self.error, self.numbers, self.refusal)
+        return self.token_id != NO_TOKEN or any(one is not None for one in told)
 
     @property
     def ends(self) -> bool:

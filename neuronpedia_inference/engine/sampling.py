@@ -57,17 +57,22 @@ class Counts:
 
 
 class Sampler:
-    """The uniforms and the token counts of one row. Only `commit` changes what the next draw will be."""
+    """The uniforms and the token counts of one row. Only `commit` and `take_back` change what the next draw will be."""
 
     def __init__(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
         self.sampling = sampling
         self._n_drawn = 0
+        """Also of tokens that were taken back."""
+        self._n_tokens = 0
+        self._banned: dict[int, list[int]] = {}
+        """By the number of tokens before: which are not drawn there."""
         self._uniforms: tuple[int, Numbers] | None = None
         self._seen = Counts(prompt_ids if self.is_penalised else ())
         self._written = Counts()
         for token_id, _ in sampling.logit_bias:
             self._written.add(token_id, 0)
         self._biases = np.array([bias for _, bias in sampling.logit_bias])
+        self._is_counted = bool(sampling.frequency_penalty or sampling.presence_penalty or sampling.logit_bias)
 
     @property
     def is_greedy(self) -> bool:
@@ -79,10 +84,14 @@ class Sampler:
         return self.sampling.freq_penalty != 0 and not self.is_greedy
 
     @property
+    def banned(self) -> Sequence[int]:
+        """Ids that are not drawn next."""
+        return self._banned.get(self._n_tokens, ())
+
+    @property
     def is_shifted(self) -> bool:
-        """Before the temperature, by biases and the output."""
-        sampling = self.sampling
-        return bool(sampling.frequency_penalty or sampling.presence_penalty or sampling.logit_bias)
+        """Before the temperature: by biases and the output, or because tokens are banned."""
+        return self._is_counted or bool(self.banned)
 
     def uniforms(self) -> Numbers:
         """[2] of float32 in [0, 1): Philox keyed by the seed, at the count of the row's draws."""
@@ -100,19 +109,36 @@ class Sampler:
             return self._seen.ids[known], -self.sampling.freq_penalty * self._seen.times[known]
 
     def shifts(self) -> tuple[Numbers, Numbers]:
-        """Ids that have a bias or have been written, and what is added to the logit of each, float64."""
+        """Ids that have a bias, have been written or are banned, and what is added to the logit of each, float64."""
         times = self._written.times
         amounts = -self.sampling.frequency_penalty * times - self.sampling.presence_penalty * (times > 0)
         amounts[: len(self._biases)] += self._biases
+        amounts[np.isin(self._written.ids, self.banned)] = -np.inf
         return self._written.ids, amounts
 
     def commit(self, token_id: int) -> None:
         """The token has been drawn: the next draw takes the next uniforms, and counts it."""
         self._n_drawn += 1
-        if self.is_penalised:
-            self._seen.add(token_id)
-        if self.is_shifted:
-            self._written.add(token_id)
+        self._n_tokens += 1
+        self._count([token_id], 1)
+
+    def take_back(self, token_ids: Sequence[int]) -> None:
+        """The newest tokens are not there any more, and the first of them is not drawn there again.
+
+        The uniforms go on: the same ones would give the same tokens.
+        """
+        self._n_tokens -= len(token_ids)
+        self._banned = {place: ids for place, ids in self._banned.items() if place <= self._n_tokens}
+        self._banned.setdefault(self._n_tokens, []).append(token_ids[0])
+        self._count(token_ids, -1)
+        self._written.add(token_ids[0], 0)
+
+    def _count(self, token_ids: Sequence[int], times: int) -> None:
+        for token in token_ids:
+            if self.is_penalised:
+                self._seen.add(token, times)
+            if self._is_counted:
+                self._written.add(token, times)
 
 
 def draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[Drawn]:

@@ -31,8 +31,9 @@ class Cut:
         return text[:end]
 
     def rest(self) -> str:
-        """What is held back, of a text that has ended otherwise."""
-        return "" if self.has_ended else self._held
+        """What is held back, of a text that has ended otherwise; nothing when asked again."""
+        held, self._held = self._held, ""
+        return "" if self.has_ended else held
 
 
 def _n_begun(text: str, string: str) -> int:

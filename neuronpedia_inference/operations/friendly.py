@@ -14,7 +14,7 @@ from neuronpedia_inference.operations.operation import Events, Operation, last
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.receipts import Account
 from neuronpedia_inference.operations.steer import Chat, chat_story, text_story, turns
-from neuronpedia_inference.operations.story import Story, Transcript, logprob_reply
+from neuronpedia_inference.operations.story import Story, Transcript, event_reply, logprob_reply
 from neuronpedia_inference.operations.watching import watch_plan
 from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.schemas.steer import SteerRequest, SteerResponse, SteerText
@@ -96,6 +96,7 @@ def _so_far(chat: Chat | None, row: Transcript) -> SteerText:
         watch=None if row.watched is None else row.watched.so_far(),
         stopped_by=_stopped(row),
         judge=row.judge,
+        events=row.events,
     )
 
 
@@ -111,6 +112,7 @@ def _new(chat: Chat | None, story: Story, place: int, written: Written) -> Steer
         watch=None if row.watched is None else row.watched.newest(),
         stopped_by=_stopped(row),
         judge=row.judge,
+        events=None if row.events is None else [event_reply(one) for one in written.refusals],
     )
 
 

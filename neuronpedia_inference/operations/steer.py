@@ -134,7 +134,11 @@ def _story(
     raw: str, begun: Begun, wanted: Completion, rt: Runtime, *, keeps_ending: bool, watch: Sequence[SteerWatch]
 ) -> Story:
     has_logprobs = bool(wanted.sampling.n_logprobs)
-    rows = [Transcript(raw, has_logprobs=has_logprobs, keeps_ending=keeps_ending) for _ in wanted.plans]
+    has_events = wanted.reads is not None and any(wanted.reads.retries)
+    rows = [
+        Transcript(raw, has_logprobs=has_logprobs, keeps_ending=keeps_ending, has_events=has_events)
+        for _ in wanted.plans
+    ]
     if wanted.reads is not None and watch:
         for row, edited in zip(rows, begun.edited, strict=True):
             row.watched = Watched(watch, wanted.reads.watches, edited, begun.prompt.strings, rt)

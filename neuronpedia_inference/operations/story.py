@@ -7,13 +7,14 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from neuronpedia_inference.completion import Begun, Completion
-from neuronpedia_inference.domain import TokenLogprob, Written
+from neuronpedia_inference.domain import Refusal, TokenLogprob, Written
 from neuronpedia_inference.edits.proof import Proof
 from neuronpedia_inference.operations.growing import GrowingList, GrowingText
 from neuronpedia_inference.operations.watching import Watched
 from neuronpedia_inference.pacing import paced
 from neuronpedia_inference.schemas.judge import SteerJudge
 from neuronpedia_inference.schemas.steer import NPLogprob, NPLogprobTop
+from neuronpedia_inference.schemas.watch import SteerEvent
 
 LEAST_LOGPROB = -100.0
 
@@ -21,8 +22,8 @@ LEAST_LOGPROB = -100.0
 class Transcript:
     """One row: its text, and what else is told of it."""
 
-    def __init__(self, prompt: str, *, has_logprobs: bool, keeps_ending: bool = True) -> None:
-        """keeps_ending: whether the text ends in the token that stopped it."""
+    def __init__(self, prompt: str, *, has_logprobs: bool, keeps_ending: bool = True, has_events: bool = False) -> None:
+        """keeps_ending: whether the text ends in the token that stopped it. has_events: whether rules may take back."""
         self.text = GrowingText()
         self.raw = GrowingText(prompt)
         """Prompt and text."""
@@ -31,6 +32,7 @@ class Transcript:
         """Of the text, without the prompt's."""
         self.token_ids: list[int] = []
         """Those of `tokens`."""
+        self.events = GrowingList(event_reply) if has_events else None
         self.watched: Watched | None = None
         self.proof: Proof | None = None
         """What its edits did."""
@@ -49,6 +51,8 @@ class Transcript:
             self.logprobs.add(written.logprobs)
         self.tokens.add(written.tokens)
         self.token_ids += written.token_ids
+        if self.events is not None:
+            self.events.add(written.refusals)
         if self.watched is not None:
             self.watched.add(written)
         self.finish_reason = written.finish_reason or self.finish_reason
@@ -83,6 +87,10 @@ class Story(AsyncIterator[tuple[Written, ...]]):
         close: Any = getattr(self._source, "aclose", None)
         if close is not None:
             await close()
+
+
+def event_reply(refusal: Refusal) -> SteerEvent:
+    return SteerEvent(rule=refusal.rule, position=refusal.position, n_refused=refusal.n_tokens)
 
 
 def logprob_reply(one: TokenLogprob) -> NPLogprob:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from neuronpedia_inference.domain import Numbers, Written
 from neuronpedia_inference.edits.plan import fires_in
+from neuronpedia_inference.engine.protocol import Retry
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.edits import condition_of
 from neuronpedia_inference.operations.growing import GrowingList
@@ -47,7 +48,14 @@ def watch_plan(asked: Sequence[SteerWatch], rules: Sequence[SteerRule], rt: Runt
     looked_at = list(dict.fromkeys(fires for condition in conditions for fires in fires_in(condition)))
     watch_of = {fires: len(watches) + place for place, fires in enumerate(looked_at)}
     features = [rt.watches.feature(fires.feature.source, fires.feature.index) for fires in looked_at]
-    return RulePlan(tuple(conditions), watch_of, WatchPlan.of([*watches, *features]))
+    n_times = sum(rule.times for rule in rules if rule.do == "retry")
+    if n_times >= rt.model.vocab_size:
+        raise InvalidRequest(
+            f"rules: the times of all retries, {n_times}, must be fewer than the model's {rt.model.vocab_size} tokens, "
+            "of which each may rule one out. Give fewer."
+        )
+    retries = tuple(Retry(rule.back, rule.times) if rule.do == "retry" else None for rule in rules)
+    return RulePlan(tuple(conditions), retries, watch_of, WatchPlan.of([*watches, *features]))
 
 
 def _checked(asked: SteerWatch, where: str, rt: Runtime) -> Watch:

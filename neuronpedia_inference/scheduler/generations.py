@@ -11,7 +11,7 @@ from functools import partial
 from itertools import groupby
 
 from neuronpedia_inference.engine.faults import failure_of
-from neuronpedia_inference.engine.protocol import Engine, Joining, Lane, RowId, RowSpec, RowStep
+from neuronpedia_inference.engine.protocol import NO_TOKEN, Engine, Joining, Lane, RowId, RowSpec, RowStep
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.scheduler.ends import Ends
@@ -159,7 +159,7 @@ class Generations:
         for is_last in (False, True):
             failure = failure_of(lambda: steps.extend(lane.decode()))
             if failure is None:
-                self._metrics.decoded(len(steps))
+                self._metrics.decoded(len({step.row for step in steps}))
                 self._deliver(steps)
                 return True
             if is_last or not self._ends.give_up(failure):
@@ -207,7 +207,10 @@ class Generations:
         if not generation.has_begun:
             generation.has_begun = True
             self._metrics.first_token(time.monotonic() - job.submitted_s)
-        job.ticket.emit(steps)
+        told = [step for step in steps if step.says_something]
+        self._metrics.told(sum(step.token_id != NO_TOKEN for step in told))
+        if told:
+            job.ticket.emit(told)
         generation.n_left -= sum(step.ends for step in steps)
         if generation.n_left == 0:
             self._ends.answer(job)

@@ -27,7 +27,14 @@ from neuronpedia_inference.schemas.judge import Judge, SteerJudge
 from neuronpedia_inference.schemas.receipt import Receipt
 from neuronpedia_inference.schemas.steering import AtMostSteers, Method, Steering, Strength, StrengthMultiplier
 from neuronpedia_inference.schemas.vectors import Vector
-from neuronpedia_inference.schemas.watch import NPLogprobTop, SteerRule, SteerStop, SteerWatch, SteerWatched
+from neuronpedia_inference.schemas.watch import (
+    NPLogprobTop,
+    SteerEvent,
+    SteerRule,
+    SteerStop,
+    SteerWatch,
+    SteerWatched,
+)
 from neuronpedia_inference.watches.plan import MAX_WATCHES
 from neuronpedia_inference.watches.rules import MAX_RULES
 
@@ -228,7 +235,8 @@ class SteerRequest(Steering, TextOrChat):
     )
     rules: Annotated[Many[SteerRule], AtMost(MAX_RULES)] | None = Field(
         default=None,
-        description="When to end early, in both texts. A token is sent once the rules have seen it.",
+        description="When to end early or to write the newest tokens anew, in both texts. A token is sent once the "
+        "rules have seen it, and none takes it back any more.",
     )
     compare: bool = Field(default=True, description="Also generate the same without steering.")
     steer_special_tokens: Annotated[
@@ -286,10 +294,13 @@ class SteerText(Reply):
     watch: SteerWatched | None = Field(default=None, description="What `watch` has read; null unless asked for.")
     judge: SteerJudge | None = Field(default=None, description="How well it holds; null unless asked for.")
     stopped_by: SteerStop | None = Field(default=None, description="With `finish_reason` `stop_rule`: by which rule.")
-    finish_reason: Literal["stop", "length", "stop_rule"] | None = Field(
+    events: list[SteerEvent] | None = Field(
+        default=None, description="What rules took back, in order; null where no rule retries."
+    )
+    finish_reason: Literal["stop", "length", "stop_rule", "retry_exhausted"] | None = Field(
         default=None,
         description="Why it ended: `stop` at the model's end-of-sequence token, `length` at `max_new_tokens`, "
-        "`stop_rule` at a rule. "
+        "`stop_rule` at a rule, `retry_exhausted` before tokens that a rule refused once more than its `times`. "
         "Null while it goes on.",
     )
 

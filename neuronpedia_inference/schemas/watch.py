@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from neuronpedia_inference.schemas.common import AtMost, Many, Name, Ours, Reply, SourceName
 from neuronpedia_inference.schemas.conditions import Condition
+from neuronpedia_inference.schemas.words import problem
+from neuronpedia_inference.watches.rules import MAX_BACK, MAX_TIMES
 
 MAX_LAYERS = 512
 """Layers of one watch."""
@@ -41,12 +43,33 @@ class SteerWatch(Ours):
 
 
 class SteerRule(Ours):
-    """Ends a text at the first generated token at which `when` holds. The token is kept, and the last one."""
+    """What happens at a generated token at which `when` holds. Of several rules that hold the first one acts."""
 
     when: Condition = Field(
         description="On what features are, before anything is edited, at the token and those before it."
     )
-    do: Literal["stop"] = Field(default="stop", description="What happens then.")
+    do: Literal["stop", "retry"] = Field(
+        default="stop",
+        description="`stop`: the token is kept, and the last one. `retry`: the newest tokens are taken back, and "
+        "others are drawn in their place: the first of them is not drawn there again.",
+    )
+    back: Annotated[int, Field(ge=1, le=MAX_BACK)] = Field(
+        default=1,
+        description="Of `retry`: how many tokens are taken back. So many are held back from the stream; those before "
+        "them stay, also where a text has gone back to them.",
+    )
+    times: Annotated[int, Field(ge=1, le=MAX_TIMES)] = Field(
+        default=1,
+        description="Of `retry`: how often in a text. The next time the tokens are taken back too, and the text ends "
+        "before them.",
+    )
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        beside = sorted({"back", "times"} & self.model_fields_set)
+        if self.do == "stop" and beside:
+            raise problem(f"{' and '.join(beside)} of a rule go with do retry, which takes tokens back; this one stops")
+        return self
 
 
 class SteerStop(Reply):
@@ -55,6 +78,16 @@ class SteerStop(Reply):
     rule: int = Field(description="Place of the rule in the request's list.")
     position: int = Field(description="Place of the token in `tokens`.")
     token: str = Field(description="The token as text.")
+
+
+class SteerEvent(Reply):
+    """A rule has taken tokens of a text back."""
+
+    rule: int = Field(description="Place of the rule in the request's list.")
+    position: int = Field(
+        description="Place in `tokens` of the first that was taken back: other tokens follow there, or the text ends."
+    )
+    n_refused: int = Field(description="How many tokens were taken back.")
 
 
 class WatchedFeature(Reply):

@@ -157,11 +157,16 @@ def test_a_draw_that_fails_again_ends_its_own_row(expected: list[list[int]], mon
 class Broken:
     """A rule whose lookout fails at the n-th reading."""
 
+    retry = None
+
     def __init__(self, at: int) -> None:
         self.at = at
 
     def begin(self) -> Broken:
         return Broken(self.at)
+
+    def forget(self, n_positions: int) -> None:
+        raise AssertionError("nothing is taken back")
 
     def see(self, numbers: Any, ids: Sequence[int]) -> bool:
         self.at -= 1

@@ -62,6 +62,58 @@ def test_a_text_ends_at_the_first_token_where_the_feature_fires(http: httpx.Clie
     assert (ruled["default"]["finish_reason"], ruled["default"]["stopped_by"]) == ("length", None)
 
 
+def retry(threshold: float = 10, **more: Any) -> list[dict[str, Any]]:
+    return [{"when": {"feature": FEATURE, "above": threshold}, "do": "retry", **more}]
+
+
+def events_of(http: httpx.Client, body: dict[str, Any]) -> list[dict[str, Any]]:
+    with http.stream("POST", "/v1/steer", json={**body, "stream": True}) as streamed:
+        return [json.loads(line[6:])["steered"] for line in streamed.iter_lines() if line.startswith("data: ")]
+
+
+def test_tokens_are_taken_back_and_others_drawn(http: httpx.Client, free: dict[str, Any]) -> None:
+    """Without the rule the feature fires; with it, at no token that is kept."""
+    values = before(free["steered"])
+    first = next(place for place, value in enumerate(values) if value > 10)
+    back, most = 2, first + 3
+    body = {**STEER, "rules": retry(back=back, times=16), "n_logprobs": 2, "max_new_tokens": most}
+    both = answer(http, **body)
+    text = both["steered"]
+    assert text["finish_reason"] == "length"
+    assert text["events"][0] == {"rule": 0, "position": max(0, first + 1 - back), "n_refused": min(back, first + 1)}
+    assert text["tokens"][: text["events"][0]["position"]] == free["steered"]["tokens"][: text["events"][0]["position"]]
+    assert text["text"] == "".join(text["tokens"])
+    assert len(text["tokens"]) == len(text["logprobs"]) == most
+    assert max(before(text)) <= 10
+    assert len(before(text)) == len(text["tokens"])
+    assert [one["token"] for one in text["logprobs"]] == text["tokens"]
+    assert both["default"]["events"] == []
+    assert both["default"]["tokens"] == free["default"]["tokens"][:most]
+    cumulative = events_of(http, {**body, "compare": False})
+    deltas = events_of(http, {**body, "compare": False, "deltas": True})
+    for n, event in enumerate(cumulative):
+        assert event["tokens"] == text["tokens"][: len(event["tokens"])], f"{n}: a refused token got out"
+        assert event["events"] == text["events"][: len(event["events"])]
+    assert [token for event in deltas for token in event["tokens"]] == text["tokens"]
+    assert [one for event in deltas for one in event["events"]] == text["events"]
+    assert "".join(event["text"] for event in deltas) == text["text"]
+
+
+def test_a_text_that_is_refused_too_often_ends_before_it(http: httpx.Client, free: dict[str, Any]) -> None:
+    body = {**STEER, "compare": False, "rules": retry(threshold=-1, back=2, times=3)}
+    text = answer(http, **body)["steered"]
+    assert (text["tokens"], text["text"], text["finish_reason"]) == ([], "", "retry_exhausted")
+    assert text["events"] == [{"rule": 0, "position": 0, "n_refused": 1}] * 4
+    assert text["stopped_by"] is None
+    assert len(text["watch"]["tokens"]) == N_PROMPT
+    assert events_of(http, body)[-1] == text
+    later = {**STEER, "compare": False, "rules": retry(back=1, times=1)}
+    cut = answer(http, **later)["steered"]
+    assert cut["finish_reason"] == "retry_exhausted"
+    assert len(cut["tokens"]) == cut["events"][-1]["position"] > 0
+    assert events_of(http, later)[-1] == cut
+
+
 def test_streams_end_there_too_and_never_show_another_token(http: httpx.Client, free: dict[str, Any]) -> None:
     rules = stop(feature=FEATURE, above=10)
     whole = answer(http, **STEER, rules=rules)
@@ -130,7 +182,11 @@ def test_the_last_token_may_be_the_one(http: httpx.Client, free: dict[str, Any])
         (stop(feature=f"{SOURCE}/99999", above=1), 400, "out of range"),
         (stop(feature="nothing", above=1), 400, "rules.0.when"),
         (stop(feature=FEATURE), 422, "exactly one of above and below"),
-        ([{"when": {"feature": FEATURE, "above": 1}, "do": "retry"}], 422, "rules.0.do"),
+        ([{"when": {"feature": FEATURE, "above": 1}, "do": "again"}], 422, "rules.0.do"),
+        ([{"when": {"feature": FEATURE, "above": 1}, "do": "stop", "back": 2}], 422, "back of a rule go with do retry"),
+        (retry(back=65), 422, "less than or equal to 64"),
+        (retry(times=17), 422, "less than or equal to 16"),
+        (retry(back=64, times=16) * 2, 400, "up to 2048 tokens are taken back"),
         ([{"do": "stop"}], 422, "rules.0.when"),
         (stop(feature=FEATURE, above=1) * 17, 400, "16"),
     ],

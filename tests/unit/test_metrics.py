@@ -217,9 +217,10 @@ def test_rows_and_tokens_add_up() -> None:
     steps = [3, 3, 2, 2, 1]
     for n_rows in steps:
         metrics.decoded(n_rows)
+        metrics.told(n_rows - 1)
     metrics.captured(4, 70, 10)
     metrics.captured(1, 9, 0)
-    assert value(metrics, "generated_tokens_total") == 3 + sum(steps), "prefill draws the first token of each row"
+    assert value(metrics, "generated_tokens_total") == sum(steps) - len(steps)
     assert value(metrics, "decode_batch_rows_count") == len(steps)
     assert value(metrics, "decode_batch_rows_sum") == sum(steps)
     assert value(metrics, "decode_batch_rows_bucket", le="2.0") == 3
@@ -263,7 +264,7 @@ def test_threads_lose_nothing() -> None:
 
     def work() -> None:
         for _ in range(2000):
-            metrics.decoded(2)
+            metrics.told(2)
             metrics.ended("answered")
 
     threads = [threading.Thread(target=work) for _ in range(6)]
@@ -331,7 +332,7 @@ def test_the_text_is_for_prometheus() -> None:
 
 def test_runtimes_share_nothing() -> None:
     one, other = Metrics(), Metrics()
-    one.decoded(7)
+    one.told(7)
     assert value(other, "generated_tokens_total") == 0
     assert not [family for family in REGISTRY.collect() if family.name.startswith("neuronpedia")]
 

@@ -295,3 +295,34 @@ def test_the_host_reads_once_whatever_is_drawn(n_rows: int) -> None:
         draw(logits, samplers)
     assert reads.names == ["tolist"]
     assert not ran.names & {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "bincount"}
+
+
+def test_what_is_taken_back_leaves_the_counts_as_they_were_and_is_not_drawn_there_again() -> None:
+    """Beside a sampler to which it never happened; of the distribution without the banned tokens."""
+    sampling = Sampling(9, temperature=0.8, freq_penalty=0.6, seed=4, n_logprobs=2)
+    one, other = Sampler(sampling, (1, 2, 2)), Sampler(sampling, (1, 2, 2))
+    other.commit(7)
+    for token in (7, 2, 9):
+        one.commit(token)
+    one.take_back([2, 9])
+    seen = {int(i): float(p) for i, p in zip(*one.penalties(260), strict=True) if p}
+    assert seen == {int(i): float(p) for i, p in zip(*other.penalties(260), strict=True)}
+    logits = torch.randn(260, generator=torch.Generator().manual_seed(1))
+    logits[[2, 11]] = 60.0
+    assert one.banned == [2]
+    assert drawn(one, logits).token_id == 11
+    assert one.banned == ()
+    one.take_back([11])
+    assert one.banned == [2, 11]
+    logits[30] = 50.0
+    found = drawn(one, logits)
+    assert found.token_id == 30
+    assert found.is_finite
+    assert {token for token, _ in found.top} == {2, 11}, "what the model says is told as it is"
+    greedy = Sampler(Sampling(3), ())
+    for token in (5, 2, 11):
+        greedy.commit(token)
+    greedy.take_back([2, 11])
+    greedy.take_back([5])
+    assert greedy.banned == [5], "places behind are forgotten"
+    assert drawn(greedy, logits).token_id == 2
