@@ -8,13 +8,19 @@ from typing import Any
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.points import MLP_POST
 from neuronpedia_inference.engine.protocol import ModelInfo
+from neuronpedia_inference.lenses.jacobians import Jacobians
 from neuronpedia_inference.offers import offered
 from neuronpedia_inference.saes.shelf import Shelf
 from neuronpedia_inference.settings import Settings
 
 
 def describe(
-    settings: Settings, model: ModelInfo, engine: ModelEngine, shelf: Shelf, load: Mapping[str, Any]
+    settings: Settings,
+    model: ModelInfo,
+    engine: ModelEngine,
+    shelf: Shelf,
+    jacobians: Jacobians,
+    load: Mapping[str, Any],
 ) -> dict[str, Any]:
     """For `/v1/capabilities`. load: what is inside now, and what there is for it."""
     return {
@@ -25,6 +31,7 @@ def describe(
         "graphs_off_because": engine.graphs_off_because or None,
         "graphs_not_with": ["watch", "receipt"],
         "lens_off_because": engine.verdict.no_lens_because or None,
+        "jacobian_layers": jacobians.layers,
         "device": model.device,
         "dtype": model.dtype,
         "num_layers": model.n_layers,
@@ -37,6 +44,7 @@ def describe(
         "sources_ask_for": {source.name: list(source.asks) for source in shelf.sources if source.asks},
         "token_limit": token_limit(settings, model),
         "activation_token_limit": token_limit(settings, model),
+        "lens_token_limit": min(settings.lens_token_limit, model.context_length),
         "max_tokens": max_tokens(settings, model),
         "max_num_results": settings.max_results,
         "max_top_k": settings.max_top_k,
@@ -57,6 +65,7 @@ def describe(
             engine.verdict,
             shelf.sources,
             chat=model.has_chat_template,
+            no_jacobians=jacobians.off_because,
             keeps_vectors=settings.kept_vectors_mib > 0,
         ),
     }

@@ -3,7 +3,8 @@
 generation   the pass over its prompt, and 512 + 400 × log-probabilities for every new token on its way to the caller,
              those that rules may take back among them (back × times), and 96 for every number of the vectors that came
              with it and every number that is read while it runs; the reduction of the largest source that is read
-             whole for that; and for a lens 24 × logits of as many positions as a block has room for
+             whole for that; and for a lens 24 × logits of as many positions as a block has room for, with
+             Jacobians 4 × d_model × (d_model + 2 × tokens) more
              edits     48 × d_model + 32 × prompt tokens for each, and 24 × d_model × prompt tokens where there are any:
                        their vectors in two tables, numbers and weights by position, and states in float32
 all of them  1.2 × slots × columns × cache bytes of a position: rows of different requests lie in one grid, as wide as
@@ -180,16 +181,18 @@ class Costs:
         n_read: int = 0,
         read_whole: Sequence[Source] = (),
         reads_out: bool = False,
+        jacobians: bool = False,
         pattern: bool,
     ) -> Demand:
         """Rows that share a prompt. n_numbers: of the vectors that came with the request. n_edits: of all rows. n_read:
         numbers that are read while they run. read_whole: sources all of whose features are computed for that.
-        reads_out: logits are made too."""
+        reads_out: logits are made too; jacobians: of what has gone through one of these."""
         tokens = n_rows * n_prompt_tokens
         told = n_rows * n_new_tokens * (TOKEN_BYTES + n_logprobs * LOGPROB_BYTES) + n_read * NUMBER_BYTES
         n_vocab = self.model.vocab_size
         read = max((peak_bytes(source, tokens) for source in read_whole), default=0)
         read += 24 * min(tokens * n_vocab, max(BLOCK_ELEMENTS, n_vocab)) if reads_out else 0
+        read += 4 * self.model.d_model * (self.model.d_model + 2 * tokens) if jacobians else 0
         edited = self._edited([n_prompt_tokens] * n_rows, n_edits, n_numbers)
         taken = told + read + edited + self._pass([n_prompt_tokens] * n_rows, pattern=pattern)
         return Demand(rows=n_rows, tokens=tokens, bytes=taken, positions=n_prompt_tokens + n_new_tokens)

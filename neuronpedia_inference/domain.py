@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Literal
 
 import numpy as np
@@ -309,6 +310,15 @@ class TokenEffects:
     """Those whose logits fall most, most first."""
     off_because: str = ""
     """Why there are none."""
+
+
+class Lens(StrEnum):
+    """How the residual stream behind a block is read out."""
+
+    LOGIT = "LOGIT_LENS"
+    """As if the model ended there."""
+    JACOBIAN = "JACOBIAN_LENS"
+    """After what the blocks behind it do on average: the mean Jacobian J of the last block's output by this one's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -72,7 +72,7 @@ def fetch(settings: Settings) -> Path:
     wanted = [options["gguf_file"]] if "gguf_file" in options else WEIGHT_FILES
     how = _of(options, "revision", "cache_dir", "token", "force_download")
     files = [f"{subfolder}/{one}" if subfolder else one for one in wanted]
-    return _download(name, files, f"the model {name!r}", how) / subfolder
+    return download(name, files, f"the model {name!r}", how) / subfolder
 
 
 def _of(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def fetch_sae(spec: SourceSpec) -> None:
     """Raises StartupError, one line."""
     repo, path = hub_location(spec)
     wanted = [name for loader in loaders_of(spec) for name in all_files(loader, path)]
-    _download(repo, wanted, f"SAE {spec.name!r}")
+    download(repo, wanted, f"SAE {spec.name!r}")
 
 
 def missing_sizes(spec: SourceSpec, listed: Callable[[str], Mapping[str, int]] | None = None) -> dict[str, int]:
@@ -263,7 +263,7 @@ def weight_files(folder: Path) -> list[Path]:
     return [one] if one.is_file() else sorted(folder.glob("*.safetensors"))
 
 
-def _download(repo: str, files: Sequence[str], what: str, how: Mapping[str, Any] = MappingProxyType({})) -> Path:
+def download(repo: str, files: Sequence[str], what: str, how: Mapping[str, Any] = MappingProxyType({})) -> Path:
     """how: more arguments for the hub's client."""
     from httpx2 import HTTPError
     from huggingface_hub import snapshot_download

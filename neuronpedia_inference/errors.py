@@ -5,6 +5,7 @@ InferenceError
 │   ├── UnknownSource       400  no such SAE source or source set here
 │   ├── UnknownPoint        400  no such hook point in this model
 │   ├── UnknownVector       404  a digest whose vector is not kept here
+│   ├── NoJacobianLens      400  this model has no Jacobians
 │   └── LimitExceeded       400  a bound was passed; the message names value, bound and remedy
 ├── MalformedHttp           400  not HTTP; answered by the connection, before there is a request
 ├── Unauthorized            401
@@ -12,6 +13,7 @@ InferenceError
 ├── RequestTimeout          408  the request did not come in whole in time
 ├── Conflict                409  the server's state forbids it
 ├── BodyTooLarge            413
+├── Busy                    429  it would have to wait, and was not to
 ├── HeadTooLarge            431  likewise answered by the connection
 ├── Unavailable             503  try again later
 │   ├── NotReady            503  the model is still loading
@@ -26,8 +28,9 @@ that serves; both with one line.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 
 class InferenceError(Exception):
@@ -41,6 +44,11 @@ class InferenceError(Exception):
     @property
     def message(self) -> str:
         return str(self.args[0]) if self.args else type(self).__name__
+
+    @property
+    def beside(self) -> Mapping[str, Any]:
+        """What its body has beside error, code and request id."""
+        return {}
 
 
 class InvalidRequest(InferenceError):
@@ -68,6 +76,16 @@ class UnknownPoint(InvalidRequest):
 class UnknownVector(InvalidRequest):
     code = "unknown_vector"
     status = 404
+
+
+class NoJacobianLens(InvalidRequest):
+    """`NoJacobianLens(message, why)`"""
+
+    code = "no_jacobian_lens"
+
+    @property
+    def beside(self) -> dict[str, str]:
+        return {"status": "unavailable", "detail": str(self.args[1]) if len(self.args) > 1 else ""}
 
 
 class LimitExceeded(InvalidRequest):
@@ -102,6 +120,18 @@ class Conflict(InferenceError):
 class BodyTooLarge(InferenceError):
     code = "body_too_large"
     status = 413
+
+
+BUSY = "Server is busy with another request"
+
+
+class Busy(InferenceError):
+    code = "busy"
+    status = 429
+
+    @property
+    def beside(self) -> dict[str, bool]:
+        return {"busy": True}
 
 
 class HeadTooLarge(InferenceError):

@@ -7,8 +7,8 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import ModelInfo
 from neuronpedia_inference.engine.tokens import TextCodec
 from neuronpedia_inference.errors import StartupError, UnknownPoint
+from neuronpedia_inference.jacobian_files import jacobian_file
+from neuronpedia_inference.lenses.jacobians import Jacobians, read_jacobians
 from neuronpedia_inference.load_options import without_places
 from neuronpedia_inference.memory import needs_at_start
 from neuronpedia_inference.newcomers import Newcomers
@@ -74,6 +76,7 @@ class Loaded:
     """SAEs that requests may have fetched."""
     provenance: Provenance
     """What answers depend on beside the request."""
+    jacobians: Jacobians = field(default_factory=Jacobians)
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class HostWeights:
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel | None
     """None for quantised weights, which are loaded where they will run."""
+    was_here: bool = True
+    """Whether all of the model's files were on this machine."""
 
     def are_those_of(self, settings: Settings) -> bool:
         """Whether these are the weights that `settings` ask for."""
@@ -115,6 +120,18 @@ def _checkpoint(settings: Settings) -> _Checkpoint:
     return _Checkpoint(name, options, is_here=False)
 
 
+def fetch_everything(settings: Settings, progress: Progress) -> bool:
+    """Have all files here that a start needs; whether some had to be downloaded. Raises StartupError.
+
+    The Jacobian lens of a model comes with it, if there is one.
+    """
+    if not downloads.fetch_everything(settings, progress):
+        return False
+    with suppress(StartupError):
+        jacobian_file(settings, progress, asks_hub=True)
+    return True
+
+
 def load_on_host(settings: Settings, progress: Progress) -> HostWeights:
     """What can be loaded without asking for a GPU, so that a memory snapshot may hold it. Raises StartupError."""
     needs, room = needs_at_start(settings), room_on(torch.device("cpu"))
@@ -125,11 +142,11 @@ def load_on_host(settings: Settings, progress: Progress) -> HostWeights:
     with files.reading():
         tokenizer = weights.load_tokenizer(files.where, files.options)
         if weights.quantisation(files.where, files.options) is not None:
-            return HostWeights(settings, tokenizer, None)
+            return HostWeights(settings, tokenizer, None, files.is_here)
         with allocating(settings.weights_id, needs, room):
             model = weights.load_weights(files.where, dtype=settings.model_dtype, device="cpu", options=files.options)
     weights.check_vocabulary(files.where, tokenizer, model)
-    return HostWeights(settings, tokenizer, model)
+    return HostWeights(settings, tokenizer, model, files.is_here)
 
 
 def _load_quantised(settings: Settings, tokenizer: PreTrainedTokenizerBase, device: str) -> PreTrainedModel:
@@ -195,6 +212,7 @@ def _load(
     for source in store.sources:
         _check_source(source, engine)
     _say_what_is_asked(store.sources)
+    jacobians = _jacobians(settings, engine, progress, asks_hub=not host.was_here)
     sae_bytes = store.most_bytes if coming or settings.download_on_request else store.n_bytes
     left_bytes = max(0, free_bytes(engine.device) - sae_bytes)
     request_bytes = _bytes(settings.request_memory_gib) or int(REQUEST_SHARE * left_bytes)
@@ -207,7 +225,7 @@ def _load(
     newcomers = Newcomers(settings, partial(_add, store, engine))
     newcomers.bring(coming)
     provenance = Provenance(info, store, files=_files(settings), products=names_of(chosen), folder=default_cache_dir())
-    return Loaded(engine, codec, store, info, annotations, request_bytes, newcomers, provenance)
+    return Loaded(engine, codec, store, info, annotations, request_bytes, newcomers, provenance, jacobians)
 
 
 def _files(settings: Settings) -> list[Stamp] | None:
@@ -234,6 +252,18 @@ def _fetch_some(specs: Sequence[SourceSpec], settings: Settings, progress: Progr
     if missing:
         progress(f"{len(missing)} SAEs are downloaded while others are served")
     return missing
+
+
+def _jacobians(settings: Settings, engine: ModelEngine, progress: Progress, *, asks_hub: bool) -> Jacobians:
+    """A model without serves everything else."""
+    try:
+        file = jacobian_file(settings, progress, asks_hub=asks_hub)
+        size = {"n_layers": engine.n_layers, "d_model": engine.d_model}
+        return read_jacobians(file, **size, device=engine.device, cache_dir=default_cache_dir())
+    except StartupError as exc:
+        if settings.jlens_source is not None:
+            log.warning("there is no Jacobian lens: %s", exc)
+        return Jacobians(off_because=str(exc))
 
 
 def _choose_products(model: PreTrainedModel, settings: Settings) -> Mapping[Shape, Chosen]:

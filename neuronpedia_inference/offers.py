@@ -12,7 +12,6 @@ from neuronpedia_inference.kept_vectors import NOT_KEPT
 from neuronpedia_inference.operations import by_name
 
 NOT_STEERED = "this place is only read"
-NO_ROUTE = "this server has no such route"
 RECORDED_EDITS = (
     "only additions to hook_resid_pre and hook_resid_post that are the same at every generated token are recorded; "
     "while other edits take part in a step, it runs one operation at a time"
@@ -20,18 +19,25 @@ RECORDED_EDITS = (
 NO_TEMPLATE = "the tokenizer has no chat template; CHATML_FALLBACK=1 uses ChatML"
 NO_HEADS = "no source that is served reads what attention heads give (attn.hook_z)"
 NO_TEMPORAL = "it is for temporal SAEs, and none can be served"
-_LENSES = {"lens_logit": "lens_prompt", "lens_jacobian": "lens_prompt"}
 _WITHOUT_SAES = ("activation_single", "activation_single_batch", "activation_raw", "activation_attention")
 
 Layers = Mapping[str, Any]
 """`layers`: those where it can be done. `refused`: the other ones by the reason."""
 
 
-def offered(verdict: Verdict, sources: Collection[Source], *, chat: bool, keeps_vectors: bool = True) -> dict[str, Any]:
+def offered(
+    verdict: Verdict,
+    sources: Collection[Source],
+    *,
+    chat: bool,
+    no_jacobians: str = "",
+    keeps_vectors: bool = True,
+) -> dict[str, Any]:
     """The keys `places`, `edits`, `endpoints` (a map of names to whether they are served, as the wire has it) and
     `endpoints_off_because` (the reasons of those that are not). chat: whether there is a chat template.
+    no_jacobians: why there is no Jacobian lens; empty if there is one.
     """
-    refused = refused_endpoints(verdict, sources, chat=chat, keeps_vectors=keeps_vectors)
+    refused = refused_endpoints(verdict, sources, chat=chat, no_jacobians=no_jacobians, keeps_vectors=keeps_vectors)
     return {
         "places": places(verdict),
         "edits": edits(verdict, sources),
@@ -104,13 +110,14 @@ def _by_reason(layers: Iterable[tuple[int, str]]) -> Layers:
 
 
 def refused_endpoints(
-    verdict: Verdict, sources: Collection[Source], *, chat: bool, keeps_vectors: bool
+    verdict: Verdict, sources: Collection[Source], *, chat: bool, no_jacobians: str, keeps_vectors: bool
 ) -> dict[str, str]:
     """Why what the wire's clients look for is not served, empty where it is: every operation, `dfa` and `neurons`."""
     neurons = _none_can(verdict, MLP_POST)
     no_features = f"no SAEs are served, and this model has no neurons: {neurons}" if neurons and not sources else ""
     because = {name: no_features if _needs_features(name) else "" for name in by_name}
-    because |= {name: "" if route in by_name else NO_ROUTE for name, route in _LENSES.items()}
+    because["lens_logit"] = because["lens_prompt"] = verdict.no_lens_because
+    because["lens_jacobian"] = verdict.no_lens_because or no_jacobians
     because["util_similarity_matrix_pred"] = NO_TEMPORAL
     because["activation_attention"] = _none_can(verdict, PATTERN)
     because["put_vectors"] = "" if keeps_vectors else NOT_KEPT

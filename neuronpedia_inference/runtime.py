@@ -14,7 +14,7 @@ from neuronpedia_inference import reproducible
 from neuronpedia_inference.capabilities import describe, max_tokens, token_limit
 from neuronpedia_inference.completion import Begun, Completion
 from neuronpedia_inference.costs import NO_GRID, RECORDED_GRID, Costs, Demand
-from neuronpedia_inference.domain import ChatMessage, RenderedChat, Sampling, Tokens, Written
+from neuronpedia_inference.domain import ChatMessage, Lens, Numbers, RenderedChat, Sampling, Tokens, Written
 from neuronpedia_inference.edits.plan import Plan
 from neuronpedia_inference.edits.proof import ResolvedEdit, n_numbers
 from neuronpedia_inference.edits.resolve import EditResolver
@@ -25,8 +25,9 @@ from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
 from neuronpedia_inference.engine.stops import StopStrings
 from neuronpedia_inference.engine.tokens import BosRule
-from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, NotReady
+from neuronpedia_inference.errors import BUSY, Busy, InvalidRequest, LimitExceeded, NotReady
 from neuronpedia_inference.kept_vectors import KeptVectors
+from neuronpedia_inference.lensing import Lenses, SteerToken
 from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n_threads
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.pacing import paced
@@ -71,7 +72,8 @@ class Runtime:
         self._codec = loaded.codec
         self.shelf = Shelf(loaded.store, loaded.engine, loaded.annotations, loaded.newcomers)
         self._edits = EditResolver(loaded.engine, self.shelf, loaded.codec.special_ids)
-        self.watches = WatchResolver(loaded.engine, self.shelf, max_top_k=settings.max_top_k)
+        self.lenses = Lenses(settings, loaded.engine, loaded.codec, loaded.jacobians)
+        self.watches = WatchResolver(loaded.engine, self.shelf, loaded.jacobians, max_top_k=settings.max_top_k)
         self.vectors = KeptVectors(int(settings.kept_vectors_mib * 2**20))
         self.provenance = loaded.provenance
         self._costs = Costs(loaded.info)
@@ -274,7 +276,7 @@ class Runtime:
         n_read = self._n_read(prompt, plans, sampling, watches, proves=proves)
         steered = [plan for plan in plans if plan is not None]
         for plan in steered:
-            n_positions = len(prompt) + sampling.max_new_tokens - 1
+            n_positions = len(prompt) + max(0, sampling.max_new_tokens - 1)
             self._edits.check_selections(plan, prompt.ids, n_prompt=len(prompt), n_positions=n_positions)
         held = ExitStack()
         samplings = [replace(sampling, seed=seed) for seed in seeds or [sampling.seed] * len(plans)]
@@ -297,13 +299,24 @@ class Runtime:
             n_read=n_read,
             read_whole=() if watches is None else watches.whole,
             n_edits=(1 + proves) * sum(len(plan.edits) for plan in steered),
-            reads_out=watches is not None and watches.reads_out,
+            reads_out=watches is not None and bool(watches.lenses),
+            jacobians=watches is not None and any(read.lens is Lens.JACOBIAN for read in watches.lenses),
             pattern=pattern,
         )
         if ahead is not None:
             demand = demand.at_least(ahead)
         events = TicketEvents(lambda put: self._submit(work, demand, on_event=put, held=held), at_the_end=not stream)
         return Writing(events, Completions(self._codec, len(plans), sampling.stop))
+
+    async def directions(self, tokens: Sequence[SteerToken], layers: Sequence[int]) -> dict[int, Numbers]:
+        """[d_model] by layer: see `Lenses.directions`."""
+        work = CallWork(lambda: self.lenses.directions(tokens, layers))
+        return await asyncio.wrap_future(self._submit(work, Demand()).future)
+
+    def check_idle(self) -> None:
+        """Raises Busy where one more generation would have to wait."""
+        if self._worker.n_waiting or self._worker.n_rows >= self.settings.max_rows:
+            raise Busy(BUSY)
 
     async def with_model(self, run: Callable[[Any], T]) -> T:
         """What `run` makes of Hugging Face's model, on the worker, while nothing else uses it: for those who check."""
@@ -331,7 +344,7 @@ class Runtime:
             "running": self._worker.n_running,
             "waiting": self._worker.n_waiting,
         }
-        return describe(self.settings, self.model, self._engine, self.shelf, load)
+        return describe(self.settings, self.model, self._engine, self.shelf, self.lenses.jacobians, load)
 
     def vitals(self) -> dict[str, Any]:
         """How the server is now, for `/v1/steer/health`; to be asked on an event loop."""
@@ -387,7 +400,7 @@ class Runtime:
         self.watches.check(watches, n_positions)
         n_read = 0 if watches is None else sum(watches.n_numbers(self.edited(plan)) for plan in plans)
         n_read += sum(n_numbers(self._resolved(plan)) for plan in plans) if proves else 0
-        n_read *= n_positions
+        n_read *= n_positions - (0 if watches is None else watches.read_from)
         most = self.settings.max_result_values
         if n_read > most:
             raise LimitExceeded(
@@ -416,16 +429,21 @@ class Runtime:
         if watches is None and not proves:
             return rows
         watches = watches or WatchPlan.of(())
-        read = yield from self.watches.readings(watches, held)
+        is_word = self.lenses.words.is_word if any(read.words_only for read in watches.lenses) else None
+        read = yield from self.watches.readings(watches, held, is_word)
+        weight = self.watches.weight(watches)
         special = frozenset(self._codec.special_ids)
         watched: list[RowSpec] = []
         for row, plan in zip(rows, plans, strict=True):
             points = self.edited(plan)
-            of_row = [self._engine.watch(one.point, read[one], before=one.point in points) for one in watches.reads]
+            of_row = [
+                self._engine.watch(one.point, read[one], before=watches.is_read_before(one, points))
+                for one in watches.reads
+            ]
             if proves:
                 of_row += [self._engine.watch(point, one, before=True) for point, one in tracing(row.edits).items()]
             ends = () if rules is None else rules.of_row(watches.places(points), special)
-            watched.append(replace(row, watches=tuple(of_row), rules=ends))
+            watched.append(replace(row, watches=tuple(of_row), read_from=watches.read_from, weight=weight, rules=ends))
         return watched
 
     def _check_room(self, prompt: Tokens, sampling: Sampling, n_refused: int) -> None:

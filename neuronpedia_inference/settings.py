@@ -97,6 +97,16 @@ class Settings(BaseSettings):
     download_total_gib: float = Field(
         64.0, gt=0, description="GiB of all files that one process fetches for requests, at most."
     )
+    jlens_source: str | None = Field(
+        None,
+        description="Jacobians of the Jacobian lens: a file (safetensors, or torch's as Neuronpedia publishes them), a "
+        "folder that holds one, `hf://owner/repo/path`, or `none`. Unset: the embedded model's own; for others what "
+        "JLENS_HF_REPO has, which is fetched when the model is.",
+    )
+    jlens_hf_repo: str = Field(
+        "neuronpedia/jacobian-lens", description="Repository on the hub with the Jacobians of many models."
+    )
+    jlens_dataset: str = Field("Salesforce-wikitext", description="On which texts those were made.")
     model_from_pretrained_kwargs: dict[str, Any] = Field(
         default_factory=dict,
         description="JSON object passed to Hugging Face's `from_pretrained`, such as "
@@ -116,6 +126,7 @@ class Settings(BaseSettings):
 
     # Limits
     token_limit: int = Field(200, ge=1, description="Tokens in a prompt, BOS included; a batch gets a quarter each.")
+    lens_token_limit: int = Field(1024, ge=1, description="Tokens in the prompt of a lens, BOS included.")
     max_tokens: int = Field(4096, ge=2, description="Tokens of prompt and completion together.")
     max_results: int = Field(1000, ge=1, description="Upper bound of `num_results`.")
     max_top_k: int = Field(256, ge=1, description="Upper bound of `top_k`.")

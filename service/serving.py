@@ -60,10 +60,10 @@ class Serving:
         with uncollected(), _saying_why(), snapshot.without_cuda() if is_gpu_to_come else nullcontext():
             snapshot.import_everything()
 
-            from neuronpedia_inference import downloads, loading
+            from neuronpedia_inference import loading
 
             self._found_out = snapshot.found_out()
-            if downloads.fetch_everything(self._prepared, say):
+            if loading.fetch_everything(self._prepared, say):
                 await self._commit("downloads")
             self._host = snapshot.own_weights(loading.load_on_host(self._prepared, say))
             if not is_gpu_to_come:
@@ -156,6 +156,15 @@ class Serving:
             async with aclosing(await answer_pieces(by_name[operation], asked, self._serving())) as pieces:
                 return jobs.in_form(form, b"".join([piece async for piece in pieces]))
 
+    async def _events(self, operation: str, body: Body) -> AsyncIterator[Answer]:
+        from neuronpedia_inference.operations import answer_events, by_name
+
+        with builtin_errors():
+            events: Any = await answer_events(by_name[operation], body, self._serving())
+            async with aclosing(events):
+                async for event in events:
+                    yield event
+
     def _serving(self) -> "Runtime":
         assert self._runtime
         return self._runtime
@@ -183,14 +192,8 @@ class Serving:
 
         Call with `.remote_gen`.
         """
-        from neuronpedia_inference.operations import answer_events, by_name
-
-        with builtin_errors():
-            body = jobs.merged(jobs.prompted(prompt), fields)
-            events: Any = await answer_events(by_name["steer"], body, self._serving())
-            async with aclosing(events):
-                async for event in events:
-                    yield event
+        async for event in self._events("steer", jobs.merged(jobs.prompted(prompt), fields)):
+            yield event
 
     # Methods of the wire: the body of the HTTP route, as one dictionary or as keywords
 
@@ -268,6 +271,17 @@ class Serving:
     async def apply_chat_template(self, body: Body | None = None, **fields: Any) -> Answer:
         """A chat as the model reads it, token by token with the message it belongs to."""
         return await self._answer("apply_chat_template", body, fields)
+
+    @modal.method()
+    async def lens_prompt(self, body: Body | None = None, **fields: Any) -> Answer:
+        """What the model would say behind each of its blocks, at every token, all at once."""
+        return await self._answer("lens_prompt", body, fields)
+
+    @modal.method()
+    async def lens_prompt_stream(self, body: Body | None = None, **fields: Any) -> AsyncIterator[Answer]:
+        """`lens_prompt` as it becomes known: meta, prompt, a token at a time, done. Call with `.remote_gen`."""
+        async for frame in self._events("lens_prompt", jobs.merged(body, fields)):
+            yield frame
 
     @modal.method()
     async def steer_health(self, body: Body | None = None, **fields: Any) -> Answer:

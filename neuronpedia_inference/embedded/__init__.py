@@ -21,6 +21,8 @@ SOURCES = ("10-res-4k", "15-res-4k", "20-res-4k")
 
 _HERE = Path(__file__).resolve().parent
 SAES_DIR = _HERE / "saes"
+JACOBIANS = _HERE / "jacobians.safetensors"
+JACOBIAN_METRICS = _HERE / "jacobians.json"
 LABELS_DIR = _HERE / "labels"
 FEATURES_DIR = _HERE / "features"
 STEERING_EXAMPLES = _HERE / "steering_examples.json"

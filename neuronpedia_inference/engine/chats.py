@@ -27,25 +27,31 @@ def rendered_chat(
     generation_prompt: bool,
     options: Mapping[str, Any],
     limit: int,
+    is_open: bool = False,
+    refusal: str | None = None,
+    cut: int | None = None,
 ) -> Generator[None, None, RenderedChat]:
     """A chat as text and tokens, each with what it belongs to; a yield between two renderings.
 
-    options: what the template is given beside the messages. Raises LimitExceeded beyond `limit` tokens, and
-    InvalidRequest for names that are not the template's, or whatever the template refuses.
+    options: what the template is given beside the messages. is_open: the last message goes on, its turn is not closed.
+    refusal, cut: as `TextCodec.tokenize` takes them. Raises LimitExceeded beyond `limit` tokens, and InvalidRequest for
+    names that are not the template's, or whatever the template refuses.
     """
     taken = sorted(RESERVED & options.keys())
     if taken:
         raise InvalidRequest(f"chat_template_kwargs: {', '.join(taken)} cannot be chosen here, leave it out")
     try:
         codec.check_chat(messages, limit=limit)
-        text = codec.render(messages, generation_prompt=generation_prompt, options=options)
-        tokens = codec.tokenize(text, "never", limit=limit, what="Rendered chat")
+        going_on = {"continue_final_message": True} if is_open else {}
+        text = codec.render(messages, generation_prompt=generation_prompt, options={**options, **going_on})
+        tokens = codec.tokenize(text, "never", limit=limit, what="Rendered chat", refusal=refusal, cut=cut)
     except LimitExceeded:
         raise
     except InvalidRequest as exc:
         raise InvalidRequest(f"{FAILED}: {exc.message}") from exc
     yield
     parts: list[Part] = []
+    last = len(messages) - 1
     for place, message in enumerate(messages):
         before, start = messages[:place], len(parts)
         end = max(start, _n_alike(tokens.ids, _ids(codec, [*before, message], options)))
@@ -54,9 +60,10 @@ def rendered_chat(
         yield
         own = tokens.ids[start:end]
         can_compare = bool(empty) and tuple(empty[:start]) == tokens.ids[:start]
-        sections = _sections(own, empty[start:]) if can_compare else _unknown(len(own))
+        has_end = not (is_open and place == last)
+        sections = _sections(own, empty[start:], has_end=has_end) if can_compare else _unknown(len(own))
         parts += [Part(place, section) for section in sections]
-    parts += [Part(None, "header")] * (len(tokens) - len(parts))
+    parts += [Part(last, "content") if is_open else Part(None, "header")] * (len(tokens) - len(parts))
     return RenderedChat(text, tokens, tuple(parts))
 
 
@@ -68,10 +75,10 @@ def _ids(codec: TextCodec, messages: Sequence[ChatMessage], options: Mapping[str
         return []
 
 
-def _sections(own: Sequence[int], empty: Sequence[int]) -> list[Section]:
+def _sections(own: Sequence[int], empty: Sequence[int], *, has_end: bool) -> list[Section]:
     """Of a message's tokens, by those of the same message without content."""
     n_header = _n_alike(own, empty)
-    n_footer = _n_alike(own[n_header:][::-1], empty[n_header:][::-1])
+    n_footer = _n_alike(own[n_header:][::-1], empty[n_header:][::-1]) if has_end else 0
     n_content = len(own) - n_header - n_footer
     names: tuple[tuple[Section, int], ...] = (("header", n_header), ("content", n_content), ("footer", n_footer))
     return [name for name, n_tokens in names for _ in range(n_tokens)]

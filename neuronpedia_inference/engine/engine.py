@@ -109,9 +109,21 @@ class ModelEngine:
         return self._tree.cfg.d_model
 
     @property
+    def context_length(self) -> int:
+        """Positions that it was made for."""
+        return self._tree.cfg.n_ctx
+
+    @property
     def vocab_size(self) -> int:
         """Tokens that the model has an embedding for."""
         return len(self._embedding.weight)
+
+    @property
+    def n_products(self) -> int:
+        """Multiplications of a pass for each of its positions, the unembedding left out: as many as it has weights."""
+        head: Any = self._model.get_output_embeddings()
+        embeddings = {self._embedding.weight, head.weight}
+        return self._model.num_parameters() - sum(one.numel() for one in embeddings)
 
     @property
     def _embedding(self) -> Any:

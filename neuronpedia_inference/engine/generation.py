@@ -373,7 +373,8 @@ class Joining:
         self._passes: list[tuple[Sequence[_Row], PromptPass]] = []
         for id_, asked in rows:
             spec = begun(asked, lane.decoder.model.device)
-            row = _Row(id_, spec, Sampler(spec.sampling, spec.prompt_ids), Ruled(spec.rules))
+            finish = None if spec.sampling.max_new_tokens else "length"
+            row = _Row(id_, spec, Sampler(spec.sampling, spec.prompt_ids), Ruled(spec.rules), finish=finish)
             row.read_anew()
             is_read = bool(spec.watches)  # its prompt has to pass
             known = lane.prefixes.find(spec) if lane.memory.in_pieces and not is_read else None
@@ -391,6 +392,8 @@ class Joining:
         self.n_tokens = sum(prompts.n_tokens for _, prompts in self._passes)
         """Of all prompts, padding included and without what is known of them."""
         self.n_padding = sum(prompts.n_padding for _, prompts in self._passes)
+        self.weight = max(spec.weight for _, spec in rows)
+        """What a token costs with all that is read there, in tokens of a bare pass."""
 
     @property
     def is_done(self) -> bool:

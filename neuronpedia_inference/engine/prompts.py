@@ -68,7 +68,7 @@ class PromptPass:
         self._span = Span([first] * len(self._lengths), self._ids[:, first:behind])
         wanted = [(row, at - first) for row, at in ends(self._lengths) if first <= at < behind]
         inputs = {"past_key_values": self.cache}
-        self._reads.begin([max(0, min(length, behind) - first) for length in self._lengths])
+        self._reads.begin([max(0, min(length, behind) - first) for length in self._lengths], first)
         logits = self._decoder.forward(self._span.ids, inputs, self._changes, wanted)
         for (row, _), of_row in zip(wanted, logits, strict=True):
             self._logits[row] = of_row

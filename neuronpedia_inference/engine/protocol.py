@@ -139,6 +139,10 @@ class RowSpec:
     stops: Stops | None = None
     n_generated: int = 0
     """Of the ids, how many at the end were generated: of a text that is run again."""
+    read_from: int = 0
+    """The watches read no position before it."""
+    weight: float = 1.0
+    """What a position of it costs with all that is read there, in positions of a bare pass."""
     fired: Tensor | None = None
     """[trigger, position] of bool: what the conditions of its edits have seen. The row's own, made when it begins."""
 
@@ -225,6 +229,11 @@ class Joining(Pass, Protocol):
 
     @property
     def n_padding(self) -> int: ...
+
+    @property
+    def weight(self) -> float:
+        """What a token costs with all that is read there, in tokens of a bare pass."""
+        ...
 
     def join(self) -> list[RowStep]:
         """Once it is done: the rows join their lane, with the first token of each. After an exception none has."""

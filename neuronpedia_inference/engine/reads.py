@@ -39,7 +39,9 @@ class Reads:
         self._of_row: list[list[_Group]] = [
             [self._join(row, *wanted) for wanted in _wanted(spec)] for row, spec in enumerate(rows)
         ]
-        self._counts: Sequence[int] = ()
+        self._read_from = [spec.read_from for spec in rows]
+        self._spans: Sequence[range] = ()
+        """Of every row, which positions of the pass under way are read."""
 
     def __bool__(self) -> bool:
         return bool(self._groups)
@@ -65,9 +67,13 @@ class Reads:
         """Of a point that nothing edits."""
         return lambda hidden: self._read(self._at(point), hidden)
 
-    def begin(self, counts: Sequence[int]) -> None:
-        """A pass begins, whose first so many positions are each row's own."""
-        self._counts = counts
+    def begin(self, counts: Sequence[int], first: int | None = None) -> None:
+        """A pass begins, whose first so many positions are each row's own.
+
+        first: where in the rows' prompts it begins; None behind them.
+        """
+        skipped = [0 if first is None else max(0, before - first) for before in self._read_from]
+        self._spans = [range(min(skip, count), count) for skip, count in zip(skipped, counts, strict=True)]
         for group in self._groups.values():
             group.found = None
 
@@ -81,13 +87,11 @@ class Reads:
         first = 0
         for group in groups:
             for row in group.rows:
-                n = self._counts[row] * group.reading.n_numbers
-                parts[id(group), row] = flat[first : first + n].reshape(self._counts[row], group.reading.n_numbers)
+                n = len(self._spans[row]) * group.reading.n_numbers
+                parts[id(group), row] = flat[first : first + n].reshape(-1, group.reading.n_numbers)
                 first += n
         return [
-            np.concatenate([parts[id(group), row] for group in of_row], axis=1)
-            if of_row and self._counts[row]
-            else None
+            np.concatenate([parts[id(group), row] for group in of_row], axis=1) if of_row and self._spans[row] else None
             for row, of_row in enumerate(self._of_row)
         ]
 
@@ -104,7 +108,7 @@ class Reads:
 
     def _read(self, groups: Sequence[_Group], hidden: Tensor) -> None:
         for group in groups:
-            mine = [row for row in group.rows if self._counts[row]]
+            mine = [row for row in group.rows if self._spans[row]]
             if mine:
                 group.found = group.reading(self._positions(hidden.flatten(2), mine))
 
@@ -112,7 +116,7 @@ class Reads:
         """[row, pos, width] -> [pos of these rows, width]"""
         if hidden.shape[1] == 1:
             return hidden[:, 0] if len(rows) == len(hidden) else torch.cat([hidden[row] for row in rows])
-        return torch.cat([hidden[row, : self._counts[row]] for row in rows])
+        return torch.cat([hidden[row, self._spans[row].start : self._spans[row].stop] for row in rows])
 
 
 def _wanted(spec: RowSpec) -> Iterator[tuple[Point, bool, Reading]]:

@@ -89,6 +89,7 @@ class SoloJoining:
         self._rows = rows
         self.n_tokens = sum(one.n_tokens for one in rows.values())
         self.n_padding = 0
+        self.weight = max(one.weight for one in rows.values())
 
     @property
     def is_done(self) -> bool:

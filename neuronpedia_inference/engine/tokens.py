@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
@@ -79,21 +80,32 @@ class TextCodec:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def tokenize(self, text: str, bos: BosRule, *, limit: int, suffix: str = "", what: str = "Text") -> Tokens:
+    def tokenize(
+        self,
+        text: str,
+        bos: BosRule,
+        *,
+        limit: int,
+        suffix: str = "",
+        what: str = "Text",
+        refusal: str | None = None,
+        cut: int | None = None,
+    ) -> Tokens:
         """`limit` counts tokens, BOS included; `what` begins the message about it, `suffix` ends its first half.
+
+        refusal: another message, with places for {n}, how much it is, and {limit}. cut: tokens behind so many are left
+        out before they are counted; None leaves out none.
 
         Raises InvalidRequest for text that no tokenizer should see, LimitExceeded for too much of it.
         """
         check_text(text)
         if len(text) > limit * self._longest_token:
-            raise LimitExceeded(
-                f"{what} too long: {len(text)} characters cannot fit, max is {limit} tokens{suffix}. Shorten the text."
-            )
-        ids = self._encode(text, bos)
+            cannot = f"{what} too long: {{n}} cannot fit, max is {{limit}} tokens{suffix}. Shorten the text."
+            raise LimitExceeded((refusal or cannot).format(n=f"{len(text)} characters", limit=limit))
+        ids = self._encode(text, bos)[:cut]
         if len(ids) > limit:
-            raise LimitExceeded(
-                f"{what} too long: {len(ids)} tokens, max is {limit}{suffix}. Shorten the text or raise TOKEN_LIMIT."
-            )
+            too_many = f"{what} too long: {{n}}, max is {{limit}}{suffix}. Shorten the text or raise TOKEN_LIMIT."
+            raise LimitExceeded((refusal or too_many).format(n=f"{len(ids)} tokens", limit=limit))
         return self.describe(ids)
 
     def describe(self, ids: Sequence[int]) -> Tokens:
@@ -125,6 +137,10 @@ class TextCodec:
         self.check_chat(messages, limit=limit)
         text = self.render(messages)
         return text, self.tokenize(text, "never", limit=limit)
+
+    def reads(self, name: str) -> bool:
+        """Whether the chat template looks at a name beside the messages."""
+        return self._template is not None and re.search(rf"\b{name}\b", self._template) is not None
 
     def check_chat(self, messages: Sequence[ChatMessage], *, limit: int) -> None:
         """Raises InvalidRequest where there is no template, a role is unknown or a text is none; LimitExceeded."""

@@ -26,6 +26,7 @@ from neuronpedia_inference.operations.friendly import STEER
 from neuronpedia_inference.operations.health import STEER_HEALTH
 from neuronpedia_inference.operations.inside import ACTIVATION_ATTENTION, ACTIVATION_RAW
 from neuronpedia_inference.operations.kept_vectors import PUT_VECTORS
+from neuronpedia_inference.operations.lens import LENS_PROMPT
 from neuronpedia_inference.operations.operation import Events, Operation
 from neuronpedia_inference.operations.reading import ACTIVATIONS, TOP_K
 from neuronpedia_inference.operations.rendering import Spelling, json_pieces, plain_pieces
@@ -73,6 +74,7 @@ OPERATIONS: tuple[Operation[Any], ...] = (
     ACTIVATION_ATTENTION,
     ACTIVATION_RAW,
     APPLY_CHAT_TEMPLATE,
+    LENS_PROMPT,
     STEER_HEALTH,
     ACTIVATIONS,
     TOP_K,
@@ -267,7 +269,9 @@ async def _text(operation: Operation[Any], spelling: Spelling, reply: Wire) -> b
 
 
 def _spelling(operation: Operation[Any], body: Body) -> Spelling:
-    """The request's own where one of its fields has two words; else the operation's."""
+    """The request's own where one of its fields has two words; else the operation's. Lines have one spelling."""
+    if operation.dialect == "ndjson":
+        return operation.casing
     keys = body.model_fields_set if isinstance(body, Wire) else body.keys()
     names = [name for name in operation.request.model_fields if to_camel(name) != name]
     if any(to_camel(name) in keys for name in names):

@@ -37,6 +37,9 @@ class Operation(Generic[Req]):
     """Answers once; raises `InferenceError`."""
     stream: Callable[[Req, Runtime], Awaitable[AsyncIterator[Wire]]] | None = None
     """Answers in cumulative events. Raises every 4xx when awaited, before it returns the iterator."""
+    dialect: Literal["sse", "ndjson"] = "sse"
+    """How events are sent: as server-sent events, if `stream` is set; or as lines of JSON in snake_case, a part of the
+    answer each, unless it is off."""
     method: Literal["POST", "PUT", "GET"] = "POST"
     """GET: fields are parts of the path or of the query, and there is no body."""
     casing: Literal["snake", "camel", "both"] = "snake"
@@ -49,6 +52,10 @@ class Operation(Generic[Req]):
     """Why no Modal method offers it; empty where one does."""
     omits_null: bool = False
     """Leave unset optional fields out of the answer instead of sending null."""
+
+    def streams(self, body: Mapping[str, Any]) -> bool:
+        """Whether a body asks for events."""
+        return self.stream is not None and bool(body.get("stream", self.dialect == "ndjson"))
 
     def address(self, body: Mapping[str, Any]) -> tuple[str, Mapping[str, Any] | None]:
         """Where to ask for it and with which body, None for a GET: path with query, each text percent-encoded."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from neuronpedia_inference.domain import Numbers, Written
+from neuronpedia_inference.domain import Lens, Numbers, Written
 from neuronpedia_inference.edits.plan import fires_in
 from neuronpedia_inference.engine.protocol import Retry
 from neuronpedia_inference.errors import InvalidRequest
@@ -68,7 +68,7 @@ def _checked(asked: SteerWatch, where: str, rt: Runtime) -> Watch:
     if asked.hook is not None:
         return rt.watches.vector(asked.hook)
     if asked.lens is not None:
-        return rt.watches.lens(asked.layers, asked.top_n)
+        return rt.watches.lens(Lens(asked.lens), asked.layers, asked.top_n)
     source = asked.source or _only_source(where, rt)
     if asked.index is not None:
         return rt.watches.feature(source, asked.index)

@@ -131,8 +131,9 @@ class Generations:
     def _piece(self, group: _Group, most: int) -> None:
         running = group.running = group.running or self._lane_of(group.jobs[0]).begin(self._new_rows(group))
         started = time.perf_counter()
-        n_run = running.advance(self._pace.tokens(1.0, most, self.steps_between))
-        self._pace.passed(n_run, 1.0, time.perf_counter() - started)
+        weight = running.weight
+        n_run = running.advance(self._pace.tokens(weight, max(1, int(most / weight)), self.steps_between))
+        self._pace.passed(n_run, weight, time.perf_counter() - started)
         if running.is_done:
             steps = running.join()
             self._remove(group)

@@ -29,13 +29,16 @@ class SteerWatch(Ours):
     hook: Name | None = Field(
         default=None, description='The vector that passes there, such as "blocks.15.hook_resid_post".'
     )
-    lens: Literal["LOGIT_LENS"] | None = Field(
+    lens: Literal["LOGIT_LENS", "JACOBIAN_LENS"] | None = Field(
         default=None,
-        description="What the model would say next if it ended behind a block: its final norm and unembedding, applied "
-        "to the residual stream there.",
+        description="LOGIT_LENS: what the model would say next if it ended behind a block: its final norm and "
+        "unembedding, applied to the residual stream there. JACOBIAN_LENS: the same after what the blocks behind it do "
+        "on average, by their mean Jacobian.",
     )
     layers: Annotated[Many[int], AtMost(MAX_LAYERS)] | None = Field(
-        default=None, description="With `lens`: behind which blocks; null for all."
+        default=None,
+        description="With `lens`: behind which blocks; null for all that it has. A Jacobian lens has those that it was "
+        "fitted for, and the last.",
     )
     top_n: Annotated[int, Field(ge=1)] = Field(
         default=3, description="With `lens`: tokens per block; the server's MAX_TOP_K is the most."

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
-from neuronpedia_inference.domain import Source
+from neuronpedia_inference.domain import Lens, Source
 from neuronpedia_inference.engine.points import RESID_POST, Point
 
 MAX_WATCHES = 64
@@ -67,10 +67,15 @@ class VectorRead:
 
 @dataclass(frozen=True, slots=True)
 class LensRead:
-    """The n tokens that the model would most likely say if it ended behind a block: n ids, n log-probabilities."""
+    """The n tokens that a lens finds most likely behind a block: n ids, n log-probabilities."""
 
     layer: int
     n: int
+    lens: Lens = Lens.LOGIT
+    words_only: bool = False
+    """Only tokens that are words or parts of words; their log-probabilities are those among all tokens."""
+    keeps_first: bool = False
+    """The likeliest of all tokens comes first, be it a word or not."""
 
     @property
     def point(self) -> Point:
@@ -108,24 +113,32 @@ class WatchPlan:
 
     watches: tuple[Watch, ...]
     reads: tuple[Read, ...]
+    read_from: int = 0
+    """Nothing is read before this position."""
+    shows_before: bool = True
+    """Whether points that are edited are read before the edits too."""
 
     @classmethod
-    def of(cls, watches: Sequence[Watch]) -> WatchPlan:
+    def of(cls, watches: Sequence[Watch], *, read_from: int = 0, shows_before: bool = True) -> WatchPlan:
         features: dict[Source, dict[int, None]] = {}
         for one in watches:
             if isinstance(one, WatchFeature):
                 features.setdefault(one.source, {})[one.index] = None
         together = [FeaturesRead(source, tuple(indices)) for source, indices in features.items()]
         others = dict.fromkeys(chain.from_iterable(_reads(one) for one in watches))
-        return cls(tuple(watches), (*together, *others))
+        return cls(tuple(watches), (*together, *others), read_from, shows_before)
+
+    def is_read_before(self, read: Read, edited: Collection[Point]) -> bool:
+        """Whether it is read twice in a text that is edited at these points: before the edits, and behind them."""
+        return self.shows_before and read.point in edited
 
     def n_numbers(self, edited: Collection[Point]) -> int:
-        """Of one position of a text that is edited at these points: they are read twice."""
-        return sum(_n_numbers(read, edited) for read in self.reads)
+        """Of one position of a text that is edited at these points."""
+        return sum(self._n_numbers(read, edited) for read in self.reads)
 
     def places(self, edited: Collection[Point]) -> list[Place]:
         """Of every watch, in the row of one position of such a text."""
-        starts = accumulate((_n_numbers(read, edited) for read in self.reads), initial=0)
+        starts = accumulate((self._n_numbers(read, edited) for read in self.reads), initial=0)
         start_of: dict[Read, int] = dict(zip(self.reads, starts, strict=False))
         return [self._place(one, start_of, edited) for one in self.watches]
 
@@ -140,9 +153,9 @@ class WatchPlan:
         return list(dict.fromkeys(needing))
 
     @property
-    def reads_out(self) -> bool:
-        """Whether logits are made for it."""
-        return any(isinstance(read, LensRead) for read in self.reads)
+    def lenses(self) -> list[LensRead]:
+        """What logits are made for."""
+        return [read for read in self.reads if isinstance(read, LensRead)]
 
     @property
     def held(self) -> list[Source]:
@@ -153,14 +166,19 @@ class WatchPlan:
         if isinstance(one, WatchFeature):
             read = next(r for r in self.reads if isinstance(r, FeaturesRead) and r.source == one.source)
             first = start_of[read] + read.indices.index(one.index)
-            return Place((first + read.n_numbers,), (first,)) if read.point in edited else Place((first,), None)
+            is_twice = self.is_read_before(read, edited)
+            return Place((first + read.n_numbers,), (first,)) if is_twice else Place((first,), None)
         before: tuple[int, ...] = ()
         behind: tuple[int, ...] = ()
         for read in _reads(one):
             columns = range(start_of[read], start_of[read] + read.n_numbers)
             before += tuple(columns)
-            behind += tuple(column + read.n_numbers for column in columns) if read.point in edited else tuple(columns)
+            shift = read.n_numbers if self.is_read_before(read, edited) else 0
+            behind += tuple(column + shift for column in columns)
         return Place(behind, before if before != behind else None)
+
+    def _n_numbers(self, read: Read, edited: Collection[Point]) -> int:
+        return read.n_numbers * (2 if self.is_read_before(read, edited) else 1)
 
 
 def _reads(one: Watch) -> tuple[Read, ...]:
@@ -168,7 +186,3 @@ def _reads(one: Watch) -> tuple[Read, ...]:
     if isinstance(one, WatchFeature):
         return ()
     return one.reads if isinstance(one, WatchLens) else (one,)
-
-
-def _n_numbers(read: Read, edited: Collection[Point]) -> int:
-    return read.n_numbers * (2 if read.point in edited else 1)

@@ -87,22 +87,48 @@ class TopReading:
 
 
 class LensReading:
-    """The likeliest tokens by the logit lens: their ids, exact in float32 below 2²⁴, and their log-probabilities."""
+    """The likeliest tokens by a lens: their ids, exact in float32 below 2²⁴, and their log-probabilities among all.
 
-    def __init__(self, readout: Callable[[Tensor], Tensor], vocab_size: int, n: int) -> None:
-        """`readout`: [pos, d_model] -> logits [pos, vocab]"""
+    What is chosen of several equal ones follows from their row alone.
+    """
+
+    def __init__(
+        self,
+        readout: Callable[[Tensor], Tensor],
+        vocab_size: int,
+        n: int,
+        *,
+        jacobian: Tensor | None = None,
+        left_out: Tensor | None = None,
+        keeps_first: bool = False,
+    ) -> None:
+        """`readout`: [pos, d_model] -> logits [pos, vocab], float32, a tensor of its own. jacobian: [d_model, d_model],
+        applied before it. left_out: [vocab] of bool. keeps_first: the likeliest token comes first, left out or not."""
         self.n_numbers = 2 * n
-        self.key: Hashable = ("lens", n)
+        self.key: Hashable = ("lens", n, jacobian is not None, left_out is not None, keeps_first)
         self._readout = readout
+        self._jacobian = jacobian
+        self._left_out = left_out
+        self._keeps_first = keeps_first
         self._at_once = max(1, BLOCK_ELEMENTS // vocab_size)
         self._n = n
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        if self._jacobian is not None:
+            hidden = (hidden.float() @ self._jacobian.float().T).to(hidden.dtype)
         return torch.cat([self._likeliest(self._readout(piece)) for piece in hidden.split(self._at_once)])
 
     def _likeliest(self, logits: Tensor) -> Tensor:
-        values, ids = stable_topk(logits, self._n)
-        logprobs = (values - logits.logsumexp(-1, keepdim=True)).clamp(min=LEAST_LOGPROB)
+        total = logits.logsumexp(-1, keepdim=True)
+        largest, first = logits.max(-1, keepdim=True) if self._keeps_first else (None, None)
+        if self._left_out is not None:
+            logits = logits.masked_fill_(self._left_out, -torch.inf)
+        if first is not None:
+            logits = logits.scatter_(-1, first, torch.inf)
+        values, ids = logits.topk(self._n)
+        if largest is not None:
+            values = torch.cat([largest, values[:, 1:]], dim=-1)
+        logprobs = (values - total).clamp(min=LEAST_LOGPROB)
         return torch.cat([ids.float(), logprobs], dim=1)
 
 

@@ -38,11 +38,11 @@ class Problem:
     code: str
     message: str
     headers: dict[str, str] = field(default_factory=dict)
-    detail: list[dict[str, Any]] | None = None
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    """What else its body has."""
 
     def body(self) -> dict[str, Any]:
-        body: dict[str, Any] = {"error": self.message, "code": self.code, "request_id": request_id()}
-        return body if self.detail is None else {**body, "detail": self.detail}
+        return {"error": self.message, "code": self.code, "request_id": request_id(), **self.beside}
 
 
 def json_bytes(value: Any) -> bytes:
@@ -78,11 +78,11 @@ def problem_of(exc: BaseException) -> Problem:
     """The caller's view of any exception. Nothing of an unexpected one is shown but the request id."""
     if isinstance(exc, InvalidBody):
         detail = [{**entry, "loc": ["body", *entry["loc"]]} for entry in exc.detail]
-        return Problem(exc.status, exc.code, _cut(exc.message), detail=detail)
+        return Problem(exc.status, exc.code, _cut(exc.message), beside={"detail": detail})
     if isinstance(exc, MemoryError):
         exc = OutOfMemory("This machine ran out of memory. Send a shorter or smaller request, or try again soon.")
     if isinstance(exc, InferenceError):
-        return Problem(exc.status, exc.code, _cut(exc.message), _headers_of(exc))
+        return Problem(exc.status, exc.code, _cut(exc.message), _headers_of(exc), exc.beside)
     if isinstance(exc, HTTPException):
         return _of_http(exc)
     return Problem(500, "internal", f"Internal error. The server's log has it under request id {request_id()}.")

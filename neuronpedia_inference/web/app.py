@@ -35,6 +35,7 @@ from neuronpedia_inference.web.auth import SecretGate
 from neuronpedia_inference.web.body import Bodies
 from neuronpedia_inference.web.boundary import ID_HEADER, Boundary, RequestScope, note_problem
 from neuronpedia_inference.web.browsers import BrowserGate
+from neuronpedia_inference.web.dialects import DIALECTS
 from neuronpedia_inference.web.openapi import TITLE
 from neuronpedia_inference.web.paths import unrouted
 from neuronpedia_inference.web.pieces import PiecedAnswer
@@ -100,9 +101,9 @@ def _handler(operation: Operation[Any], settings: Settings, bodies: Bodies, get_
     async def handle(request: Request) -> Response:
         body = await read(request)
         runtime = loaded(body)
-        if operation.stream is not None and isinstance(body, dict) and body.get("stream"):
+        if isinstance(body, dict) and operation.streams(body):
             events = await while_connected(request.receive, answer_events_json(operation, body, runtime))
-            return EventStream(events, settings.send_timeout_s)
+            return EventStream(events, settings.send_timeout_s, DIALECTS[operation.dialect])
         accepted = request.headers.get("accept", "")
         accepts_tensors = MEDIA_TYPE in accepted and "application/json" not in accepted
         answered = answer_pieces(operation, body, runtime, accepts_tensors=accepts_tensors)

@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from neuronpedia_inference.observability import bound_request_id, is_reported, new_request_id, report
 from neuronpedia_inference.web.answers import Problem, error_response, problem_of
-from neuronpedia_inference.web.sse import EVENT_STREAM, ClientLeft, error_event
+from neuronpedia_inference.web.dialects import Dialect, dialect_of
+from neuronpedia_inference.web.sse import ClientLeft
 
 log = logging.getLogger(__name__)
 ERROR_CODE = "neuronpedia_inference.error_code"
@@ -28,13 +29,13 @@ class _Sent:
 
     status: int = 0
     body_bytes: int = 0
-    is_event_stream: bool = False
+    dialect: Dialect | None = None
+    """Of a stream."""
 
     def note(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            kind = Headers(raw=message["headers"]).get("content-type", "")
-            self.is_event_stream = kind.startswith(EVENT_STREAM)
+            self.dialect = dialect_of(Headers(raw=message["headers"]).get("content-type", ""))
         elif message["type"] == "http.response.body":
             self.body_bytes += len(message.get("body", b""))
 
@@ -109,8 +110,8 @@ class Boundary:
             note_problem(scope, problem, exc)
             if not sent.status:
                 await error_response(problem)(scope, receive, send)
-            elif sent.is_event_stream:
-                await send({"type": "http.response.body", "body": error_event(problem.body())})
+            elif sent.dialect is not None:
+                await send({"type": "http.response.body", "body": sent.dialect.error(problem.body())})
             elif is_reported(exc):
                 raise
             # else the server stops: the connection of an answer that is not complete is closed, which says so

@@ -56,6 +56,11 @@ EXPLAINED: dict[str, Explained] = {
         "(KEPT_VECTORS_MIB). Send it again with PUT /v1/vectors, or its numbers instead.",
         "Send the vector again with `PUT /v1/vectors`, and the same request once more.",
     ),
+    "no_jacobian_lens": Explained(
+        "A Jacobian lens was asked for, and this model has no Jacobians. `detail` says why.",
+        "Jacobian lens is not available for this model",
+        "Ask for `LOGIT_LENS`, or give the server Jacobians by `JLENS_SOURCE`.",
+    ),
     "limit_exceeded": Explained(
         "A bound of the server was passed: tokens in a prompt, tokens of prompt and completion together, items of a "
         "list, `top_k`, activations in an answer.",
@@ -114,6 +119,12 @@ EXPLAINED: dict[str, Explained] = {
         "The device has failed or the worker has died; this process has to be replaced",
         "Wait for a new process: `serve` ends by itself with exit code 3, some seconds after `/ready` has begun to say "
         "this. The server's log has the cause.",
+    ),
+    "busy": Explained(
+        "The request would have to wait for others, and `fail_if_busy` says that it is not to. The body has "
+        "`busy: true` as well.",
+        "Server is busy with another request",
+        "Ask another server, ask again, or leave `fail_if_busy` out.",
     ),
     "not_ready": Explained(
         "The model is still loading. `/health` answers already; `/ready` does when loading is done.",

@@ -16,6 +16,7 @@ from neuronpedia_inference.schemas.service import Capabilities, ErrorBody, Healt
 from neuronpedia_inference.schemas.vectors import PUT_VECTORS
 from neuronpedia_inference.tensor_files import MEDIA_TYPE
 from neuronpedia_inference.web.auth import HEADER
+from neuronpedia_inference.web.dialects import DIALECTS
 from neuronpedia_inference.web.explained import EXPLAINED, status_of
 
 TITLE = "Neuronpedia inference"
@@ -29,6 +30,7 @@ MEANINGS = {
     409: "The server's state forbids it",
     413: "The body is too large",
     422: "The body is not JSON, or does not fit the schema",
+    429: "It would have to wait, and was not to",
     431: "The headers are too large",
     500: "A fault of the server",
     503: "Loading, full or out of memory; see Retry-After",
@@ -42,6 +44,10 @@ GROUPS = {
 }
 """Parts of the reference, in its order."""
 OPENAI_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
+STREAMED = {
+    "sse": "With `stream`: events `data: {json}`, each holding the whole answer so far.",
+    "ndjson": "Unless `stream` is false: lines of JSON, each a part of the answer by its `kind`.",
+}
 ANYWHERE = (403, 431)
 """What every request may be answered, whatever it asks."""
 WITHOUT_A_BODY = (400, 401, 422, 500, 503)
@@ -84,11 +90,14 @@ def _schemas() -> tuple[Refs, dict[str, Any]]:
 def _operation(operation: Operation[Any], refs: Refs) -> dict[str, Any]:
     content = _json(refs[operation.response, "serialization"])
     if operation.stream is not None:
-        note = "With `stream`: events `data: {json}`, each holding the whole answer so far."
-        content["text/event-stream"] = {"schema": {"type": "string", "description": note}}
+        content[DIALECTS[operation.dialect].media_type] = {
+            "schema": {"type": "string", "description": STREAMED[operation.dialect]}
+        }
     failures = WITHOUT_A_BODY if operation.method == "GET" else FAILURES
     if _may_name_a_vector(operation):
         failures = (*failures, 404)
+    if operation.dialect == "ndjson":
+        failures = (*failures, 429)
     if operation.has_tensors:
         content[MEDIA_TYPE] = {"schema": {"type": "string", "format": "binary"}}
     return {

@@ -1,13 +1,9 @@
-"""Server-sent events: `data: {json}` and a blank line, each holding the whole answer so far.
-
-A failure before the first event is an ordinary error answer. A later one ends the stream with
-`event: error` and `data: {"error": ..., "code": ..., "request_id": ...}`.
-"""
+"""An answer that is sent event by event, until its caller hangs up."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -16,10 +12,9 @@ from starlette.types import Receive, Scope, Send
 
 from neuronpedia_inference.errors import EngineFailed
 from neuronpedia_inference.operations import Events
-from neuronpedia_inference.web.answers import json_bytes
+from neuronpedia_inference.web.dialects import SSE, Dialect
 from neuronpedia_inference.web.sending import in_time
 
-EVENT_STREAM = "text/event-stream"
 LARGE_BYTES = 2**15
 """Smaller events follow each other without a pause."""
 EVENT_BYTES_PER_S = 10e6
@@ -31,23 +26,19 @@ class ClientLeft(Exception):
     """The caller hung up; there is nobody to answer."""
 
 
-def event(body: bytes) -> bytes:
-    """body: JSON, which holds no line break."""
-    return b"data: %b\n\n" % body
-
-
-def error_event(body: Mapping[str, Any]) -> bytes:
-    return b"event: error\n" + event(json_bytes(body))
-
-
 class EventStream(Response):
     """Sends one event per item of `answers`, and closes it as soon as the caller hangs up."""
 
-    def __init__(self, answers: Events[Any, bytes], send_timeout_s: float) -> None:
+    def __init__(self, answers: Events[Any, bytes], send_timeout_s: float, dialect: Dialect = SSE) -> None:
         """send_timeout_s: how long a caller may take nothing before it is cut off."""
         # A proxy that buffers would hold events back.
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type=EVENT_STREAM)
+        super().__init__(
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type=dialect.media_type
+        )
         del self.headers["content-length"]
+        if dialect is not SSE:  # which is never compressed: an event would wait until there are enough for a block
+            self.headers["content-encoding"] = "identity"
+        self._dialect = dialect
         self._answers = answers
         self._send_timeout_s = send_timeout_s
 
@@ -60,7 +51,7 @@ class EventStream(Response):
         """Headers leave with the first event, so that a failure before it has its own status."""
         is_first = True
         async for answer in self._answers:
-            body = event(answer)
+            body = self._dialect.event(answer)
             if is_first:
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -9,7 +9,7 @@ import pytest
 from neuronpedia_inference.domain import Source
 from neuronpedia_inference.engine.points import READABLE, WRITABLE, Point
 from neuronpedia_inference.errors import UnknownPoint
-from neuronpedia_inference.offers import NO_HEADS, NO_ROUTE, NO_TEMPLATE, NO_TEMPORAL, NOT_STEERED, offered
+from neuronpedia_inference.offers import NO_HEADS, NO_TEMPLATE, NO_TEMPORAL, NOT_STEERED, offered
 from neuronpedia_inference.operations import OPERATIONS
 from tests import architectures
 from tests.engine.engines import engine
@@ -69,9 +69,16 @@ def test_the_wires_names_are_all_told_and_every_route_is_true_or_has_a_reason() 
     assert all(type(is_served) is bool for is_served in routes.values())
     assert reasons.keys() == {name for name, is_served in routes.items() if not is_served}
     assert reasons.pop("util_similarity_matrix_pred") == NO_TEMPORAL
-    assert set(reasons) <= {name for name in WIRE if reasons.get(name) == NO_ROUTE}
+    assert not reasons
     assert routes["dfa"]
     assert routes["neurons"]
+
+
+def test_a_model_without_jacobians_has_the_other_lens() -> None:
+    told = offered(engine("llama").verdict, (), chat=True, no_jacobians="nobody has fitted any")
+    routes = told["endpoints"]
+    assert (routes["lens_prompt"], routes["lens_logit"], routes["lens_jacobian"]) == (True, True, False)
+    assert told["endpoints_off_because"]["lens_jacobian"] == "nobody has fitted any"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from functools import partial
 
 import httpx
 import pytest
+from refusing import busy, no_jacobians
 from served import (
     MODEL,
     SOURCE,
@@ -116,6 +117,8 @@ def unknown_hook(here: Here) -> httpx.Response:
 
 WAYS: dict[str, Callable[[Here], httpx.Response]] = {
     "invalid_request": lambda here: here.asked(index="4096"),
+    "no_jacobian_lens": lambda here: no_jacobians(here.runtime, here.serve),
+    "busy": lambda here: busy(here.runtime, here.serve),
     "limit_exceeded": lambda here: here.asked(prompt="word " * 200),
     "malformed_http": lambda here: sent(here.server, b"\x16\x03\x01 hello\r\n\r\n"),
     "unknown_hook": unknown_hook,

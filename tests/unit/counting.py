@@ -32,7 +32,7 @@ class CountingEngine:
 class CountingPass:
     """Runs prompts of one length."""
 
-    depth = 1.0
+    depth = weight = 1.0
     n_padding = 0
 
     def __init__(self, engine: CountingEngine, prompts: Sequence[Sequence[int]]) -> None:

@@ -76,6 +76,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "activation_attention": {"prompt": "one two", "model": "tiny", "layer": 1, "head": 0},
     "activation_raw": {"prompts": ["one two"], "layers": [1], "hook_point": "residual_stream", "model": "tiny"},
     "apply_chat_template": {"messages": [{"role": "user", "content": "hi"}], "add_generation_prompt": True},
+    "lens_prompt": {"model": "tiny", "type": ["LOGIT_LENS"], "prompt": "one two", "top_n": 2, "stream": False},
     "steer_health": {},
     "activations": {"prompt": "one", "source_set": "res"},
     "top_k": {"prompt": "one", "source": "1-res", "top_k": 1},
@@ -88,7 +89,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "score": {"prompt": "one two", "continuations": [" three", " four five"], "n_logprobs": 2},
 }
 OUR_OWN = ("activations", "top_k", "steer", "search", "feature", "contrast", "capture", "put_vectors", "score")
-BESIDE = ("activation_attention", "activation_raw", "apply_chat_template", "steer_health")
+BESIDE = ("activation_attention", "activation_raw", "apply_chat_template", "lens_prompt", "steer_health")
 """Routes of the wire that the published client has no method for."""
 WIRE = [name for name in BODIES if name not in (*OUR_OWN, *BESIDE)]
 BOTH = {"activation_single", "activation_single_batch", "tokenize"}
@@ -103,9 +104,9 @@ def camel(value: Any) -> Any:
 
 
 def keys(value: Any) -> set[str]:
-    """Every key that occurs, at any depth; keys that are data (feature numbers, points) left out."""
+    """Every key that occurs, at any depth; keys that are data (feature numbers, points, lenses) left out."""
     if isinstance(value, dict):
-        found = {key for key in value if not key.isdecimal() and not key.startswith("blocks.")}
+        found = {key for key in value if not (key.isdecimal() or key.isupper() or key.startswith("blocks."))}
         return found.union(*map(keys, value.values()))
     return set().union(*map(keys, value)) if isinstance(value, list) else set()
 
@@ -131,12 +132,13 @@ def test_the_client_has_a_method_for_every_wire_operation():
 
 
 def test_names_paths_and_summaries_are_there_once():
-    assert len({operation.path for operation in OPERATIONS}) == len(OPERATIONS) == len(by_name) == 25
+    assert len({operation.path for operation in OPERATIONS}) == len(OPERATIONS) == len(by_name) == 26
     for operation in OPERATIONS:
         assert operation.path.startswith("/v1/")
         assert operation.summary[0].isupper()
         assert not operation.summary.endswith(".")
-    assert {o.name for o in OPERATIONS if o.stream} == {"steer_completion", "steer_completion_chat", "steer"}
+    streaming = {"steer_completion", "steer_completion_chat", "steer", "lens_prompt"}
+    assert {o.name for o in OPERATIONS if o.stream} == streaming
 
 
 @pytest.mark.parametrize("module", ["operations", "schemas.steer"])
@@ -170,7 +172,7 @@ def test_a_camel_case_request_gets_camel_case(name: str):
     answer = ask(name, body)
     plain = ask(name, BODIES[name])
     snake, camels = words(keys(answer))
-    if name in BOTH or body == BODIES[name]:  # or nothing in it shows a spelling
+    if name in {*BOTH, "lens_prompt"} or body == BODIES[name]:  # or nothing in it shows a spelling
         assert answer == plain
     elif "steer" in name:
         assert snake == {"top_logprobs"}
@@ -259,7 +261,7 @@ def said_of(name: str, body: dict[str, Any]) -> dict[str, Any]:
     reply = asyncio.run(operation.run(validate(operation, body), fake))  # pyright: ignore[reportArgumentType]
     multiword = {field: to_camel(field) for field in operation.request.model_fields if field != to_camel(field)}
     spelling = "snake" if multiword.keys() & body.keys() else operation.casing
-    spelling = "camel" if {*multiword.values()} & body.keys() else spelling
+    spelling = "camel" if {*multiword.values()} & body.keys() and operation.dialect == "sse" else spelling
     return whole(realised(reply), spelling, "steer_completion" in name)
 
 

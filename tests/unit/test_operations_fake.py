@@ -66,6 +66,8 @@ from neuronpedia_inference.questions.likelihoods import Likelihoods
 from neuronpedia_inference.questions.states import HeadPattern, States
 from neuronpedia_inference.settings import Settings
 
+from .fake_lenses import FakeLenses, FakeWatches, read
+
 BOS = "<s>"
 SPECIAL = (BOS, "<|im_start|>", "<|im_end|>")
 PIECES = re.compile(r"<[^<>\s]+>| ?[^\s<]+|\s|<")
@@ -206,6 +208,14 @@ class FakeRuntime:
         parts = (Part(0, "header"), *[Part(None, "header")] * (len(tokens) - 1))
         return RenderedChat(text, tokens, parts)
 
+    @property
+    def lenses(self) -> FakeLenses:
+        return FakeLenses(lambda text: self.tokenize(text, "once"), self.apply_chat_template, self.vocabulary)
+
+    @property
+    def watches(self) -> FakeWatches:
+        return FakeWatches()
+
     def vitals(self) -> dict[str, Any]:
         whole = dict.fromkeys(("num_running_requests", "num_waiting_requests", "num_swapped_requests"), 1)
         shares = dict.fromkeys(("gpu_cache_usage_percent", "cpu_cache_usage_percent", "system_ram_percent"), 2.5)
@@ -345,6 +355,8 @@ class FakeRuntime:
             rendered, prompt = self.render_chat(prompt)
         if not prompt.ids:
             raise InvalidRequest("Prompt is empty")
+        if wanted.reads is not None and wanted.reads.watches.lenses:
+            return Begun(prompt, rendered, [set()], Steps(self, read(prompt, wanted.reads.watches)))
         written = self._generate(prompt, wanted.plans, wanted.sampling, stream=stream)
         return Begun(prompt, rendered, [set() for _ in wanted.plans], written)
 

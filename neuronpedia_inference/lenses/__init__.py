@@ -1,0 +1,1 @@
+"""What lenses need beside the model: Jacobians, from their files to the device."""
