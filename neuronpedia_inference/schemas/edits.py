@@ -117,7 +117,8 @@ class SteerEdit(with_keywords(_WITH)):
     unit: Literal["absolute", "dose", "of_max"] = Field(
         default="absolute",
         description="What `amount` counts: the units that activations are told in; times the norm of what is there; "
-        "or times the largest known activation of the feature.",
+        "or times the largest known activation of the feature. Begin with a dose of 0.3, or with 1.5 times the maximum "
+        "by `clamp` (docs/steering.md).",
     )
     on: Selection | None = Field(
         default=None,

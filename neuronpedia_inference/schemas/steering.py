@@ -27,7 +27,13 @@ StrengthMultiplier = Annotated[
     float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH, description="Every strength is multiplied by this.")
 ]
 Strength = Annotated[
-    float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH, description="How strongly; negative values steer away.")
+    float,
+    Field(
+        ge=-MAX_STRENGTH,
+        le=MAX_STRENGTH,
+        description="How strongly; negative values steer away. Of features and "
+        "unit vectors 0.3 of the norm of what passes is where to begin, and 0.6 where texts break (docs/steering.md).",
+    ),
 ]
 
 
