@@ -23,8 +23,8 @@ WAIT_S = 120.0
 SERIOUS = ("serious", "critical")
 
 
-def chromium() -> str:
-    """Its path. Without one the tests fail where CI is set, and are skipped elsewhere; both say how to install it."""
+def path_of_chromium() -> str:
+    """Without one the tests fail where CI is set, and are skipped elsewhere; both say how to install it."""
     found = next(filter(None, map(shutil.which, NAMES)), None)
     if found is None and os.environ.get("CI"):
         pytest.fail(INSTALL, pytrace=False)
@@ -35,7 +35,7 @@ def chromium() -> str:
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    path = chromium()
+    path = path_of_chromium()
     with sync_playwright() as play:
         opened = play.chromium.launch(executable_path=path, args=[*QUIET, NOWHERE])
         yield opened

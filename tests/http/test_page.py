@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,7 +22,7 @@ from served import MODEL, SECRET, Serve, Served, Wrapped, on_a_port, small_setti
 from neuronpedia_inference.errors import NotReady, Overloaded
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.web.app import create_app
-from tests.http.browser import WAIT_S, Visit, browser, visiting
+from tests.http.browser import WAIT_S, Visit, browser, path_of_chromium, visiting
 
 expect.set_options(timeout=1000 * WAIT_S)
 ECONOMY = "15-res-4k/1113"
@@ -29,6 +31,16 @@ ROOT = Path(__file__).resolve().parents[2]
 IMAGES = os.environ.get("PAGE_IMAGES")
 """A folder for what the documentation shows: `make page-images`."""
 Visiting = Callable[..., AbstractContextManager[Visit]]
+
+
+def test_without_a_browser_ci_fails_and_a_laptop_hears_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CI", "1")
+    with pytest.raises(pytest.fail.Exception, match="apt-get install chromium"):
+        path_of_chromium()
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="apt-get install chromium"):
+        path_of_chromium()
 
 
 @pytest.fixture(scope="module")
@@ -295,10 +307,31 @@ def test_a_full_server_is_asked_again_when_it_said(chromium: Browser, runtime: R
         expect(page.locator("#gate")).to_be_hidden()
 
 
+def test_a_newer_question_takes_the_place_of_one_that_is_slow(
+    chromium: Browser, runtime: Runtime, serve: Serve
+) -> None:
+    held = threading.Event()
+
+    async def ask(*args: Any, **kwargs: Any) -> Any:
+        while not held.is_set():
+            await asyncio.sleep(0.01)
+        return await runtime.ask(*args, **kwargs)
+
+    with visiting(chromium, serve(small_settings(), lambda: Wrapped(runtime, ask=ask)).url) as visit:
+        page = visit.open()
+        expect(page.get_by_role("button", name="Stop")).to_be_visible()
+        page.get_by_label("Text", exact=True).fill("The river ran.")
+        page.get_by_label("First").select_option("activation")
+        expect(page.get_by_role("button", name="Stop")).to_be_visible()
+        held.set()
+        visit.rested()
+        assert tokens_of(page, "The text")[1:] == ["The", " river", " ran", "."]
+
+
 @pytest.mark.parametrize(
     ("label", "value", "says"),
     [
-        ("Prompt", "", "the text is empty"),
+        ("Prompt", "", "The text is empty"),
         ("Tokens", "40000", "budget (prompt + completion)"),
         ("Tokens", "2.5", "valid integer"),
         ("Temperature", "-1", "greater than or equal to 0"),
@@ -360,7 +393,10 @@ def test_axe_finds_nothing_serious_and_nothing_is_cut_off(
             visit.rested()
             assert visit.violations() == [], place
             assert page.evaluate("document.scrollingElement.scrollWidth") <= width, place
+        page.get_by_role("button", name="Key").click()
+        assert visit.violations() == []
         page.evaluate("location.hash = '#explore'")
+        page.reload()
         visit.rested()
         picture(page, f"explore-{scheme}-{width}")
 

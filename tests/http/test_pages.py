@@ -58,11 +58,11 @@ def test_the_document_has_its_parts_and_an_example_of_every_error(http: httpx.Cl
     for about in operations:
         assert any("example" in part for part in about.get("parameters") or [{"example": ""}]), about["operationId"]
         for status, answer in about["responses"].items():
-            assert status == "200" or answer == {"$ref": f"#/components/responses/{status}"}
+            assert status == "200" or answer["$ref"].startswith("#/components/responses/")
     for answer in document["components"]["responses"].values():
         [content] = answer["content"].values()
         assert content["examples"]
-        assert all(one["value"]["code"] == code and one["summary"] for code, one in content["examples"].items())
+        assert all(one["value"] and one["summary"] for one in content["examples"].values())
 
 
 @pytest.mark.long

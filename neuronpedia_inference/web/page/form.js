@@ -7,7 +7,8 @@ export function tellRefusal(form, refused) {
   const name = refused.field;
   const box = name && [...form.querySelectorAll("[data-field]")].find((one) => matches(one.dataset.field, name));
   const problem = box ? box.querySelector(".problem") : form.querySelector(".form-problem");
-  problem.textContent = refused.said + (refused.requestId && refused.status >= 500 ? ` (request ${refused.requestId})` : "");
+  const said = box ? refused.said.replace(`${name}: `, "") : refused.said;
+  problem.textContent = said[0].toUpperCase() + said.slice(1) + (refused.requestId && refused.status >= 500 ? ` (request ${refused.requestId})` : "");
   problem.hidden = false;
   if (!box) return;
   const control = box.querySelector("input, textarea, select");

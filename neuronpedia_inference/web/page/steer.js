@@ -90,9 +90,11 @@ class Steer {
     };
     const label = known?.label ?? this.watched.name;
     const columns = { default: new Column("Plain", "plain", label), steered: new Column("Steered", "steered", label) };
-    fill(this.out, columns.default.element, columns.steered.element, watched && legend(label));
     try {
       for await (const event of events("v1/steer", body, signal)) {
+        if (!columns.steered.element.isConnected) {
+          fill(this.out, columns.default.element, columns.steered.element, watched && legend(label));
+        }
         for (const [name, column] of Object.entries(columns)) column.add(event[name], known?.max);
       }
     } finally {

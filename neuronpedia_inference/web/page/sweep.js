@@ -1,7 +1,7 @@
 // One feature at several strengths.
 
 import * as address from "./address.js";
-import { ask } from "./api.js";
+import { events } from "./api.js";
 import { field, figure, fill, h } from "./dom.js";
 import { examples } from "./examples.js";
 import { Running, formProblem } from "./form.js";
@@ -36,23 +36,55 @@ class Sweep {
 
   async run(signal) {
     address.write("sweep", { prompt: this.prompt.value, feature: this.feature.value, strengths: this.strengths.value });
-    const strengths = this.strengths.value.split(/[\s,;]+/).filter(Boolean).map(Number);
-    const feature = featureOf(this.feature.value) ?? { source: this.feature.value, index: null };
-    const body = { prompt: this.prompt.value, features: [feature], strengths, max_new_tokens: 20 };
-    const answer = await ask("v1/sweep", { body, signal });
-    fill(this.out, table(answer));
+    const body = {
+      prompt: this.prompt.value,
+      features: [featureOf(this.feature.value) ?? { source: this.feature.value, index: null }],
+      strengths: this.strengths.value.split(/[\s,;]+/).filter(Boolean).map(Number),
+      max_new_tokens: 20,
+      stream: true,
+    };
+    const table = new Table();
+    for await (const event of events("v1/sweep", body, signal)) {
+      if (!table.element.isConnected) fill(this.out, table.element);
+      for (const cell of [...(event.default ?? []), ...(event.cells ?? [])]) table.add(cell);
+      if (event.suggested) table.suggest(event.suggested);
+    }
   }
 }
 
-function table({ cells, suggested }) {
-  const best = suggested?.strength;
-  const rows = cells.map((cell) => h("tr", { class: cell.strength === best ? "suggested" : null },
-    h("th", { scope: "row" }, figure(cell.strength), cell.strength === best && h("span", { class: "badge" }, "suggested")),
-    h("td", { class: "prose" }, cell.text),
-    h("td", { class: "value" }, figure(cell.judge?.logprob_per_token)),
-    h("td", { class: "value" }, figure(cell.judge?.repetition))));
-  return h("div", { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Texts by strength" },
-    h("table", { class: "sweep-table" },
-      h("thead", {}, h("tr", {}, ["Strength", "Text", "Log-probability per token", "Repetition"].map((name) => h("th", { scope: "col" }, name)))),
-      h("tbody", {}, rows)));
+/** The texts as they come, weakest strength first, with the plain one on top. */
+class Table {
+  constructor() {
+    this.rows = [];
+    this.body = h("tbody", {});
+    this.said = h("p", { class: "legend", role: "status" }, "Writing …");
+    const names = ["Strength", "Text", "Feature in it", "Log-probability per token", "Repeated"];
+    this.element = h("figure", {},
+      h("div", { class: "scrolls", tabindex: "0", role: "region", "aria-label": "Texts by strength" },
+        h("table", { class: "sweep-table" },
+          h("thead", {}, h("tr", {}, names.map((name) => h("th", { scope: "col" }, name)))), this.body)),
+      h("figcaption", {}, this.said));
+  }
+
+  add(cell) {
+    const head = h("th", { scope: "row" }, cell.strength === null ? "plain" : figure(cell.strength));
+    const row = h("tr", {}, head,
+      h("td", { class: "prose" }, cell.text),
+      [cell.effects?.[0], cell.judge?.logprob_per_token, cell.judge?.repetition].map((value) => h("td", { class: "value" }, figure(value))));
+    this.rows.push({ strength: cell.strength, row, head });
+    this.rows.sort((a, b) => (a.strength ?? -Infinity) - (b.strength ?? -Infinity));
+    fill(this.body, ...this.rows.map((one) => one.row));
+  }
+
+  suggest({ strengths: [best], most_lost: lost, most_repeated: repeated }) {
+    const limits = `lose at most ${figure(lost)} nats per token to the plain one and repeat at most ${figure(repeated)} more`;
+    this.said.textContent = best === null
+      ? `No strength is suggested: none has an effect on texts that ${limits}.`
+      : `Suggested: ${figure(best)}, the largest effect among the texts that ${limits}.`;
+    for (const { strength, row, head } of this.rows) {
+      if (best === null || strength !== best) continue;
+      row.classList.add("suggested");
+      head.append(h("span", { class: "badge" }, "suggested"));
+    }
+  }
 }
