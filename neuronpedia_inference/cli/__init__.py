@@ -9,15 +9,16 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neuronpedia_inference.cli import catalogue, replay
+from neuronpedia_inference.cli import catalogue, replay, words
 from neuronpedia_inference.cli.loaded import load, ready_line, server_at
 from neuronpedia_inference.cli.options import DeviceOption, ModelOption, SetOption, SetsOption, settings_of
-from neuronpedia_inference.cli.output import console, facts, fail, line, print_json, table
+from neuronpedia_inference.cli.output import console, facts, fail, line, open_streams, print_json, table
 from neuronpedia_inference.cli.vectors import vectors
 from neuronpedia_inference.errors import EngineDied, InferenceError, InvalidRequest, StartupError, unknown_name
 from neuronpedia_inference.exits import ENGINE_DIED, FAILED, WRONG_USAGE, by_signal, leave
@@ -44,15 +45,33 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda word: word.replace("_", "-"),
+    },
     help="SAE features, top-k and steering for language models. Without any setting everything runs on the "
     "embedded model. Settings come from the environment and [bold].env[/]; docs/reference.md lists them.",
 )
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        line(f"neuronpedia-inference {version('neuronpedia-inference')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
     """Run the command line. Expected errors end in one line on standard error. Exit codes: docs/operating.md."""
-    _open_streams()
+    open_streams()
     with _ends_at_once():
         try:
             app()
@@ -63,16 +82,6 @@ def main() -> None:
             fail(exc.message + of_server, FAILED)
         except StartupError as exc:
             fail(str(exc.args[0]) if exc.args else type(exc).__name__, FAILED)
-
-
-def _open_streams() -> None:
-    """A closed stream swallows what is written to it, and one that has no sign for a character escapes it."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open as long as the process)
-        else:
-            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
@@ -210,7 +219,16 @@ def verify(
         raise SystemExit(FAILED)
 
 
-for command in (replay.replay, catalogue.models, catalogue.sae, catalogue.plan):
+for command in (
+    words.features,
+    words.search,
+    words.steer,
+    words.chat,
+    replay.replay,
+    catalogue.models,
+    catalogue.sae,
+    catalogue.plan,
+):
     app.command()(command)
 app.add_typer(vectors, name="vectors")
 
@@ -237,8 +255,10 @@ def operations(
 
 
 def _operation(name: str) -> Operation[Any]:
+    """Hyphens and underscores are alike."""
     from neuronpedia_inference.operations import by_name
 
+    name = name.replace("-", "_")
     if name not in by_name:
         raise InvalidRequest(unknown_name("operation", name, by_name))
     return by_name[name]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from neuronpedia_inference.cli.output import console
+from neuronpedia_inference.cli.output import console, working
 from neuronpedia_inference.garbage import uncollected
 
 if TYPE_CHECKING:
     from neuronpedia_inference.client.over_http import OverHttp
+    from neuronpedia_inference.client.session import Client
     from neuronpedia_inference.runtime import Runtime
     from neuronpedia_inference.settings import Settings
 
@@ -24,7 +25,7 @@ def load(settings: Settings) -> Runtime:
     start_logging(settings.model_copy(update=quiet))
     errors = console(stderr=True)
     started = time.perf_counter()
-    with uncollected(), errors.status("Starting") as status:
+    with uncollected(), working("Starting") as status:
         from neuronpedia_inference.runtime import Runtime
 
         def show(step: str) -> None:
@@ -44,6 +45,17 @@ def ready_line(runtime: Runtime, seconds: float) -> str:
     saes = f"{n_sources} SAE{'' if n_sources == 1 else 's'}"
     peak = f"peak memory {peak_memory_bytes() / 2**20:.0f} MiB"
     return f"Ready in {seconds:.1f} s: {model.name} on {model.device}, {saes}, {peak}"
+
+
+def service(url: str | None, settings: Settings) -> Client:
+    """A server, or else a model in this process."""
+    from neuronpedia_inference.client.session import Client
+
+    if url is not None:
+        return Client(server_at(url, settings))
+    from neuronpedia_inference.client.in_process import InProcess
+
+    return Client(InProcess(load(settings)))
 
 
 def server_at(url: str, settings: Settings) -> OverHttp:

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.status import Status
 
 PIPED_WIDTH = 100
+PLAIN_SIGNS = "plain_signs"
+"""An error handler of streams: for what they have no sign for, one that is like it, else an escape."""
+_LIKE = str.maketrans("▁▂▃▄▅▆▇█░·…—–−“”‘’⏎⇥␣�", ".:-=+*%#.-.---\"\"''|>_?")
+
+
+def open_streams() -> None:
+    """A closed stream swallows what is written to it; one that has not every sign gets those that it has."""
+    codecs.register_error(PLAIN_SIGNS, _plain)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open as long as the process)
+        else:
+            stream.reconfigure(errors=PLAIN_SIGNS)
+
+
+def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    assert isinstance(error, UnicodeEncodeError), error
+    like = error.object[error.start : error.end].translate(_LIKE)
+    return like.encode("ascii", "backslashreplace").decode("ascii"), error.end
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -18,6 +41,12 @@ def console(*, stderr: bool = False) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, width=None if stream.isatty() else PIPED_WIDTH)
+
+
+def working(step: str) -> Status:
+    """A sign of life on standard error, while something is waited for; nothing where nobody sees it."""
+    errors = console(stderr=True)
+    return errors.status(step, spinner="dots" if errors.encoding.startswith("utf") else "line")
 
 
 def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

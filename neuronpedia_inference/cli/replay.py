@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from neuronpedia_inference.cli.loaded import load, server_at
+from neuronpedia_inference.cli.loaded import service
 from neuronpedia_inference.cli.options import DeviceOption, ModelOption, SetOption, SetsOption, settings_of
 from neuronpedia_inference.cli.output import line, print_json
 from neuronpedia_inference.errors import InvalidRequest
@@ -33,14 +33,12 @@ def replay(
     Exit code 0: no difference. 4: something differs. 5: texts or numbers differ, and so do circumstances (other
     weights, versions, device, or a receipt that is not reproducible), so that the two cannot be compared.
     """
-    from neuronpedia_inference.client.in_process import InProcess
     from neuronpedia_inference.client.replays import receipt_in
-    from neuronpedia_inference.client.session import Client
 
     receipt = receipt_in(_json_in(file))
     settings = settings_of(set_, model_id=model_id, sae_sets=sae_sets, device=device)
-    with Client(server_at(url, settings) if url is not None else InProcess(load(settings))) as service:
-        found = service.replay(receipt)
+    with service(url, settings) as asked:
+        found = asked.replay(receipt)
     if as_json:
         differences = [{"where": one.where, "was": one.was, "now": one.now} for one in found.differences]
         print_json(

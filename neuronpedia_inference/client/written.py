@@ -115,6 +115,16 @@ class Steered(Result):
                 parts += [draw.heading(strip.name, name), draw.Strip(strip.tokens, strip.values, most[strip.name])]
         return draw.group(*parts)
 
+    def answer_strips(self) -> RenderableType:
+        """What was watched, over the steered text alone, for a terminal."""
+        draw, parts = terminal(), []
+        for strip in self._strips(self.steered):
+            n_prompt = len(strip.tokens) - len(self.steered.tokens)
+            values = strip.values[n_prompt:]
+            note = f"max {max(values, default=0.0):.4g}"
+            parts += [draw.heading(strip.name, note), draw.Strip(strip.tokens[n_prompt:], values)]
+        return draw.group(*parts)
+
     def _repr_html_(self) -> str:
         prompt, most = f'<span style="opacity:0.6">{html.text(self.prompt)}</span>', self._most()
         parts: list[tuple[str, str]] = []

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +54,25 @@ def ended(process: Process) -> tuple[int, str]:
     """Exit code and standard error of a process that ends by itself."""
     _, errors = process.communicate(timeout=SOON_S)
     return process.returncode, errors
+
+
+def on_a_terminal(*words: str, width: int, **environment: str) -> str:
+    """What a command writes to a terminal of this width."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
+    with subprocess.Popen(
+        [*COMMAND, *words], env=surroundings(**environment), stdin=theirs, stdout=theirs, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # what a terminal raises at its end
+            while part := os.read(ours, 2**16):
+                shown += part
+    os.close(ours)
+    assert process.returncode == 0, shown
+    return shown.decode().replace("\r\n", "\n")
+
+
+def without_colours(shown: str) -> str:
+    """Nor what moves the cursor."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)

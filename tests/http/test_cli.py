@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import io
 import json
 import logging
-import os
-import pty
 import re
 import signal
-import struct
 import subprocess
 import sys
-import termios
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import httpx
 import pytest
-from commands import COMMAND, command, line_with, surroundings
+from commands import COMMAND, command, line_with, on_a_terminal, surroundings, without_colours
 from rich.console import Console
 from served import MODEL, SECRET, SOURCE, TEXT, Served
 from typer.testing import CliRunner
@@ -190,23 +184,6 @@ def rows(*words: str) -> list[dict[str, str]]:
     return [dict(zip(head, line, strict=True)) for line in lines]
 
 
-def on_a_terminal(*words: str, width: int) -> str:
-    """As a person sees it, through a pseudo-terminal of its own."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
-    with subprocess.Popen(
-        [*COMMAND, *words], env=surroundings(), stdin=theirs, stdout=theirs, stderr=theirs
-    ) as process:
-        os.close(theirs)
-        shown = b""
-        with suppress(OSError):  # what a terminal raises at its end
-            while part := os.read(ours, 2**16):
-                shown += part
-    os.close(ours)
-    assert process.returncode == 0, shown
-    return re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).replace("\r\n", "\n")
-
-
 def test_models_of_the_embedded_model_are_counted_from_its_files() -> None:
     from safetensors.torch import load_file
 
@@ -260,7 +237,7 @@ def test_models_without_a_model_lists_all_with_what_they_serve_by_default() -> N
 
 @pytest.mark.parametrize("words", [("models", "gemma-2-2b-it"), ("models",), ("sae", "gemma-2-2b/2-clt-hp")])
 def test_lists_are_readable_at_60_columns(words: tuple[str, ...]) -> None:
-    shown = on_a_terminal(*words, width=60)
+    shown = without_colours(on_a_terminal(*words, width=60))
     assert max(map(len, shown.splitlines())) <= 60
     assert "\t" not in shown
     assert {"models": "gemmascope-res-16k", "sae": "activations only"}[words[0]] in " ".join(shown.split())
