@@ -128,7 +128,7 @@ def _changed(what: str, was: Any, now: Any) -> Iterator[str]:
 def _not_compared(was: Answer, now: Answer) -> Iterator[str]:
     pairs = [("the model's weights", was["model"], now["model"])]
     pairs += [
-        (f"the files of {name}", *both) for name, both in _by(("source",), was["sources"], now["sources"]).items()
+        (f"the files of {name}", *both) for (name,), both in _by(("source",), was["sources"], now["sources"]).items()
     ]
     for what, *both in pairs:
         for side, one in zip(("the receipt", "what runs now"), both, strict=True):

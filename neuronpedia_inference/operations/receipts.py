@@ -67,6 +67,7 @@ class Account:
         if not self.story.has_ended:
             return None
         begun, provenance, rows = self.story.begun, self.rt.provenance, self.story.rows
+        model = provenance.model
         sources = [(name, provenance.source(name)) for name in _whole(self.story.wanted)]
         return Receipt.model_construct(
             format=FORMAT,
@@ -74,9 +75,9 @@ class Account:
             versions=provenance.versions,
             model=ReceiptModel.model_construct(
                 name=provenance.name,
-                status=provenance.model.status,
-                files=_files(provenance.model.files),
-                sha256=provenance.model.sha256,
+                status=model.status,
+                files=_files(model.files),
+                sha256=model.sha256,
             ),
             device=provenance.device,
             dtype=provenance.dtype,

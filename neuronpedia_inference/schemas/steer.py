@@ -277,6 +277,8 @@ class SteerRequest(Steering, TextOrChat):
                     {"do": "ablate", "feature": {"source": "20-res-4k", "index": 686}},
                 ],
                 "max_new_tokens": 16,
+                "receipt": True,
+                "reproducible": True,
             },
         )
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -17,8 +19,11 @@ from typer.testing import CliRunner
 
 from neuronpedia_inference.cli import app
 from neuronpedia_inference.client.in_process import InProcess
+from neuronpedia_inference.client.replays import compared
 from neuronpedia_inference.client.session import Client
+from neuronpedia_inference.digests import Stamp
 from neuronpedia_inference.exits import DIFFERS, FAILED
+from neuronpedia_inference.provenance import Provenance
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings
 from tests import models
@@ -199,6 +204,32 @@ def test_other_weights_of_the_model_are_said(folder: Path, receipt: dict[str, An
     assert not replay.is_same
     assert not replay.is_comparable
     assert str(replay).startswith("not the same circumstances: weights of model")
+
+
+def test_files_that_have_changed_since_the_start_have_no_digest(folder: Path, tmp_path: Path) -> None:
+    """What is in memory is not what is on the disk now: nothing is claimed of either."""
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    model, sae = other / "model" / "model.safetensors", other / "saes" / SAE / "sae_weights.safetensors"
+    body = {"watch": [{"source": SAE, "top_k": 1}], "compare": False}
+    with served(other) as (client, runtime):
+        known = receipt_of(client, body)
+        assert known["sources"][0]["status"] == known["model"]["status"] == "known"
+        loaded = Stamp.of(model)
+        for file in (model, sae):
+            os.utime(file, ns=(1, 1))
+        changed = receipt_of(client, body)
+        assert changed["sources"] == [{"source": SAE, "status": "changed", "files": []}]
+        assert changed["model"] == known["model"], "it was hashed as it was loaded"
+        later = Provenance(
+            runtime.model, runtime.shelf._store, files=[loaded], products={}, folder=tmp_path / "new cache"
+        )
+        while later.model.status == "pending":
+            time.sleep(0.01)
+        assert (later.model.status, later.model.files, later.model.sha256) == ("changed", (), None)
+        later.close()
+        replay = compared(known, changed)
+    assert replay.is_same
+    assert replay.not_compared == (f"the files of {SAE}: their digest is changed in what runs now",)
 
 
 def test_the_command_says_it_and_ends_accordingly(folder: Path, receipt: dict[str, Any], tmp_path: Path) -> None:
