@@ -61,23 +61,27 @@ class Chat {
     };
     const steered = h("p", { class: "prose" });
     const plain = isSteered ? h("p", { class: "prose" }) : null;
-    const turn = h("div", { class: "turn" },
+    const turn = h("div", { class: "turn", "aria-busy": "true" },
       h("div", { class: "message user" }, h("h2", {}, "You"), h("p", { class: "prose" }, said)),
       h("div", { class: "answers" },
         h("div", { class: "message steered" }, h("h2", {}, isSteered ? "Steered" : "Model"), steered),
         plain && h("div", { class: "message plain" }, h("h2", {}, "Plain"), plain)));
-    let isShown = false;
-    for await (const event of events("v1/steer", body, signal)) {
-      if (!isShown) {
-        if (!this.messages.length) fill(this.log);
-        this.log.append(turn);
-        this.say.value = "";
-        isShown = true;
+    try {
+      for await (const event of events("v1/steer", body, signal)) {
+        if (!turn.isConnected) this.#begin(turn);
+        steered.append(event.steered.text);
+        plain?.append(event.default?.text ?? "");
+        turn.scrollIntoView({ block: "nearest" });
+        this.messages = [...prompt, { role: "assistant", content: steered.textContent }];
       }
-      steered.append(event.steered.text);
-      plain?.append(event.default?.text ?? "");
-      turn.scrollIntoView({ block: "nearest" });
-      this.messages = [...prompt, { role: "assistant", content: steered.textContent }];
+    } finally {
+      turn.setAttribute("aria-busy", "false"); // what is read aloud waits for this
     }
+  }
+
+  #begin(turn) {
+    if (!this.messages.length) fill(this.log);
+    this.log.append(turn);
+    this.say.value = "";
   }
 }

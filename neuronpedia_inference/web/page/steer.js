@@ -33,7 +33,8 @@ class Steer {
     } };
     this.form = this.#form(asked);
     this.out = h("div", { class: "outputs" });
-    this.element = h("div", { class: "steer" }, h("h1", { class: "unseen" }, "Steer"), this.form, this.out);
+    this.said = h("p", { class: "unseen", role: "status" });
+    this.element = h("div", { class: "steer" }, h("h1", { class: "unseen" }, "Steer"), this.form, this.out, this.said);
     steering.onChange(() => this.#changed());
     if (asked.begins) this.running.start((signal) => this.write(signal));
   }
@@ -95,10 +96,11 @@ class Steer {
         if (!columns.steered.element.isConnected) {
           fill(this.out, columns.default.element, columns.steered.element, watched && legend(label));
         }
-        for (const [name, column] of Object.entries(columns)) column.add(event[name], known?.max);
+        for (const [name, column] of Object.entries(columns)) column.add(event[name], known?.max, body.prompt);
       }
     } finally {
       for (const column of Object.values(columns)) column.end();
+      this.said.textContent = Object.values(columns).map((column) => column.spoken).join(" ");
     }
   }
 }
@@ -116,28 +118,37 @@ function legend(label) {
 class Column {
   constructor(title, kind, label) {
     this.state = h("span", { class: "state" }, "…");
-    this.strip = new Strip({ label: `${title}, coloured by ${label}`, hasStart: true });
-    this.text = h("p", { class: "whole", hidden: true });
+    this.strip = new Strip({ label: `${title}, coloured by ${label}`, });
+    this.title = title;
     this.values = [];
     this.written = 0;
     this.ended = null;
     this.element = h("article", { class: `output ${kind}`, "aria-busy": "true", "aria-label": title },
-      h("header", {}, h("h2", {}, title), this.state), this.strip.element, this.text);
+      h("header", {}, h("h2", {}, title), this.state), this.strip.element);
   }
 
-  add(news, most) {
+  /** most: the feature's largest known activation. prompt: whose tokens come first, behind a start token if there is one. */
+  add(news, most, prompt) {
     if (!news) return;
     const watched = news.watch;
-    if (watched && !this.strip.tokens.length) this.strip.add(watched.tokens, { isPrompt: true });
+    if (watched && !this.strip.tokens.length) {
+      this.strip.hasStart = !prompt.startsWith(watched.tokens[0]);
+      this.strip.add(watched.tokens, { isPrompt: true });
+    }
     this.strip.add(news.tokens);
     this.written += news.tokens.length;
     if (watched) {
       const [{ before, after }] = watched.values;
       this.values.push(...(before ?? after));
-      this.strip.paint(this.values, Math.max(most ?? 0, ...this.values.slice(1)));
+      this.strip.paint(this.values, Math.max(most ?? 0, ...this.values.slice(this.strip.hasStart ? 1 : 0)));
     }
     this.ended = news.finish_reason ?? this.ended;
     this.state.textContent = `${this.written} tokens`;
+  }
+
+  /** For those who do not see it, once it has ended. */
+  get spoken() {
+    return this.written ? `${this.title}: ${this.strip.tokens.slice(-this.written).map((one) => one.token).join("")}` : "";
   }
 
   end() {

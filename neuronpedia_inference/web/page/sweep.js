@@ -6,6 +6,7 @@ import { field, figure, fill, h } from "./dom.js";
 import { examples } from "./examples.js";
 import { Running, formProblem } from "./form.js";
 import { featureOf } from "./server.js";
+import { shown } from "./strip.js";
 
 const STRENGTHS = "-40, 0, 20, 40, 60, 80, 100, 140";
 
@@ -52,6 +53,11 @@ class Sweep {
   }
 }
 
+/** A number as it was asked for. */
+function exact(value) {
+  return String(value).replace("-", "−");
+}
+
 /** The texts as they come, weakest strength first, with the plain one on top. */
 class Table {
   constructor() {
@@ -67,9 +73,9 @@ class Table {
   }
 
   add(cell) {
-    const head = h("th", { scope: "row" }, cell.strength === null ? "plain" : figure(cell.strength));
+    const head = h("th", { scope: "row" }, cell.strength === null ? "plain" : exact(cell.strength));
     const row = h("tr", {}, head,
-      h("td", { class: "prose" }, cell.text),
+      h("td", { class: "prose" }, shown(cell.text.trim())),
       [cell.effects?.[0], cell.judge?.logprob_per_token, cell.judge?.repetition].map((value) => h("td", { class: "value" }, figure(value))));
     this.rows.push({ strength: cell.strength, row, head });
     this.rows.sort((a, b) => (a.strength ?? -Infinity) - (b.strength ?? -Infinity));
@@ -80,7 +86,7 @@ class Table {
     const limits = `lose at most ${figure(lost)} nats per token to the plain one and repeat at most ${figure(repeated)} more`;
     this.said.textContent = best === null
       ? `No strength is suggested: none has an effect on texts that ${limits}.`
-      : `Suggested: ${figure(best)}, the largest effect among the texts that ${limits}.`;
+      : `Suggested: ${exact(best)}, the largest effect among the texts that ${limits}.`;
     for (const { strength, row, head } of this.rows) {
       if (best === null || strength !== best) continue;
       row.classList.add("suggested");
