@@ -64,6 +64,8 @@ class WrittenSae:
 
 def written(folder: Path) -> WrittenSae | str:
     """The SAE in a folder, or why it is not compared."""
+    if not (folder / "sae_weights.safetensors").is_file():
+        return "it is not in SAELens's format"
     config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
     if config.get("architecture") not in KINDS:
         return f"the architecture {config.get('architecture')!r} is not among {', '.join(KINDS)}"

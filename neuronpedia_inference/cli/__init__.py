@@ -223,6 +223,7 @@ for command in (
     words.features,
     words.search,
     words.steer,
+    words.sweep,
     words.chat,
     replay.replay,
     catalogue.models,

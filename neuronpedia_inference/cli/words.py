@@ -1,4 +1,4 @@
-"""`features`, `search`, `steer` and `chat`: what one does most, by hand."""
+"""`features`, `search`, `steer`, `sweep` and `chat`: what one does most, by hand."""
 
 from __future__ import annotations
 
@@ -114,6 +114,32 @@ def steer(
     _show(written, as_json=as_json)
 
 
+def sweep(
+    prompt: Annotated[str, typer.Argument(help="What the texts begin with, or - to read it from standard input.")],
+    feature: Annotated[str, typer.Argument(help="The feature that is added, 15-res-4k/1113.")],
+    strengths: Annotated[str, typer.Option(help="Numbers between commas.")] = "20,40,80",
+    tokens: TokensOption = None,
+    temperature: TemperatureOption = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+    url: UrlOption = None,
+    model_id: ModelOption = None,
+    sae_sets: SetsOption = None,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Write the same text steered by a feature at several strengths, and plain (0).
+
+    Example: [bold]neuronpedia-inference sweep "I think that" 15-res-4k/1113 --strengths 20,40,80[/]
+    """
+    [named], numbers = _features([feature]), _numbers(strengths)
+    settings = settings_of(set_, model_id=model_id, sae_sets=sae_sets, device=device)
+    drawn = {"max_new_tokens": tokens, "temperature": temperature, "seed": seed}
+    with service(url, settings) as asked, working("Writing"):
+        found = asked.sweep(_text(prompt), named, numbers, **drawn)
+    _show(found, as_json=as_json)
+
+
 def chat(
     add: AddOption = None,
     clamp: ClampOption = None,
@@ -201,6 +227,14 @@ def _amount(option: str, word: str) -> tuple[FeatureName, float]:
         return _features([name])[0], float(amount)
     except ValueError:
         raise InvalidRequest(f"{option} {word}: write source/index@number, such as 15-res-4k/1113@70") from None
+
+
+def _numbers(words: str) -> list[float]:
+    """Raises InvalidRequest."""
+    try:
+        return [float(word) for word in words.split(",")]
+    except ValueError:
+        raise InvalidRequest(f"--strengths {words}: write numbers between commas, such as 20,40,80") from None
 
 
 def _features(names: Sequence[str] | None) -> list[FeatureName]:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from neuronpedia_inference.checks.features import written
 from neuronpedia_inference.domain import UNNORMED
 from neuronpedia_inference.downloads import disk_bytes, missing_sizes
 from neuronpedia_inference.errors import StartupError
@@ -57,6 +58,7 @@ def test_a_local_folder_means_what_its_trainer_says(hub: Path, kind: str, tmp_pa
     found = find(str(folder), Settings.read(model_id="gpt2-small"))
     assert (found.hook, found.width, found.kind) == (sae.source.hook, D_SAE, sae.source.architecture)
     assert found.disk_bytes == sum(file.stat().st_size for file in folder.iterdir())
+    assert written(folder) == "it is not in SAELens's format"
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -1,4 +1,4 @@
-"""`features`, `search`, `steer` and `chat` by hand: what they print for programs, and on narrow and plain terminals."""
+"""`features`, `search`, `steer`, `sweep` and `chat`: what they print for programs and on narrow, plain terminals."""
 
 from __future__ import annotations
 
@@ -47,6 +47,16 @@ def test_steer_writes_both_texts(server: Served) -> None:
     assert steered == " ".join(f"{PROMPT}{expected.steered.text}".split())
     assert plain == " ".join(f"{PROMPT}{expected.default.text}".split())
     assert plain != steered
+
+
+def test_sweep_writes_at_several_strengths(server: Served) -> None:
+    drawn = ("--tokens", "6", "--temperature", "0", "--url", server.url)
+    found = rows("sweep", PROMPT, FEATURE, "--strengths", "1,70", *drawn)
+    with ni.connect(server.url) as service:
+        expected = service.sweep(PROMPT, ni.FeatureName.read(FEATURE), [1, 70], max_new_tokens=6, temperature=0)
+    assert [float(row["strength"]) for row in found] == [0, 1, 70]
+    assert [row["text"] for row in found] == [" ".join(str(row["text"]).split()) for row in expected.cells()]
+    assert found[0]["text"] != found[2]["text"]
 
 
 def test_chat_keeps_its_turns(server: Served) -> None:
