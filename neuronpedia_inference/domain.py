@@ -63,6 +63,8 @@ class ChatMessage:
     content: str
     channel: str | None = None
     """Of models that speak on several, such as gpt-oss; else None."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """What else the template is given of it, such as `tool_calls`."""
 
 
 Section = Literal["header", "content", "footer", "scaffold"]
@@ -449,3 +451,5 @@ class Written:
     """[pos, n]: what was read at the positions of the text that have become known, from the prompt's first on."""
     ending: str = ""
     """The token that stops a row, as text: wire answers end in it (contract 3.5), our own do not."""
+    special: tuple[tuple[int, int], ...] = field(default=(), kw_only=True)
+    """Where in `text` special tokens lie: [first character, the one behind the last)."""

@@ -6,6 +6,7 @@ InferenceError
 │   ├── UnknownPoint        400  no such hook point in this model
 │   ├── UnknownVector       404  a digest whose vector is not kept here
 │   ├── NoJacobianLens      400  this model has no Jacobians
+│   ├── UnknownModel        404  OpenAI's routes: neither the served model nor a variant of it
 │   └── LimitExceeded       400  a bound was passed; the message names value, bound and remedy
 ├── MalformedHttp           400  not HTTP; answered by the connection, before there is a request
 ├── Unauthorized            401
@@ -86,6 +87,11 @@ class NoJacobianLens(InvalidRequest):
     @property
     def beside(self) -> dict[str, str]:
         return {"status": "unavailable", "detail": str(self.args[1]) if len(self.args) > 1 else ""}
+
+
+class UnknownModel(InvalidRequest):
+    code = "model_not_found"
+    status = 404
 
 
 class LimitExceeded(InvalidRequest):

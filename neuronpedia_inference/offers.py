@@ -123,6 +123,7 @@ def refused_endpoints(
     because["put_vectors"] = "" if keeps_vectors else NOT_KEPT
     if not chat:
         because |= {"steer_completion_chat": NO_TEMPLATE, "apply_chat_template": NO_TEMPLATE}
+        because["chat_completions"] = NO_TEMPLATE
     return {**because, "dfa": _no_attribution(verdict, sources), "neurons": neurons}
 
 

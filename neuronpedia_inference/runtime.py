@@ -11,25 +11,24 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from neuronpedia_inference import reproducible
-from neuronpedia_inference.capabilities import describe, max_tokens, token_limit
+from neuronpedia_inference.capabilities import describe
 from neuronpedia_inference.completion import Begun, Completion
 from neuronpedia_inference.costs import NO_GRID, RECORDED_GRID, Costs, Demand
-from neuronpedia_inference.domain import ChatMessage, Lens, Numbers, RenderedChat, Sampling, Tokens, Written
+from neuronpedia_inference.domain import ChatMessage, Lens, Numbers, Sampling, Tokens, Written
 from neuronpedia_inference.edits.plan import Plan
 from neuronpedia_inference.edits.proof import ResolvedEdit, n_numbers
 from neuronpedia_inference.edits.resolve import EditResolver
-from neuronpedia_inference.engine.chats import rendered_chat
 from neuronpedia_inference.engine.completions import Completions, Writing
 from neuronpedia_inference.engine.memory import usage
 from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
 from neuronpedia_inference.engine.stops import StopStrings
-from neuronpedia_inference.engine.tokens import BosRule
 from neuronpedia_inference.errors import BUSY, Busy, InvalidRequest, LimitExceeded, NotReady
 from neuronpedia_inference.kept_vectors import KeptVectors
 from neuronpedia_inference.lensing import Lenses, SteerToken
 from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n_threads
 from neuronpedia_inference.metrics import Metrics
+from neuronpedia_inference.operations.edits import edits_of
 from neuronpedia_inference.pacing import paced
 from neuronpedia_inference.questions import Question
 from neuronpedia_inference.questions.checks import check_prompts
@@ -40,7 +39,10 @@ from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, Generate
 from neuronpedia_inference.scheduler.policy import Limits
 from neuronpedia_inference.scheduler.stay import hold, idle
 from neuronpedia_inference.scheduler.worker import Worker
+from neuronpedia_inference.schemas.steering import Steering
 from neuronpedia_inference.settings import Settings
+from neuronpedia_inference.texts import Texts
+from neuronpedia_inference.variants import Variant, check_variants, read_variants
 from neuronpedia_inference.vitals import Load, vitals
 from neuronpedia_inference.watches.plan import WatchPlan
 from neuronpedia_inference.watches.readings import tracing
@@ -51,8 +53,6 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-BATCH_SHARE = 4
-"""Each prompt of a batch may have this fraction of TOKEN_LIMIT."""
 PASS_TOKENS = {"cpu": 512, "gpu": 4096}
 """Tokens of several requests in one forward pass. On a CPU more gain nothing (docs/experiments.md)."""
 REUSE_SHARE = 32
@@ -61,7 +61,7 @@ QUEUE_SHARE = 4
 """Completions may wait or run up to this many times MAX_ROWS."""
 
 
-class Runtime:
+class Runtime(Texts):
     """One model and its sources, ready to answer. Coroutines may be awaited from any event loop."""
 
     def __init__(self, settings: Settings, loaded: Loaded) -> None:
@@ -76,6 +76,10 @@ class Runtime:
         self.watches = WatchResolver(loaded.engine, self.shelf, loaded.jacobians, max_top_k=settings.max_top_k)
         self.vectors = KeptVectors(int(settings.kept_vectors_mib * 2**20))
         self.provenance = loaded.provenance
+        self.variants: Mapping[str, Variant] = read_variants(settings.variants)
+        check_variants(self.variants, self._check_variant)
+        self.started = int(time.time())
+        """In seconds since 1970."""
         self._costs = Costs(loaded.info)
         self.metrics = Metrics()
         loaded.engine.recent.budget_bytes = _reuse_bytes(settings, loaded.request_bytes)
@@ -120,9 +124,14 @@ class Runtime:
     ) -> Runtime:
         """Load everything that `host` does not hold and start the worker; blocks. Raises StartupError."""
         started = time.monotonic()
+        read_variants(settings.variants)  # what is wrong with the files is said before anything is loaded
         runtime = cls(settings, load(settings, progress, host))
         log.info("ready", extra={"model": runtime.model.name, "seconds": round(time.monotonic() - started, 2)})
         return runtime
+
+    def _check_variant(self, steering: Steering) -> None:
+        for _ in self._edits.checks(Plan(edits_of(steering, self))):
+            """Nobody waits yet."""
 
     def close(self) -> None:
         """Finish what was accepted, then stop."""
@@ -135,43 +144,6 @@ class Runtime:
     def healthy(self) -> bool:
         """False once the device has failed: the process should be replaced."""
         return self._worker.healthy
-
-    # Text
-
-    def tokenize(self, text: str, bos: BosRule, *, limit: int | None = None, batch: bool = False) -> Tokens:
-        """`limit` None is TOKEN_LIMIT, a quarter of it with `batch`. Raises InvalidRequest or LimitExceeded."""
-        limit = limit or token_limit(self.settings, self.model)
-        if batch:
-            return self._codec.tokenize(text, bos, limit=max(1, limit // BATCH_SHARE), suffix=" for batch requests")
-        return self._codec.tokenize(text, bos, limit=limit)
-
-    def tokens(self, ids: Sequence[int]) -> Tokens:
-        """Ids as they are. Raises LimitExceeded for more than TOKEN_LIMIT."""
-        limit = token_limit(self.settings, self.model)
-        if len(ids) > limit:
-            raise LimitExceeded(f"{len(ids)} tokens, max is {limit}. Send fewer or raise TOKEN_LIMIT.")
-        return self._codec.describe(ids)
-
-    def render_chat(self, messages: Sequence[ChatMessage]) -> tuple[str, Tokens]:
-        """The chat as the model reads it, with generation prompt. Raises InvalidRequest or LimitExceeded."""
-        return self._codec.render_chat(messages, limit=token_limit(self.settings, self.model))
-
-    async def apply_chat_template(
-        self, messages: Sequence[ChatMessage], *, generation_prompt: bool, options: Mapping[str, Any]
-    ) -> RenderedChat:
-        """The chat with what each token belongs to. Raises InvalidRequest or LimitExceeded."""
-        limit = token_limit(self.settings, self.model)
-        return await paced(
-            rendered_chat(self._codec, messages, generation_prompt=generation_prompt, options=options, limit=limit)
-        )
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Ids to text, special tokens kept."""
-        return self._codec.decode(ids)
-
-    def token_string(self, token_id: int) -> str:
-        """One id as text, its leading space kept."""
-        return self._codec.token_string(token_id)
 
     # Questions
 
@@ -448,7 +420,7 @@ class Runtime:
 
     def _check_room(self, prompt: Tokens, sampling: Sampling, n_refused: int) -> None:
         check_prompts([prompt], self.model.vocab_size)
-        most = max_tokens(self.settings, self.model)
+        most = self.max_tokens
         if len(prompt) + sampling.max_new_tokens > most:
             raise LimitExceeded(
                 f"No room to generate: the prompt is {len(prompt)} tokens and {sampling.max_new_tokens} are asked for, "

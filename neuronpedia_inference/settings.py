@@ -65,6 +65,11 @@ class Settings(BaseSettings):
         description="Folder of labels, densities, maxima and contexts of features: JSON lines (also gzipped) or "
         "Parquet, a row a feature, or Neuronpedia's export as it is. What it says wins over what comes with the SAEs.",
     )
+    variants: Path | None = Field(
+        None,
+        description="File `NAME.json`, or folder of them, that says what to steer with as `/v1/steer` takes it "
+        "(`features`, `vectors`, `edits`): each is a model `MODEL+NAME` of OpenAI's routes.",
+    )
     include_sae: JsonList = Field((), description="Regular expressions; keep only sources that one matches.")
     exclude_sae: JsonList = Field((), description="Regular expressions; drop sources that one matches.")
     model_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(

@@ -20,6 +20,13 @@ RESERVED = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_te
 FAILED = "Failed to apply chat template"
 
 
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest for names that are not the template's."""
+    taken = sorted(RESERVED & options.keys())
+    if taken:
+        raise InvalidRequest(f"chat_template_kwargs: {', '.join(taken)} cannot be chosen here, leave it out")
+
+
 def rendered_chat(
     codec: TextCodec,
     messages: Sequence[ChatMessage],
@@ -37,9 +44,7 @@ def rendered_chat(
     refusal, cut: as `TextCodec.tokenize` takes them. Raises LimitExceeded beyond `limit` tokens, and InvalidRequest for
     names that are not the template's, or whatever the template refuses.
     """
-    taken = sorted(RESERVED & options.keys())
-    if taken:
-        raise InvalidRequest(f"chat_template_kwargs: {', '.join(taken)} cannot be chosen here, leave it out")
+    check_options(options)
     try:
         codec.check_chat(messages, limit=limit)
         going_on = {"continue_final_message": True} if is_open else {}

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
+from neuronpedia_inference.cuts import Cut
 from neuronpedia_inference.domain import Numbers, Refusal, TokenLogprob, Written
 from neuronpedia_inference.engine.protocol import NO_TOKEN, RowStep
-from neuronpedia_inference.engine.stops import Cut
 from neuronpedia_inference.engine.tokens import TextCodec, TextStream
 from neuronpedia_inference.pacing import Pace
 
@@ -29,6 +29,8 @@ class _News:
     rule: int | None = None
     refusals: list[Refusal] = field(default_factory=list)
     ending: str = ""
+    special: list[tuple[int, int]] = field(default_factory=list)
+    n_characters: int = 0
 
     def written(self) -> Written:
         return Written(
@@ -41,6 +43,7 @@ class _News:
             self.ending,
             rule=self.rule,
             refusals=tuple(self.refusals),
+            special=tuple(self.special),
         )
 
 
@@ -48,15 +51,23 @@ class _Text:
     """What one row says: its characters, and log-probabilities of the tokens that lie in them."""
 
     def __init__(self, codec: TextCodec, stop: Sequence[str]) -> None:
+        self._codec = codec
         self._stream = TextStream(codec)
         self._cut = Cut(stop)
         self._n_said = 0
         self._n_read = 0
         self._held: deque[tuple[int, TokenLogprob]] = deque()
         """With the length of the text behind each."""
+        self._special: deque[tuple[int, int]] = deque()
+        """Where special tokens lie in the text, as far as it is not said."""
 
     def push(self, token_id: int, news: _News) -> None:
-        self._read(self._stream.push(token_id), news)
+        text = self._stream.push(token_id)
+        name = self._codec.token_string(token_id)
+        if self._codec.is_special(token_id) and text.endswith(name):
+            end = self._n_read + len(text)
+            self._special.append((end - len(name), end))
+        self._read(text, news)
 
     def hold(self, logprob: TokenLogprob) -> None:
         """Of the token that was pushed last."""
@@ -80,8 +91,16 @@ class _Text:
         self._say(self._cut.push(text), news)
 
     def _say(self, text: str, news: _News) -> None:
-        self._n_said += len(text)
+        start, self._n_said = self._n_said, self._n_said + len(text)
+        place = news.n_characters - start
+        while self._special and self._special[0][0] < self._n_said:
+            first, last = self._special[0]
+            news.special.append((max(first, start) + place, min(last, self._n_said) + place))
+            if last > self._n_said:
+                break
+            self._special.popleft()
         news.texts.append(text)
+        news.n_characters += len(text)
 
 
 class Completions:

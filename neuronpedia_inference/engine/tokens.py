@@ -128,19 +128,31 @@ class TextCodec:
         # Some tokenizers strip the first token's space: an anchor before it takes that loss.
         return self._raw_decode([*self._anchor, *ids]).removeprefix(self._raw_decode(self._anchor))
 
-    def render_chat(self, messages: Sequence[ChatMessage], *, limit: int) -> tuple[str, Tokens]:
-        """The model's chat template with generation prompt, as text and tokens.
+    def render_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        limit: int,
+        continues: bool = False,
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> tuple[str, Tokens]:
+        """A chat as the model's template writes it, as text and tokens, with what begins the answer.
+
+        continues: with nothing behind the last message, which the answer goes on with. options: as of `render`.
 
         Raises InvalidRequest when there is no template, when it does not know a role or refuses the messages, and
         LimitExceeded when they are too long.
         """
         self.check_chat(messages, limit=limit)
-        text = self.render(messages)
+        text = self.render(messages, generation_prompt=not continues, continues=continues, options=options)
         return text, self.tokenize(text, "never", limit=limit)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special
 
     def reads(self, name: str) -> bool:
         """Whether the chat template looks at a name beside the messages."""
-        return self._template is not None and re.search(rf"\b{name}\b", self._template) is not None
+        return self._template is not None and re.search(rf"\b{re.escape(name)}\b", self._template) is not None
 
     def check_chat(self, messages: Sequence[ChatMessage], *, limit: int) -> None:
         """Raises InvalidRequest where there is no template, a role is unknown or a text is none; LimitExceeded."""
@@ -160,6 +172,7 @@ class TextCodec:
         messages: Sequence[ChatMessage],
         *,
         generation_prompt: bool = True,
+        continues: bool = False,
         options: Mapping[str, Any] = NO_OPTIONS,
     ) -> str:
         """A chat that has passed `check_chat`, as the template writes it. options: what else the template is given.
@@ -167,7 +180,7 @@ class TextCodec:
         Raises InvalidRequest where the template refuses them.
         """
         turns = [
-            {"role": m.role, "content": m.content} | ({} if m.channel is None else {"channel": m.channel})
+            {"role": m.role, "content": m.content, **m.more} | ({} if m.channel is None else {"channel": m.channel})
             for m in messages
         ]
         try:
@@ -175,6 +188,7 @@ class TextCodec:
                 turns,
                 chat_template=self._template,
                 add_generation_prompt=generation_prompt,
+                continue_final_message=continues,
                 tokenize=False,
                 **options,
             )

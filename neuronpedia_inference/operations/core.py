@@ -27,6 +27,9 @@ from neuronpedia_inference.operations.health import STEER_HEALTH
 from neuronpedia_inference.operations.inside import ACTIVATION_ATTENTION, ACTIVATION_RAW
 from neuronpedia_inference.operations.kept_vectors import PUT_VECTORS
 from neuronpedia_inference.operations.lens import LENS_PROMPT
+from neuronpedia_inference.operations.openai.chat import CHAT_COMPLETIONS
+from neuronpedia_inference.operations.openai.completions import COMPLETIONS
+from neuronpedia_inference.operations.openai.models import MODEL, MODELS
 from neuronpedia_inference.operations.operation import Events, Operation
 from neuronpedia_inference.operations.reading import ACTIVATIONS, TOP_K
 from neuronpedia_inference.operations.rendering import Spelling, json_pieces, plain_pieces
@@ -85,6 +88,10 @@ OPERATIONS: tuple[Operation[Any], ...] = (
     CAPTURE,
     PUT_VECTORS,
     SCORE,
+    CHAT_COMPLETIONS,
+    COMPLETIONS,
+    MODELS,
+    MODEL,
 )
 by_name: dict[str, Operation[Any]] = {operation.name: operation for operation in OPERATIONS}
 

@@ -45,12 +45,15 @@ async def checked_plan(steering: Steering, rt: Runtime, *, skip_special_tokens: 
     return plan
 
 
-def plan_of(steering: Steering, rt: Runtime, *, skip_special_tokens: bool = False) -> Plan | None:
+def plan_of(
+    steering: Steering, rt: Runtime, *, first: Steering | None = None, skip_special_tokens: bool = False
+) -> Plan | None:
     """What a steering does; None where it does nothing. Raises InvalidRequest and UnknownSource, naming the field.
 
-    skip_special_tokens: edits of everything leave the prompt's special tokens as they are, as in chats.
+    first: another, whose edits act before its own. skip_special_tokens: edits of everything leave the prompt's special
+    tokens as they are, as in chats.
     """
-    edits = edits_of(steering, rt)
+    edits = (*(() if first is None else edits_of(first, rt)), *edits_of(steering, rt))
     return Plan(edits, skip_special_tokens) if edits else None
 
 

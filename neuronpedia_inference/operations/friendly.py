@@ -94,7 +94,7 @@ def _so_far(chat: Chat | None, row: Transcript) -> SteerText:
         logprobs=row.logprobs,
         finish_reason=row.finish_reason,
         watch=None if row.watched is None else row.watched.so_far(),
-        stopped_by=_stopped(row),
+        stopped_by=stopped_by(row),
         judge=row.judge,
         events=row.events,
     )
@@ -110,13 +110,14 @@ def _new(chat: Chat | None, story: Story, place: int, written: Written) -> Steer
         logprobs=None if row.logprobs is None else [logprob_reply(one) for one in written.logprobs],
         finish_reason=row.finish_reason,
         watch=None if row.watched is None else row.watched.newest(),
-        stopped_by=_stopped(row),
+        stopped_by=stopped_by(row),
         judge=row.judge,
         events=None if row.events is None else [event_reply(one) for one in written.refusals],
     )
 
 
-def _stopped(row: Transcript) -> SteerStop | None:
+def stopped_by(row: Transcript) -> SteerStop | None:
+    """The rule that ended a text."""
     if row.rule is None:
         return None
     last = len(row.tokens) - 1

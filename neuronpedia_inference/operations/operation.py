@@ -37,9 +37,9 @@ class Operation(Generic[Req]):
     """Answers once; raises `InferenceError`."""
     stream: Callable[[Req, Runtime], Awaitable[AsyncIterator[Wire]]] | None = None
     """Answers in cumulative events. Raises every 4xx when awaited, before it returns the iterator."""
-    dialect: Literal["sse", "ndjson"] = "sse"
+    dialect: Literal["sse", "ndjson", "openai"] = "sse"
     """How events are sent: as server-sent events, if `stream` is set; or as lines of JSON in snake_case, a part of the
-    answer each, unless it is off."""
+    answer each, unless it is off; or as OpenAI's, as are errors then."""
     method: Literal["POST", "PUT", "GET"] = "POST"
     """GET: fields are parts of the path or of the query, and there is no body."""
     casing: Literal["snake", "camel", "both"] = "snake"

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic_core import from_json, to_json
 
 from neuronpedia_inference.errors import EngineFailed
-from neuronpedia_inference.schemas.common import ALSO_SNAKE
+from neuronpedia_inference.schemas.common import ALSO_SNAKE, IF_ANY
 
 Spelling = Literal["snake", "camel", "both"]
 """How the keys of an answer are written."""
@@ -104,6 +104,8 @@ class _Field:
     """As it is written: once, or in both words."""
     json_keys: tuple[bytes, ...]
     """The same with quotes and colon."""
+    if_any: bool
+    """Whether it is left out where it is null."""
 
 
 @cache
@@ -118,7 +120,7 @@ def _field(kind: type[BaseModel], name: str, spelling: Spelling) -> _Field:
     if ALSO_SNAKE in about.metadata and spelling == "camel":
         keys = (camel, name)
     keys = tuple(dict.fromkeys(keys))
-    return _Field(name, keys, tuple(to_json(key) + b":" for key in keys))
+    return _Field(name, keys, tuple(to_json(key) + b":" for key in keys), IF_ANY in about.metadata)
 
 
 def _is_scalar(value: Any) -> bool:
@@ -133,9 +135,9 @@ def _is_leaf(value: Any) -> bool:
 
 
 @cache
-def _is_doubled(kind: type[BaseModel], spelling: Spelling) -> bool:
-    """Whether a field is written in both words."""
-    return any(len(field.keys) > 1 for field in _fields(kind, spelling))
+def _is_marked(kind: type[BaseModel], spelling: Spelling) -> bool:
+    """Whether a field is written in both words, or only where there is something."""
+    return any(len(field.keys) > 1 or field.if_any for field in _fields(kind, spelling))
 
 
 def _leaf_size(value: Any) -> int | None:
@@ -161,13 +163,13 @@ class _Walk:
     def fields(self, model: BaseModel) -> list[tuple[_Field, Any]]:
         values = model.__dict__
         pairs = ((field, values[field.name]) for field in _fields(type(model), self.spelling))
-        return [(field, value) for field, value in pairs if not (self.how["exclude_none"] and value is None)]
+        return [pair for pair in pairs if pair[1] is not None or not (self.how["exclude_none"] or pair[0].if_any)]
 
     def size(self, value: Any) -> int | None:
         """Scalars of what pydantic can write at once and in the wanted spelling; None for anything else."""
         if not isinstance(value, BaseModel):
             return _leaf_size(value)
-        if _is_doubled(type(value), self.spelling):
+        if _is_marked(type(value), self.spelling):
             return None
         n_scalars = 0
         for part in value.__dict__.values():

@@ -104,7 +104,7 @@ async def text_story(
     watched is told as this asks for it; what is behind it only `rules` look at.
     """
     begun = await rt.complete(wanted, stream=stream)
-    return _story("", begun, wanted, rt, keeps_ending=keeps_ending, watch=watch)
+    return story_of("", begun, wanted, rt, keeps_ending=keeps_ending, watch=watch)
 
 
 async def chat_story(
@@ -119,7 +119,7 @@ async def chat_story(
     """As `text_story`, for the answers to a chat."""
     begun = await rt.complete(wanted, stream=stream)
     chat = Chat(said, rt.decode(begun.prompt.ids), open_reasoning(begun.rendered))
-    return chat, _story(chat.raw, begun, wanted, rt, keeps_ending=keeps_ending, watch=watch)
+    return chat, story_of(chat.raw, begun, wanted, rt, keeps_ending=keeps_ending, watch=watch)
 
 
 def turns(said: Sequence[NPSteerChatMessage]) -> list[ChatMessage]:
@@ -130,9 +130,10 @@ def turns(said: Sequence[NPSteerChatMessage]) -> list[ChatMessage]:
     return messages
 
 
-def _story(
+def story_of(
     raw: str, begun: Begun, wanted: Completion, rt: Runtime, *, keeps_ending: bool, watch: Sequence[SteerWatch]
 ) -> Story:
+    """What has begun, with what is told of it. raw: what its rows begin with."""
     has_logprobs = bool(wanted.sampling.n_logprobs)
     has_events = wanted.reads is not None and any(wanted.reads.retries)
     rows = [

@@ -30,6 +30,8 @@ MOST_NAME = 80
 
 ALSO_SNAKE = "also_snake"
 """Mark of a field of an answer that is written in both words where the answer is in camelCase."""
+IF_ANY = "if_any"
+"""Mark of a field of an answer that is left out where it is null."""
 
 
 class Wire(BaseModel):
@@ -69,7 +71,7 @@ class Ours(Wire):
     @classmethod
     def _know_all(cls, body: Any) -> Any:
         if isinstance(body, Mapping):
-            known = _spellings(cls)
+            known = spellings(cls)
             unknown = list(islice((key for key in body if key not in known), 2))
             if unknown:
                 raise PydanticCustomError("unknown_field", "{problem}", {"problem": cls._problem(unknown)})
@@ -85,7 +87,8 @@ class Ours(Wire):
 
 
 @cache
-def _spellings(model: type[Ours]) -> frozenset[str]:
+def spellings(model: type[Ours]) -> frozenset[str]:
+    """Of its fields, in both words."""
     return frozenset(spelled for name in model.model_fields for spelled in (name, to_camel(name)))
 
 

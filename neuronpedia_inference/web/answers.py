@@ -59,10 +59,6 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
     return Response(json_bytes(value), status, dict(headers or {}), media_type="application/json")
 
 
-def error_response(problem: Problem) -> Response:
-    return json_response(problem.body(), problem.status, problem.headers)
-
-
 def plain_http(refusal: InferenceError) -> bytes:
     """A whole answer, for where there is no application; its connection ends."""
     with bound_request_id(new_request_id("")) as id_:

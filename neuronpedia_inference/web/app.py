@@ -30,7 +30,7 @@ from neuronpedia_inference.secrets_file import SecretsFile
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.tensor_files import MEDIA_TYPE
 from neuronpedia_inference.web import pages
-from neuronpedia_inference.web.answers import error_response, json_response, problem_of
+from neuronpedia_inference.web.answers import json_response, problem_of
 from neuronpedia_inference.web.auth import SecretGate
 from neuronpedia_inference.web.body import Bodies
 from neuronpedia_inference.web.boundary import ID_HEADER, Boundary, RequestScope, note_problem
@@ -41,6 +41,7 @@ from neuronpedia_inference.web.paths import unrouted
 from neuronpedia_inference.web.pieces import PiecedAnswer
 from neuronpedia_inference.web.sse import EventStream, while_connected
 from neuronpedia_inference.web.stopping import EndsWithServer, Inside
+from neuronpedia_inference.web.words import error_response
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
@@ -147,7 +148,7 @@ async def _answer_unrouted(request: Request, exc: Exception) -> Response:
         )
     problem = problem_of(exc)
     note_problem(request.scope, problem, exc)
-    return error_response(problem)
+    return error_response(problem, request.scope)
 
 
 def _add_service_routes(app: FastAPI, get_runtime: GetRuntime) -> None:

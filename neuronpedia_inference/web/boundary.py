@@ -12,9 +12,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from neuronpedia_inference.observability import bound_request_id, is_reported, new_request_id, report
-from neuronpedia_inference.web.answers import Problem, error_response, problem_of
+from neuronpedia_inference.web.answers import Problem, problem_of
 from neuronpedia_inference.web.dialects import Dialect, dialect_of
 from neuronpedia_inference.web.sse import ClientLeft
+from neuronpedia_inference.web.words import error_event, error_response
 
 log = logging.getLogger(__name__)
 ERROR_CODE = "neuronpedia_inference.error_code"
@@ -109,9 +110,9 @@ class Boundary:
             problem = problem_of(exc)
             note_problem(scope, problem, exc)
             if not sent.status:
-                await error_response(problem)(scope, receive, send)
+                await error_response(problem, scope)(scope, receive, send)
             elif sent.dialect is not None:
-                await send({"type": "http.response.body", "body": sent.dialect.error(problem.body())})
+                await send({"type": "http.response.body", "body": error_event(problem, scope, sent.dialect)})
             elif is_reported(exc):
                 raise
             # else the server stops: the connection of an answer that is not complete is closed, which says so

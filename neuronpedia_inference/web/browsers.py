@@ -15,8 +15,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from neuronpedia_inference.errors import Forbidden
 from neuronpedia_inference.settings import Settings
-from neuronpedia_inference.web.answers import error_response, problem_of
+from neuronpedia_inference.web.answers import problem_of
 from neuronpedia_inference.web.boundary import note_problem
+from neuronpedia_inference.web.words import error_response
 
 ANY = ("*",)
 
@@ -38,7 +39,7 @@ class BrowserGate:
             except Forbidden as exc:
                 problem = problem_of(exc)
                 note_problem(scope, problem, exc)
-                await error_response(problem)(scope, receive, send)
+                await error_response(problem, scope)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 

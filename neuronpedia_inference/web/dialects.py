@@ -1,7 +1,8 @@
 """How the events of a stream are written: as server-sent events, or as lines of JSON.
 
 A failure before the first event is an ordinary error answer. A later one ends the stream with an event of its own:
-`event: error` and `data: {"error": ..., "code": ..., "request_id": ...}`, or a line of `"kind": "error"` and the same.
+`event: error` and `data: {"error": ..., "code": ..., "request_id": ...}`, or a line of `"kind": "error"` and the same;
+on OpenAI's routes `data: {"error": {...}}`, where a stream that is complete ends in `data: [DONE]`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ class Dialect:
     """Of JSON without a line break."""
     error: Callable[[Mapping[str, Any]], bytes]
     """Of the body that an error answer would have."""
+    end: bytes = b""
+    """Behind the last event."""
 
 
 def _sse(body: bytes) -> bytes:
@@ -32,7 +35,8 @@ def _line(body: bytes) -> bytes:
 
 SSE = Dialect("text/event-stream", _sse, lambda body: b"event: error\n" + _sse(json_bytes(body)))
 NDJSON = Dialect("application/x-ndjson", _line, lambda body: _line(json_bytes({"kind": "error", **body})))
-DIALECTS = {"sse": SSE, "ndjson": NDJSON}
+OPENAI = Dialect(SSE.media_type, _sse, lambda body: _sse(json_bytes(body)), end=_sse(b"[DONE]"))
+DIALECTS = {"sse": SSE, "ndjson": NDJSON, "openai": OPENAI}
 
 
 def dialect_of(content_type: str) -> Dialect | None:

@@ -61,6 +61,11 @@ EXPLAINED: dict[str, Explained] = {
         "Jacobian lens is not available for this model",
         "Ask for `LOGIT_LENS`, or give the server Jacobians by `JLENS_SOURCE`.",
     ),
+    "model_not_found": Explained(
+        "On OpenAI's routes: the model's name is neither the served model's nor that of one of its variants.",
+        "Unknown model 'gpt-4o'. Available: smollm2-135m-instruct, smollm2-135m-instruct+economy.",
+        "Use a name that `GET /v1/models` lists. `VARIANTS` adds variants.",
+    ),
     "limit_exceeded": Explained(
         "A bound of the server was passed: tokens in a prompt, tokens of prompt and completion together, items of a "
         "list, `top_k`, activations in an answer.",

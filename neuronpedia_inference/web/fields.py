@@ -44,8 +44,9 @@ def _rows(schema: dict[str, Any], known: dict[str, Any], prefix: str, around: tu
 
 
 def _type(about: dict[str, Any]) -> str:
-    if "anyOf" in about:
-        return " or ".join(dict.fromkeys(map(_type, about["anyOf"])))
+    several = about.get("anyOf") or about.get("oneOf")
+    if several:
+        return " or ".join(dict.fromkeys(map(_type, several)))
     if "enum" in about:
         return ", ".join(map(str, about["enum"]))
     if "$ref" in about:

@@ -12,19 +12,22 @@ from neuronpedia_inference import __version__
 from neuronpedia_inference.operations import OPERATIONS, Operation
 from neuronpedia_inference.operations.operation import IN_PATH
 from neuronpedia_inference.schemas.common import Ours, Wire
+from neuronpedia_inference.schemas.openai_answers import OpenAIError
 from neuronpedia_inference.schemas.service import Capabilities, ErrorBody, Health, Ready
 from neuronpedia_inference.schemas.vectors import PUT_VECTORS
 from neuronpedia_inference.tensor_files import MEDIA_TYPE
+from neuronpedia_inference.web.answers import Problem
 from neuronpedia_inference.web.auth import HEADER
 from neuronpedia_inference.web.dialects import DIALECTS
 from neuronpedia_inference.web.explained import EXPLAINED, status_of
+from neuronpedia_inference.web.words import openai_error, openai_status
 
 TITLE = "Neuronpedia inference"
 SECURITY, BEARER = "SimpleSecretAuth", "BearerAuth"
 MEANINGS = {
     400: "The request cannot be honoured as asked",
     401: "Missing or wrong secret",
-    404: "A vector is named by a digest that is not kept here",
+    404: "No such model, or no vector of this digest",
     403: "A web page that may not call, or a name that is not the server's",
     408: "The body did not come in time",
     409: "The server's state forbids it",
@@ -43,9 +46,9 @@ GROUPS = {
     SERVICE: "What the server says of itself.",
 }
 """Parts of the reference, in its order."""
-OPENAI_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 STREAMED = {
     "sse": "With `stream`: events `data: {json}`, each holding the whole answer so far.",
+    "openai": "With `stream`: events `data: {json}`, each holding what is new, and `data: [DONE]` at the end.",
     "ndjson": "Unless `stream` is false: lines of JSON, each a part of the answer by its `kind`.",
 }
 ANYWHERE = (403, 431)
@@ -67,7 +70,10 @@ def document() -> dict[str, Any]:
         "paths": {**_service_paths(refs), **paths},
         "components": {
             "schemas": definitions["$defs"],
-            "responses": {str(status): _failure(status, refs) for status in MEANINGS},
+            "responses": {
+                **{str(status): _failure(status, refs) for status in MEANINGS},
+                **{f"openai-{status}": _openai_failure(status, refs) for status in MEANINGS if status != 422},
+            },
             "securitySchemes": {
                 SECURITY: {"type": "apiKey", "in": "header", "name": HEADER},
                 BEARER: {"type": "http", "scheme": "bearer"},
@@ -81,7 +87,7 @@ def _schemas() -> tuple[Refs, dict[str, Any]]:
     """References by (model, mode), and what they refer to."""
     asked: list[Any] = [(op.request, "validation") for op in OPERATIONS if op.method != "GET"]
     given: list[Any] = [(op.response, "serialization") for op in OPERATIONS]
-    service: list[Any] = [(model, "serialization") for model in (Capabilities, ErrorBody, Health, Ready)]
+    service: list[Any] = [(model, "serialization") for model in (Capabilities, ErrorBody, Health, OpenAIError, Ready)]
     wanted = list(dict.fromkeys(asked + given + service))
     refs, definitions = models_json_schema(wanted, by_alias=False, ref_template="#/components/schemas/{model}")
     return cast("Refs", refs), definitions
@@ -93,11 +99,6 @@ def _operation(operation: Operation[Any], refs: Refs) -> dict[str, Any]:
         content[DIALECTS[operation.dialect].media_type] = {
             "schema": {"type": "string", "description": STREAMED[operation.dialect]}
         }
-    failures = WITHOUT_A_BODY if operation.method == "GET" else FAILURES
-    if _may_name_a_vector(operation):
-        failures = (*failures, 404)
-    if operation.dialect == "ndjson":
-        failures = (*failures, 429)
     if operation.has_tensors:
         content[MEDIA_TYPE] = {"schema": {"type": "string", "format": "binary"}}
     return {
@@ -105,19 +106,28 @@ def _operation(operation: Operation[Any], refs: Refs) -> dict[str, Any]:
         "summary": operation.summary,
         "tags": [group_of(operation)],
         **_asked(operation, refs),
-        "responses": {"200": {"description": "The answer", "content": content}, **_failures(*failures)},
+        "responses": {"200": {"description": "The answer", "content": content}, **_failures_of(operation)},
     }
 
 
 def group_of(operation: Operation[Any]) -> str:
     """The part of the reference that it stands in."""
-    if operation.path in OPENAI_PATHS:
+    if operation.dialect == "openai":
         return OPENAI
     return START if issubclass(operation.request, Ours) else NEURONPEDIA
 
 
 def _may_name_a_vector(operation: Operation[Any]) -> bool:
     return f"`{PUT_VECTORS}`" in json.dumps(operation.request.model_json_schema())
+
+
+def _failures_of(operation: Operation[Any]) -> dict[str, Any]:
+    """On OpenAI's routes in OpenAI's words, where what does not fit the schema is a 400."""
+    codes = {*(WITHOUT_A_BODY if operation.method == "GET" else FAILURES)}
+    if operation.dialect == "openai":
+        return _failures(*({*codes, 404} - {422}), named="openai-")
+    more = {404: _may_name_a_vector(operation), 429: operation.dialect == "ndjson"}
+    return _failures(*codes, *(code for code, is_there in more.items() if is_there))
 
 
 def openapi_path(operation: Operation[Any]) -> str:
@@ -190,8 +200,8 @@ def _metrics(refs: Refs) -> dict[str, Any]:
     }
 
 
-def _failures(*codes: int) -> dict[str, Any]:
-    return {str(code): {"$ref": f"#/components/responses/{code}"} for code in sorted({*codes, *ANYWHERE})}
+def _failures(*codes: int, named: str = "") -> dict[str, Any]:
+    return {str(code): {"$ref": f"#/components/responses/{named}{code}"} for code in sorted({*codes, *ANYWHERE})}
 
 
 def _failure(status: int, refs: Refs) -> dict[str, Any]:
@@ -202,6 +212,17 @@ def _failure(status: int, refs: Refs) -> dict[str, Any]:
         if status_of(code) == status
     }
     content = {"schema": refs[ErrorBody, "serialization"], "examples": examples}
+    return {"description": MEANINGS[status], "content": {"application/json": content}}
+
+
+def _openai_failure(status: int, refs: Refs) -> dict[str, Any]:
+    """As `_failure`, in OpenAI's words."""
+    examples = {
+        code: {"summary": about.remedy, "value": openai_error(Problem(status_of(code), code, about.example))}
+        for code, about in EXPLAINED.items()
+        if openai_status(status_of(code)) == status
+    }
+    content = {"schema": refs[OpenAIError, "serialization"], "examples": examples}
     return {"description": MEANINGS[status], "content": {"application/json": content}}
 
 

@@ -36,7 +36,9 @@ class EventStream(Response):
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type=dialect.media_type
         )
         del self.headers["content-length"]
-        if dialect is not SSE:  # which is never compressed: an event would wait until there are enough for a block
+        if (
+            dialect.media_type != SSE.media_type
+        ):  # which is never compressed: an event would wait until there are enough for a block
             self.headers["content-encoding"] = "identity"
         self._dialect = dialect
         self._answers = answers
@@ -62,7 +64,7 @@ class EventStream(Response):
                 await asyncio.sleep(0)  # neither an event nor a send need wait, and then nobody else had a turn
         if is_first:
             raise EngineFailed("The stream ended without an event")
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await send({"type": "http.response.body", "body": self._dialect.end, "more_body": False})
 
 
 async def while_connected(receive: Receive, work: Awaitable[T]) -> T:

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -29,6 +30,7 @@ SECRET = "sésame-0x5ec2e7"
 WIDTH = 576
 BOS = "<|im_start|>"
 SOON_S = 300.0
+VARIANTS = Path(__file__).parent / "variants"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ Serve = Callable[[Settings, Callable[[], Any]], Served]
 def small_settings(**changes: Any) -> Settings:
     """Small limits and one thread, so that a busy machine answers soon."""
     small = {"token_limit": 48, "max_tokens": 64, "num_threads": 1, "max_results": 50, "sae_sets": "res-4k"}
-    return Settings.read(**{**small, **changes})
+    return Settings.read(**{**small, "variants": VARIANTS, **changes})
 
 
 @contextmanager

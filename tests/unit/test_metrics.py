@@ -191,7 +191,7 @@ def test_a_stream_that_fails_midway(exc: Exception, outcome: str) -> None:
         raise exc
 
     runtime: Any = FakeRuntime()
-    runtime.generate = lambda *_, **__: failing()
+    runtime._generate = lambda *_, **__: failing()
     with pytest.raises(type(exc)):
         asyncio.run(stream(runtime, STEER))
     assert requests(runtime.metrics) == {("steer_completion", outcome): 1}

@@ -114,6 +114,7 @@ class FakeRuntime:
             n_heads=2,
             vocab_size=100,
             d_model=4,
+            name="org/tiny",
             dtype="float32",
             device="cpu",
         )
@@ -128,6 +129,9 @@ class FakeRuntime:
         self.vocabulary: list[str] = [BOS]
         self.calls: list[tuple[str, Any]] = []
         self.closed = 0
+        self.variants: dict[str, Any] = {}
+        self.started = 0
+        self.max_tokens = self.settings.max_tokens
 
     def close(self) -> None:
         """Nothing to stop."""
@@ -195,10 +199,15 @@ class FakeRuntime:
         special = tuple(string in SPECIAL for string in strings)
         return Tokens(tuple(ids), strings, special, has_bos=self.model.has_bos and ids[:1] == [0])
 
-    def render_chat(self, messages: Sequence[ChatMessage]) -> tuple[str, Tokens]:
+    def render_chat(
+        self, messages: Sequence[ChatMessage], *, continues: bool = False, options: Mapping[str, Any] | None = None
+    ) -> tuple[str, Tokens]:
         self.calls.append(("render_chat", list(messages)))
         text = "".join(f"<|im_start|>{m.role}\n{m.content}<|im_end|>\n" for m in messages) + self.template_tail
         return text, self._tokens(text)
+
+    def template_names(self, name: str) -> bool:
+        return False
 
     async def apply_chat_template(
         self, messages: Sequence[ChatMessage], *, generation_prompt: bool, options: Mapping[str, Any]
@@ -448,7 +457,7 @@ def test_the_stand_in_has_every_method_of_the_real_runtime():
     """Read from the source text, because importing it would import torch."""
     package = Path(neuronpedia_inference.__file__).parent
     compared = 0
-    for file, name in (("runtime.py", "Runtime"), ("saes/shelf.py", "Shelf")):
+    for file, name in (("runtime.py", "Runtime"), ("texts.py", "Texts"), ("saes/shelf.py", "Shelf")):
         text = (package / file).read_text(encoding="utf-8")
         [real] = [n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == name]
         for method in real.body:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronpedia_inference.engine.stops import Cut
+from neuronpedia_inference.cuts import Cut
 
 FEW = st.text("ab\n", max_size=12)
 STRINGS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=4)

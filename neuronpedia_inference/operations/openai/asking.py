@@ -1,0 +1,105 @@
+"""What chats and completions ask for alike: a model with its variant, a plan, and how to draw."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from neuronpedia_inference.completion import Completion
+from neuronpedia_inference.domain import Sampling, Tokens
+from neuronpedia_inference.edits.plan import Plan
+from neuronpedia_inference.errors import InvalidRequest, UnknownModel, unknown_name
+from neuronpedia_inference.observability import request_id
+from neuronpedia_inference.operations.edits import plan_of
+from neuronpedia_inference.operations.steer import story_of
+from neuronpedia_inference.operations.story import Story
+from neuronpedia_inference.operations.watching import watch_plan
+from neuronpedia_inference.reproducible import reproducibly
+from neuronpedia_inference.schemas.openai import Completing
+
+if TYPE_CHECKING:
+    from neuronpedia_inference.runtime import Runtime
+    from neuronpedia_inference.variants import Variant
+
+SEED_BITS = 63
+AT_THE_ADDRESS = "its clients speak HTTP: they ask at the web address"
+"""Why these operations are no Modal methods."""
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What every answer and event begins with."""
+
+    model: str
+    kind: str
+    created: int = field(default_factory=lambda: int(time.time()))
+    request: str = field(default_factory=lambda: request_id() or secrets.token_hex(8))
+
+    @property
+    def id(self) -> str:
+        return f"{self.kind}-{self.request}"
+
+
+def variant_of(name: str | None, rt: Runtime) -> Variant | None:
+    """What a model's name asks for beside the model. Raises UnknownModel."""
+    if name is None or name in rt.model.known_names:
+        return None
+    base, _, variant = name.rpartition("+")
+    if base in rt.model.known_names and variant in rt.variants:
+        return rt.variants[variant]
+    raise UnknownModel(unknown_name("model", name[:80], model_ids(rt)))
+
+
+def model_ids(rt: Runtime) -> list[str]:
+    """The served model, then its variants."""
+    return [rt.model.id, *(f"{rt.model.id}+{name}" for name in rt.variants)]
+
+
+def model_id(variant: Variant | None, rt: Runtime) -> str:
+    return rt.model.id if variant is None else f"{rt.model.id}+{variant.name}"
+
+
+def steered(request: Completing, variant: Variant | None, rt: Runtime, *, skip_special_tokens: bool) -> Plan | None:
+    """The edits of the variant, then those of the request. Raises InvalidRequest and UnknownSource."""
+    first = None if variant is None else variant.steering
+    return plan_of(request, rt, first=first, skip_special_tokens=skip_special_tokens)
+
+
+async def begun(
+    prompt: Tokens, request: Completing, plan: Plan | None, sampling: Sampling, rt: Runtime, *, stream: bool
+) -> Story:
+    """`n` rows, each with a seed of its own. Raises every 4xx and 503."""
+    watch = request.watch or ()
+    wanted = Completion(
+        prompt,
+        [plan] * request.n,
+        sampling,
+        seeds=[sampling.seed + place for place in range(request.n)],
+        reads=watch_plan(watch, request.rules or (), rt),
+    )
+    with reproducibly(request.reproducible):
+        started = await rt.complete(wanted, stream=stream)
+    return story_of("", started, wanted, rt, keeps_ending=False, watch=watch)
+
+
+def sampling_of(request: Completing, rt: Runtime, *, max_new_tokens: int, n_logprobs: int) -> Sampling:
+    """Raises InvalidRequest."""
+    biases = tuple((int(token), bias) for token, bias in (request.logit_bias or {}).items())
+    unknown = next((token for token, _ in biases if token >= rt.model.vocab_size), None)
+    if unknown is not None:
+        raise InvalidRequest(f"logit_bias: there is no token {unknown}: ids are 0 to {rt.model.vocab_size - 1}.")
+    if len({token for token, _ in biases}) < len(biases):
+        raise InvalidRequest("logit_bias: a token is given twice: once will do")
+    return Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=request.temperature,
+        seed=secrets.randbits(SEED_BITS) if request.seed is None else request.seed,
+        n_logprobs=n_logprobs,
+        top_p=request.top_p,
+        frequency_penalty=request.frequency_penalty,
+        presence_penalty=request.presence_penalty,
+        logit_bias=biases,
+        stop=tuple(request.stop or ()),
+    )
