@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -53,7 +54,7 @@ def read_jacobians(file: Path, *, n_layers: int, d_model: int, device: torch.dev
         with safe_open(path, framework="pt") as stored:
             matrices = {_layer(name): stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
             about = dict(stored.metadata() or {})
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as exc:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, UnpicklingError) as exc:
         why = " ".join(str(exc).split()) or type(exc).__name__
         raise StartupError(f"the Jacobians in {str(file)!r} cannot be read: {why[:300]}") from exc
     kept: dict[int, Tensor] = {}
