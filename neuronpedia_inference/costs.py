@@ -6,7 +6,8 @@ generation   the pass over its prompt, and 512 + 400 × log-probabilities for ev
              whole for that; and for a lens 24 × logits of as many positions as a block has room for, with
              Jacobians 4 × d_model × (d_model + 2 × tokens) more
              edits     48 × d_model + 32 × prompt tokens for each, and 24 × d_model × prompt tokens where there are any:
-                       their vectors in two tables, numbers and weights by position, and states in float32
+                       their vectors in two tables, numbers and weights by position, and states in float32. Each
+                       counts twice where what it does is read for a receipt
 all of them  1.2 × slots × columns × cache bytes of a position: rows of different requests lie in one grid, as wide as
              the longest of them may become. So a long request makes room for every row that is inside with it
              slots     all rows and one more, in steps of a quarter of a power of two
