@@ -59,6 +59,9 @@ COPIED_NUMBERS = 2**22
 """Weights of a gated encoder that are scaled at once."""
 TOP_BYTES, RANKED_BYTES, ACTIVE_BYTES = 64, 40, 48
 """Of a value in an answer, while it is found, merged and kept."""
+LOGIT_BYTES, SCORED_BYTES = 24, 16
+"""Of a logit that is made: in the model's precision and in float32, capped, and while it is summed up; and of a number
+that is told of tokens."""
 SENDING_BYTES = 2**18
 """Of the pieces of an answer that are on their way."""
 
@@ -156,6 +159,11 @@ def reduce_bytes(prompts: Sequence[Tokens], sources: Sequence[Source]) -> int:
     """Of one prompt and one source at a time, and of what is on its way to the caller."""
     longest = max(map(len, prompts), default=0)
     return SENDING_BYTES + max((peak_bytes(source, longest) for source in sources), default=0)
+
+
+def score_bytes(vocab_size: int, n_numbers: int) -> int:
+    """Of making so many numbers of logits, and of telling them."""
+    return SENDING_BYTES + LOGIT_BYTES * max(vocab_size, LOGITS_AT_ONCE) + SCORED_BYTES * n_numbers
 
 
 @dataclass(frozen=True)

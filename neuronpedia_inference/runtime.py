@@ -173,7 +173,7 @@ class Runtime(Texts):
             points,
             lambda captured: question.reduce(captured, self.shelf),
             self._is_reproducible,
-            None if plan is None else self._edited_texts(question.prompts, n_generated, plan),
+            None if plan is None else self._edits.texts(question.prompts, n_generated, plan),
         )
         return await asyncio.wrap_future(self._submit(work, self._demand(question, points, plan)).future)
 
@@ -184,20 +184,14 @@ class Runtime(Texts):
 
         Raises LimitExceeded, InvalidRequest, UnknownSource or UnknownPoint, and Overloaded where there is no room.
         """
-        steered = {id(plan): plan for plan in (wanted.named, *wanted.plans) if plan is not None}
-        for plan in steered.values():
-            await self.check_steering(plan)
-        rendered, prompt = self._prompt(wanted.prompt)
-        if not prompt.ids:
-            raise InvalidRequest("Prompt is empty")
-        reads = wanted.reads
-        watches = None if reads is None else reads.watches
+        rendered, prompt = await self.checked(wanted)
+        watches = None if wanted.reads is None else wanted.reads.watches
         written = self.generate(
             prompt,
             wanted.plans,
             wanted.sampling,
             watches=watches,
-            rules=reads,
+            rules=wanted.reads,
             seeds=wanted.seeds,
             proves=wanted.proves,
             ahead=self._ahead(wanted, prompt),
@@ -211,6 +205,16 @@ class Runtime(Texts):
             resolved=[self._resolved(plan) for plan in wanted.plans],
             is_reproducible=self._is_reproducible,
         )
+
+    async def checked(self, wanted: Completion) -> tuple[str, Tokens]:
+        """A chat as its template gives it, and the tokens. Raises as `complete` does for what never can be done."""
+        for plan in {id(plan): plan for plan in (wanted.named, *wanted.plans) if plan is not None}.values():
+            await self.check_steering(plan)
+        rendered, prompt = self._prompt(wanted.prompt)
+        if not prompt.ids:
+            raise InvalidRequest("Prompt is empty")
+        self._check_room(prompt, wanted.plans, wanted.sampling, wanted.reads)
+        return rendered, prompt
 
     async def check_steering(self, plan: Plan) -> None:
         """Raises LimitExceeded, InvalidRequest, UnknownSource or UnknownPoint unless the plan can be honoured."""
@@ -243,13 +247,9 @@ class Runtime(Texts):
         row, as often as there is something and the reader asks; without, everything at once at the end. Closing the
         iterator frees the rows.
         """
-        n_refused = 0 if rules is None else rules.n_refused
-        self._check_room(prompt, sampling, n_refused)
+        self._check_room(prompt, plans, sampling, rules)
         n_read = self._n_read(prompt, plans, sampling, watches, proves=proves)
-        steered = [plan for plan in plans if plan is not None]
-        for plan in steered:
-            n_positions = len(prompt) + max(0, sampling.max_new_tokens - 1)
-            self._edits.check_selections(plan, prompt.ids, n_prompt=len(prompt), n_positions=n_positions)
+        steered = list(filter(None, plans))
         held = ExitStack()
         samplings = [replace(sampling, seed=seed) for seed in seeds or [sampling.seed] * len(plans)]
         work = GenerateWork(
@@ -265,7 +265,7 @@ class Runtime(Texts):
         demand = self._costs.generation(
             work.n_rows,
             work.n_prompt_tokens,
-            sampling.max_new_tokens + n_refused,
+            sampling.max_new_tokens + (0 if rules is None else rules.n_refused),
             n_logprobs=sampling.n_logprobs,
             n_numbers=(1 + proves) * sum(plan.n_numbers for plan in steered) + work.n_rows * len(sampling.logit_bias),
             n_read=n_read,
@@ -348,14 +348,6 @@ class Runtime(Texts):
     def _resolved(self, plan: Plan | None) -> tuple[ResolvedEdit, ...]:
         return () if plan is None else self._edits.resolved(plan)
 
-    def _edited_texts(self, texts: Sequence[Tokens], n_generated: Sequence[int], plan: Plan) -> Callable[[], Steps]:
-        """What gives the rows of these texts. Raises InvalidRequest for an edit that cannot act on one."""
-        self._edits.check_whole(plan)
-        behind = n_generated or [0] * len(texts)
-        for text, n in zip(texts, behind, strict=True):
-            self._edits.check_selections(plan, text.ids, n_prompt=len(text) - n, n_positions=len(text))
-        return lambda: self._edits.texts(texts, behind, plan)
-
     def _n_read(
         self,
         prompt: Tokens,
@@ -418,7 +410,11 @@ class Runtime(Texts):
             watched.append(replace(row, watches=tuple(of_row), read_from=watches.read_from, weight=weight, rules=ends))
         return watched
 
-    def _check_room(self, prompt: Tokens, sampling: Sampling, n_refused: int) -> None:
+    def _check_room(
+        self, prompt: Tokens, plans: Sequence[Plan | None], sampling: Sampling, rules: RulePlan | None
+    ) -> None:
+        """Also for every edit to act somewhere."""
+        n_refused = 0 if rules is None else rules.n_refused
         check_prompts([prompt], self.model.vocab_size)
         most = self.max_tokens
         if len(prompt) + sampling.max_new_tokens > most:
@@ -433,6 +429,9 @@ class Runtime(Texts):
                 f"{len(prompt)} of the prompt and {sampling.max_new_tokens} new ones, but the per-request budget is "
                 f"{most}. Take back fewer or less often, or ask for fewer tokens."
             )
+        n_positions = len(prompt) + max(0, sampling.max_new_tokens - 1)
+        for plan in filter(None, plans):
+            self._edits.check_selections(plan, prompt.ids, n_prompt=len(prompt), n_positions=n_positions)
 
     def _submit(
         self,

@@ -138,6 +138,7 @@ class Settings(BaseSettings):
     max_result_values: int = Field(
         2**22, ge=1, description="Activations in one answer: results or `top_k` times tokens, or all that are not zero."
     )
+    max_sweep_texts: int = Field(256, ge=1, description="Texts of one sweep, the unsteered ones too.")
     max_concurrent_requests: int = Field(32, ge=1, description="Requests admitted at once; more get a 503.")
     max_rows: int = Field(
         16, ge=1, le=256, description="Completions that decode together; more take turns, a new one first."

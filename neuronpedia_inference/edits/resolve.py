@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -92,9 +92,19 @@ class EditResolver:
         """The edits of a checked plan as they will be applied, in order. No tensors."""
         return tuple(self._resolved(edit, plan) for edit in plan.edits)
 
-    def texts(self, texts: Sequence[Tokens], n_generated: Sequence[int], plan: Plan) -> Steps:
-        """-> list[RowSpec], texts to be read as they are edited. n_generated: tokens at the end of each that are no
-        prompt. Runs on the worker."""
+    def texts(self, texts: Sequence[Tokens], n_generated: Sequence[int], plan: Plan) -> Callable[[], Steps]:
+        """What gives, on the worker, list[RowSpec]: texts to be read as they are edited.
+
+        n_generated: tokens at the end of each that are no prompt; none where it is empty. Raises InvalidRequest for an
+        edit that cannot act on one of them.
+        """
+        self.check_whole(plan)
+        behind = n_generated or [0] * len(texts)
+        for text, n in zip(texts, behind, strict=True):
+            self.check_selections(plan, text.ids, n_prompt=len(text) - n, n_positions=len(text))
+        return lambda: self._texts(texts, behind, plan)
+
+    def _texts(self, texts: Sequence[Tokens], n_generated: Sequence[int], plan: Plan) -> Steps:
         edits = yield from self.resolve(plan)
         return [
             replace(only_read(text.ids), edits=edits, n_generated=n) for text, n in zip(texts, n_generated, strict=True)

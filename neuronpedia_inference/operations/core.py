@@ -35,6 +35,7 @@ from neuronpedia_inference.operations.reading import ACTIVATIONS, TOP_K
 from neuronpedia_inference.operations.rendering import Spelling, json_pieces, plain_pieces
 from neuronpedia_inference.operations.score import SCORE
 from neuronpedia_inference.operations.steer import STEER_COMPLETION, STEER_COMPLETION_CHAT
+from neuronpedia_inference.operations.sweep import SWEEP
 from neuronpedia_inference.operations.tensors import apart, tensor_pieces
 from neuronpedia_inference.operations.tokenize import TOKENIZE
 from neuronpedia_inference.operations.top_k import ACTIVATION_TOPK_BY_TOKEN, ACTIVATION_TOPK_BY_TOKEN_BATCH
@@ -88,6 +89,7 @@ OPERATIONS: tuple[Operation[Any], ...] = (
     CAPTURE,
     PUT_VECTORS,
     SCORE,
+    SWEEP,
     CHAT_COMPLETIONS,
     COMPLETIONS,
     MODELS,

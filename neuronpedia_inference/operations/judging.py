@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from neuronpedia_inference.domain import Tokens, Written
+from neuronpedia_inference.domain import Numbers, Tokens, Written
+from neuronpedia_inference.edits.plan import Feature
 from neuronpedia_inference.operations.score import likelihoods
 from neuronpedia_inference.operations.story import Story, Transcript
-from neuronpedia_inference.questions.likelihoods import Likelihoods
+from neuronpedia_inference.questions import OneFeature
+from neuronpedia_inference.questions.together import Together
 from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.schemas.judge import SteerJudge
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
+
+Effects = list[float]
 
 ENDS_S = 60.0
 """A generation that has told all has this long to end, so that its room is there for what follows."""
@@ -52,24 +57,43 @@ class Judging(AsyncIterator[tuple[Written, ...]]):
         await self._story.aclose()
 
 
-async def judge(story: Story, rt: Runtime, *, reproducible: bool) -> None:
+async def judge(story: Story, rt: Runtime, *, reproducible: bool, features: Sequence[Feature] = ()) -> list[Effects]:
     """Every row of a story that has ended is judged; one without any token is not.
 
     Who began it by a `Completion` with `then` has room for it.
+
+    -> of every row the mean activation of each of the features over its tokens but the last, by the unsteered model.
     """
     rows = [row for row in story.rows if row.token_ids]
+    if not rows:
+        return [[0.0] * len(features) for _ in story.rows]
+    n_given = len(story.begun.prompt)
     texts = [_whole(story.begun.prompt, row) for row in rows]
-    question = likelihoods(texts, [len(story.begun.prompt)] * len(rows), rt)
     with reproducibly(reproducible):
-        found = await rt.ask(question) if rows else []
-    for row, likelihood in zip(rows, found, strict=True):
+        found, *activations = await rt.ask(judging(texts, n_given, features, rt))
+    effects: dict[int, Effects] = {}
+    for place, (row, likelihood) in enumerate(zip(rows, found, strict=True)):
+        effects[id(row)] = [_mean(one[place].values[n_given:]) for one in activations]
         doses = [] if row.proof is None else row.proof.doses
         row.judge = SteerJudge(
             logprob_per_token=float(likelihood.logprobs.mean()), repetition=repetition(row.token_ids), dose=doses
         )
+    return [effects.get(id(row), [0.0] * len(features)) for row in story.rows]
 
 
-def longest(prompt: Tokens, n_rows: int, n_tokens: int, rt: Runtime) -> Likelihoods:
+def judging(texts: Sequence[Tokens], n_given: int, features: Sequence[Feature], rt: Runtime) -> Together:
+    """The likelihood of all behind the tokens given, and each feature where the model runs them."""
+    scored = likelihoods(texts, [n_given] * len(texts), rt)
+    sources = [replace(rt.shelf.source(one.source), has_dfa=False) for one in features]
+    read = [OneFeature(scored.prompts, source, one.index) for source, one in zip(sources, features, strict=True)]
+    return Together([scored, *read])
+
+
+def _mean(numbers: Numbers) -> float:
+    return float(numbers.mean()) if len(numbers) else 0.0
+
+
+def longest(prompt: Tokens, n_rows: int, n_tokens: int, rt: Runtime, features: Sequence[Feature] = ()) -> Together:
     """What `judge` asks of so many rows of so many new tokens at the most."""
     text = Tokens(
         prompt.ids + prompt.ids[-1:] * n_tokens,
@@ -77,7 +101,7 @@ def longest(prompt: Tokens, n_rows: int, n_tokens: int, rt: Runtime) -> Likeliho
         prompt.is_special + prompt.is_special[-1:] * n_tokens,
         prompt.has_bos,
     )
-    return likelihoods([text] * n_rows, [len(prompt)] * n_rows, rt)
+    return judging([text] * n_rows, len(prompt), features, rt)
 
 
 def _whole(prompt: Tokens, row: Transcript) -> Tokens:

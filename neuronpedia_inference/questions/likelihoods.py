@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neuronpedia_inference.costs import LOGITS_AT_ONCE, SENDING_BYTES
+from neuronpedia_inference.costs import LOGITS_AT_ONCE, score_bytes
 from neuronpedia_inference.domain import Likelihood, Numbers, Tokens
 from neuronpedia_inference.engine.points import RESID_POST, Point
 from neuronpedia_inference.engine.protocol import Captured
@@ -23,11 +23,6 @@ from neuronpedia_inference.questions.question import Places, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-LOGIT_BYTES = 24
-"""Of a logit: in the model's precision and in float32, capped, and while it is summed up."""
-SCORED_BYTES = 16
-"""Of a number of an answer."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +61,7 @@ class Likelihoods:
     @property
     def n_bytes(self) -> int:
         n_scored = sum(map(len, self.texts)) - sum(self.n_given)
-        block = max(self.vocab_size, LOGITS_AT_ONCE)
-        return SENDING_BYTES + LOGIT_BYTES * block + SCORED_BYTES * n_scored * (1 + 2 * self.n_top)
+        return score_bytes(self.vocab_size, n_scored * (1 + 2 * self.n_top))
 
     def check(self, places: Places, vocab_size: int) -> None:
         places.check_lens()

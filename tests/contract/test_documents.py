@@ -45,7 +45,7 @@ CLIENT_METHODS = {
 
 BESIDE = {"activation_attention", "activation_raw", "apply_chat_template", "lens_prompt", "steer_health"}
 """Routes of the wire that the published client has no method for."""
-OUR_OWN = {"activations", "top_k", "steer", "search", "feature", "contrast", "capture", "put_vectors", "score"}
+OUR_OWN = {"activations", "top_k", "steer", "search", "feature", "contrast", "capture", "put_vectors", "score", "sweep"}
 OPENAI = {"chat_completions", "completions", "models", "model"}
 
 

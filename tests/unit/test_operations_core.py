@@ -87,13 +87,14 @@ BODIES: dict[str, dict[str, Any]] = {
     "capture": {"prompt": "one two", "points": ["blocks.1.hook_resid_post"], "positions": "last"},
     "put_vectors": {"vectors": [{"name": "x", "vector": [1, 2]}]},
     "score": {"prompt": "one two", "continuations": [" three", " four five"], "n_logprobs": 2},
+    "sweep": {"prompt": "one two", "features": [{"source": "3-att", "index": 2}], "strengths": [1, 2]},
     "chat_completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1},
     "completions": {"prompt": "one two", "max_tokens": 1},
     "models": {},
     "model": {"model": "tiny"},
 }
 OPENAI = ("chat_completions", "completions", "models", "model")
-OUR_OWN = ("activations", "top_k", "steer", "search", "feature", "contrast", "capture", "put_vectors", "score")
+OUR_OWN = ("activations", "top_k", "steer", "search", "feature", "contrast", "capture", "put_vectors", "score", "sweep")
 BESIDE = ("activation_attention", "activation_raw", "apply_chat_template", "lens_prompt", "steer_health")
 """Routes of the wire that the published client has no method for."""
 WIRE = [name for name in BODIES if name not in (*OUR_OWN, *BESIDE, *OPENAI)]
@@ -137,12 +138,12 @@ def test_the_client_has_a_method_for_every_wire_operation():
 
 
 def test_names_paths_and_summaries_are_there_once():
-    assert len({operation.path for operation in OPERATIONS}) == len(OPERATIONS) == len(by_name) == 30
+    assert len({operation.path for operation in OPERATIONS}) == len(OPERATIONS) == len(by_name) == 31
     for operation in OPERATIONS:
         assert operation.path.startswith("/v1/")
         assert operation.summary[0].isupper()
         assert not operation.summary.endswith(".")
-    streaming = {"steer_completion", "steer_completion_chat", "steer", "lens_prompt"}
+    streaming = {"steer_completion", "steer_completion_chat", "steer", "lens_prompt", "sweep"}
     streaming |= {"chat_completions", "completions"}
     assert {o.name for o in OPERATIONS if o.stream} == streaming
 

@@ -64,6 +64,7 @@ from neuronpedia_inference.questions import (
 from neuronpedia_inference.questions.contrast import Contrast, Contrasted
 from neuronpedia_inference.questions.likelihoods import Likelihoods
 from neuronpedia_inference.questions.states import HeadPattern, States
+from neuronpedia_inference.questions.together import Together
 from neuronpedia_inference.settings import Settings
 
 from .fake_lenses import FakeLenses, FakeWatches, read
@@ -250,6 +251,11 @@ class FakeRuntime:
         return 4
 
     async def ask(self, question: Any, plan: Plan | None = None, n_generated: Sequence[int] = ()) -> Any:
+        if isinstance(question, Together):
+            return [self._answered(one) for one in question.questions]
+        return self._answered(question)
+
+    def _answered(self, question: Any) -> Any:
         match question:
             case OneFeature():
                 return self.feature_activations(
@@ -356,7 +362,7 @@ class FakeRuntime:
         places, values = zip(*(pair for entries in found.values() for pair in entries), strict=True)
         return ActiveFeatures(np.array(list(found)), starts, ends, np.array(places), np.array(values))
 
-    async def complete(self, wanted: Completion, *, stream: bool) -> Begun:
+    async def checked(self, wanted: Completion) -> tuple[str, Tokens]:
         rendered, prompt = "", wanted.prompt
         if isinstance(prompt, str):
             prompt = self.tokenize(prompt, "once")
@@ -364,10 +370,15 @@ class FakeRuntime:
             rendered, prompt = self.render_chat(prompt)
         if not prompt.ids:
             raise InvalidRequest("Prompt is empty")
+        return rendered, prompt
+
+    async def complete(self, wanted: Completion, *, stream: bool) -> Begun:
+        rendered, prompt = await self.checked(wanted)
         if wanted.reads is not None and wanted.reads.watches.lenses:
             return Begun(prompt, rendered, [set()], Steps(self, read(prompt, wanted.reads.watches)))
         written = self._generate(prompt, wanted.plans, wanted.sampling, stream=stream)
-        return Begun(prompt, rendered, [set() for _ in wanted.plans], written)
+        nothing: list[Any] = [() for _ in wanted.plans]
+        return Begun(prompt, rendered, [set() for _ in wanted.plans], written, resolved=nothing)
 
     def token_string(self, token_id: int) -> str:
         return self.vocabulary[token_id]
