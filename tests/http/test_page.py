@@ -216,7 +216,12 @@ def test_sliders_and_further_features_go_into_the_request_and_the_address(visit:
     assert "686%4012.5" in page.url
     expect(page.locator(".output.steered")).to_have_attribute("aria-busy", "false")
     page.get_by_role("button", name=re.compile("Remove petroleum")).click()
-    expect(page.locator(".steers li")).to_have_count(1)
+    page.get_by_role("button", name=re.compile("Remove economy")).click()
+    with page.expect_request("**/v1/steer") as sent:
+        page.get_by_role("button", name="Write").click()
+    assert not body_of(sent.value)["compare"], "what is not steered has nothing to be compared with"
+    expect(page.locator(".output")).to_have_count(1)
+    expect(page.locator(".output")).to_have_attribute("aria-busy", "false")
 
 
 def test_a_chat_goes_on_with_what_the_steered_model_said(visit: Visit) -> None:

@@ -67,10 +67,13 @@ def test_the_document_has_its_parts_and_an_example_of_every_error(http: httpx.Cl
 
 @pytest.mark.long
 def test_every_example_of_the_reference_can_be_sent(http: httpx.Client) -> None:
+    served = http.get("/v1/capabilities").json()["endpoints"]
     document = http.get("/openapi.json").json()
     for path, item in document["paths"].items():
         body = item.get("post", {}).get("requestBody")
         for example in body["content"]["application/json"]["examples"].values() if body else ():
+            if "JACOBIAN_LENS" in str(example) and not served["lens_jacobian"]:
+                continue  # nor does /docs offer it then
             answer = http.post(path, json=example["value"])
             assert answer.status_code == 200, (path, answer.text)
 

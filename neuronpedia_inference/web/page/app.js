@@ -35,7 +35,7 @@ function show() {
 
 function tellServed() {
   const { model, device, sources } = served();
-  const many = sources.length === 1 ? sources[0] : `${sources.length} sources`;
+  const many = { 0: "no sources", 1: sources[0] }[sources.length] ?? `${sources.length} sources`;
   fill(document.getElementById("served"), h("strong", {}, model), ` on ${device} · ${many}`);
 }
 

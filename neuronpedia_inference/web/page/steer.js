@@ -86,15 +86,18 @@ class Steer {
       temperature: numberOf(this.temperature),
       seed: numberOf(this.seed),
       ...(watched ? { watch: [watched] } : {}),
+      compare: steering.chosen.length > 0,
       stream: true,
       deltas: true,
     };
     const label = known?.label ?? this.watched.name;
-    const columns = { default: new Column("Plain", "plain", label), steered: new Column("Steered", "steered", label) };
+    const columns = body.compare
+      ? { default: new Column("Plain", "plain", label), steered: new Column("Steered", "steered", label) }
+      : { steered: new Column("The model’s own", "plain", label) };
     try {
       for await (const event of events("v1/steer", body, signal)) {
         if (!columns.steered.element.isConnected) {
-          fill(this.out, columns.default.element, columns.steered.element, watched && legend(label));
+          fill(this.out, ...Object.values(columns).map((column) => column.element), watched && legend(label));
         }
         for (const [name, column] of Object.entries(columns)) column.add(event[name], known?.max, body.prompt);
       }
@@ -118,7 +121,7 @@ function legend(label) {
 class Column {
   constructor(title, kind, label) {
     this.state = h("span", { class: "state" }, "…");
-    this.strip = new Strip({ label: `${title}, coloured by ${label}`, });
+    this.strip = new Strip({ label: label ? `${title}, coloured by ${label}` : title });
     this.title = title;
     this.values = [];
     this.written = 0;

@@ -60,6 +60,5 @@ function noteKey(request) {
 async function tellInServedNames() {
   const about = await fetch("v1/capabilities", { headers: key ? { "X-SECRET-KEY": key } : {} });
   if (!about.ok) return;
-  const told = inNamesOf(await about.json(), reference);
-  if (told !== reference) ui.specActions.updateJsonSpec(told);
+  ui.specActions.updateJsonSpec(inNamesOf(await about.json(), reference));
 }

@@ -1,4 +1,5 @@
-// The examples of the reference name the built-in model. Where a server holds another, they are told in its names.
+// The examples of the reference name the built-in model and all that can be asked. Where a server holds another model they
+// are told in its names, and those that ask for what it has not are left out.
 
 const BUILT_IN = {
   model: "smollm2-135m-instruct",
@@ -8,10 +9,12 @@ const BUILT_IN = {
 };
 const HOOK = /^blocks\.\d+\.hook_resid_post$/;
 
-/** The document with every example in the names of the server that `capabilities` describes. */
+const NEEDS = { JACOBIAN_LENS: "lens_jacobian" };
+
+/** The document with the examples that the server which `capabilities` describes can answer, in its names. */
 export function inNamesOf(capabilities, document) {
   const { model, sources = [], sae_sets: sets = [] } = capabilities;
-  if (model === BUILT_IN.model && BUILT_IN.sources.every((one) => sources.includes(one))) return document;
+  const isBuiltIn = model === BUILT_IN.model && BUILT_IN.sources.every((one) => sources.includes(one));
   const names = new Map([[BUILT_IN.model, model]]);
   if (sets.length) names.set(BUILT_IN.set, sets[0]);
   if (sources.length) {
@@ -21,16 +24,23 @@ export function inNamesOf(capabilities, document) {
   for (const path of Object.values(told.paths)) {
     for (const operation of Object.values(path)) {
       for (const media of Object.values(operation.requestBody?.content ?? {})) {
-        for (const example of Object.values(media.examples ?? {})) {
-          example.value = renamed(example.value, names, capabilities);
+        for (const [name, example] of Object.entries(media.examples ?? {})) {
+          if (asksForMore(example.value, capabilities)) delete media.examples[name];
+          else if (!isBuiltIn) example.value = renamed(example.value, names, capabilities);
         }
       }
+      if (isBuiltIn) continue;
       for (const parameter of operation.parameters ?? []) {
         if ("example" in parameter) parameter.example = renamed(parameter.example, names, capabilities);
       }
     }
   }
   return told;
+}
+
+function asksForMore(value, { endpoints }) {
+  const said = JSON.stringify(value);
+  return Object.entries(NEEDS).some(([word, endpoint]) => said.includes(`"${word}"`) && !endpoints[endpoint]);
 }
 
 function renamed(value, names, about) {
