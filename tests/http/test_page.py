@@ -161,11 +161,18 @@ def test_the_keyboard_goes_from_token_to_token(visit: Visit, http: httpx.Client)
 def test_the_code_that_is_copied_runs(visit: Visit) -> None:
     page = visit.open()
     visit.rested()
-    page.get_by_role("tab", name="Python").click()
-    code = page.get_by_role("tabpanel").inner_text()
+    page.get_by_label("Text", exact=True).fill("Who are you?")
+    page.get_by_role("button", name="Read").click()
+    page.get_by_role("button", name="Read").wait_for()
+    visit.rested()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "economy · sector" in ran.stdout
+    index = page.locator(".card-head code").first.inner_text().rpartition("/")[2]
+    for way, said in (("Python", f"index={index}"), ("OpenAI", " ")):
+        page.get_by_role("tab", name=way).click()
+        code = page.get_by_role("tabpanel").inner_text()
+        assert index in code
+        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+        assert said in ran.stdout, ran.stderr
     page.get_by_role("tab", name="curl").click()
     assert f"{visit.url}/v1/steer" in page.get_by_role("tabpanel").inner_text()
 

@@ -38,6 +38,7 @@ function ofFeature(feature, text, strength) {
       "answer = client.chat.completions.create(",
       `    model=${python(served().model)},`,
       `    messages=[{"role": "user", "content": ${python(text)}}],`,
+      "    max_tokens=24,",
       `    extra_body={"features": ${python(steered.features)}},`,
       ")",
       "print(answer.choices[0].message.content)",
