@@ -142,8 +142,9 @@ def missing_saes(specs: Sequence[SourceSpec], progress: Callable[[str], None]) -
 def fetch_sae(spec: SourceSpec) -> None:
     """Raises StartupError, one line."""
     repo, path = hub_location(spec)
-    wanted = [name for loader in loaders_of(spec) for name in all_files(loader, path)]
-    download(repo, wanted, f"SAE {spec.name!r}")
+    first, *others = loaders_of(spec)
+    loader = _loader_on_hub(spec, hub_files(repo)) if others else first
+    download(repo, all_files(loader, path), f"SAE {spec.name!r}")
 
 
 def missing_sizes(spec: SourceSpec, listed: Callable[[str], Mapping[str, int]] | None = None) -> dict[str, int]:
@@ -154,13 +155,18 @@ def missing_sizes(spec: SourceSpec, listed: Callable[[str], Mapping[str, int]] |
     """
     repo, path = hub_location(spec)
     files, there = (listed or hub_files)(repo), cached(repo)
+    wanted = [name for name in all_files(_loader_on_hub(spec, files), path) if name in files]
+    return {name: files[name] for name in wanted if there is None or not (there / name).exists()}
+
+
+def _loader_on_hub(spec: SourceSpec, files: Mapping[str, int]) -> str | None:
+    """The format of an SAE by the files that its repository lists. Raises StartupError where some are missing."""
+    repo, path = hub_location(spec)
     try:
-        loader = loader_among(spec, path, files.__contains__)
+        return loader_among(spec, path, files.__contains__)
     except LookupError:
         missing = next(name for name in needed_files(loaders_of(spec)[0], path) if name not in files)
         raise StartupError(f"SAE {spec.name!r}: {repo!r} lists no {missing!r}.") from None
-    wanted = [name for name in all_files(loader, path) if name in files]
-    return {name: files[name] for name in wanted if there is None or not (there / name).exists()}
 
 
 def disk_bytes(sizes: Mapping[str, int]) -> int:

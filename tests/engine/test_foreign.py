@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from neuronpedia_inference.checks.features import written
 from neuronpedia_inference.domain import UNNORMED
-from neuronpedia_inference.downloads import disk_bytes, missing_sizes
+from neuronpedia_inference.downloads import disk_bytes, fetch_saes, missing_sizes
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.inventory import find
 from neuronpedia_inference.loading import _check_source
@@ -27,6 +28,8 @@ from tests.engine import hub_formats as formats
 from tests.engine.engines import engine
 from tests.engine.hub_formats import B_DEC, D_SAE, Write, X, topk
 from tests.engine.test_originals import hub, loaders, named, place, sliced_alike
+from tests.modal.local_modal.hub import a_hub
+from tests.unit.test_downloads import use_hub
 
 __all__ = ["hub", "loaders"]
 SPARSIFY = (formats.sparsify(), topk(X - B_DEC, 5))
@@ -157,7 +160,23 @@ def test_a_local_set_may_hold_dictionaries(hub: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(load_on_host(spec, dtype="float32").encode(X), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_only_the_files_of_its_format_are_fetched() -> None:
+def test_only_the_files_of_its_format_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "repository"
+    formats.sparsify()(repository / "layers.3")
+    formats.told(repository / "layers.3" / "config.json", {})
+    formats.pickled(repository / "layers.3" / "optimizer.pt", {})
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    spec = named("gpt2-small", "3-mine=hf://me/saes/layers.3")
+    with a_hub({"me/saes": repository}) as (address, _):
+        use_hub(monkeypatch, address)
+        assert fetch_saes([spec], lambda line: None)
+    here = files.files_of(spec)
+    assert here is not None
+    assert sorted(path.name for path in here.folder.iterdir()) == ["cfg.json", "sae.safetensors"]
+    torch.testing.assert_close(load_on_host(spec, dtype="float32").encode(X), SPARSIFY[1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_format_of_a_repository_is_known_by_its_files() -> None:
     spec = named("gpt2-small", "5-mine=hf://me/saes/layers.5")
     there = {"layers.5/cfg.json": 10, "layers.5/sae.safetensors": 1000, "layers.5/optimizer.pt": 5000, "README.md": 1}
     wanted = missing_sizes(spec, lambda repo: there)
