@@ -10,6 +10,7 @@ from neuronpedia_inference.engine.points import MLP_POST
 from neuronpedia_inference.engine.protocol import ModelInfo
 from neuronpedia_inference.lenses.jacobians import Jacobians
 from neuronpedia_inference.offers import offered
+from neuronpedia_inference.persona import Persona
 from neuronpedia_inference.saes.shelf import Shelf
 from neuronpedia_inference.settings import Settings
 
@@ -20,6 +21,7 @@ def describe(
     engine: ModelEngine,
     shelf: Shelf,
     jacobians: Jacobians,
+    persona: Persona | None,
     load: Mapping[str, Any],
 ) -> dict[str, Any]:
     """For `/v1/capabilities`. load: what is inside now, and what there is for it."""
@@ -55,6 +57,7 @@ def describe(
         "writes_available": list(engine.writable_places()),
         "chat": model.has_chat_template,
         "neurons": MLP_POST in engine.readable_places(),
+        "persona": None if persona is None else persona.describe(),
         "dfa": any(source.has_dfa for source in shelf.sources),
         "sae_cache": shelf.stats(),
         "merges_completions": not engine.unmerged_because,
@@ -67,6 +70,7 @@ def describe(
             chat=model.has_chat_template,
             no_jacobians=jacobians.off_because,
             keeps_vectors=settings.kept_vectors_mib > 0,
+            has_persona=persona is not None,
         ),
     }
 

@@ -18,6 +18,7 @@ RECORDED_EDITS = (
 )
 NO_TEMPLATE = "the tokenizer has no chat template; CHATML_FALLBACK=1 uses ChatML"
 NO_HEADS = "no source that is served reads what attention heads give (attn.hook_z)"
+NO_PERSONA = "no persona axes are served for this model; PERSONA_DIR gives them"
 NO_TEMPORAL = "it is for temporal SAEs, and none can be served"
 _WITHOUT_SAES = ("activation_single", "activation_single_batch", "activation_raw", "activation_attention")
 
@@ -32,12 +33,20 @@ def offered(
     chat: bool,
     no_jacobians: str = "",
     keeps_vectors: bool = True,
+    has_persona: bool = True,
 ) -> dict[str, Any]:
     """The keys `places`, `edits`, `endpoints` (a map of names to whether they are served, as the wire has it) and
     `endpoints_off_because` (the reasons of those that are not). chat: whether there is a chat template.
     no_jacobians: why there is no Jacobian lens; empty if there is one.
     """
-    refused = refused_endpoints(verdict, sources, chat=chat, no_jacobians=no_jacobians, keeps_vectors=keeps_vectors)
+    refused = refused_endpoints(
+        verdict,
+        sources,
+        chat=chat,
+        no_jacobians=no_jacobians,
+        keeps_vectors=keeps_vectors,
+        has_persona=has_persona,
+    )
     return {
         "places": places(verdict),
         "edits": edits(verdict, sources),
@@ -110,7 +119,13 @@ def _by_reason(layers: Iterable[tuple[int, str]]) -> Layers:
 
 
 def refused_endpoints(
-    verdict: Verdict, sources: Collection[Source], *, chat: bool, no_jacobians: str, keeps_vectors: bool
+    verdict: Verdict,
+    sources: Collection[Source],
+    *,
+    chat: bool,
+    no_jacobians: str,
+    keeps_vectors: bool,
+    has_persona: bool,
 ) -> dict[str, str]:
     """Why what the wire's clients look for is not served, empty where it is: every operation, `dfa` and `neurons`."""
     neurons = _none_can(verdict, MLP_POST)
@@ -120,6 +135,7 @@ def refused_endpoints(
     because["lens_jacobian"] = verdict.no_lens_because or no_jacobians
     because["util_similarity_matrix_pred"] = NO_TEMPORAL
     because["activation_attention"] = _none_can(verdict, PATTERN)
+    because["persona_monitor"] = "" if has_persona and chat else NO_PERSONA if not has_persona else NO_TEMPLATE
     because["put_vectors"] = "" if keeps_vectors else NOT_KEPT
     if not chat:
         because |= {"steer_completion_chat": NO_TEMPLATE, "apply_chat_template": NO_TEMPLATE}

@@ -30,6 +30,7 @@ from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.operations.edits import edits_of
 from neuronpedia_inference.pacing import paced
+from neuronpedia_inference.persona import persona_of
 from neuronpedia_inference.questions import Question
 from neuronpedia_inference.questions.checks import check_prompts
 from neuronpedia_inference.saes.shelf import Shelf
@@ -74,6 +75,7 @@ class Runtime(Texts):
         self._edits = EditResolver(loaded.engine, self.shelf, loaded.codec.special_ids)
         self.lenses = Lenses(settings, loaded.engine, loaded.codec, loaded.jacobians)
         self.watches = WatchResolver(loaded.engine, self.shelf, loaded.jacobians, max_top_k=settings.max_top_k)
+        self.persona = persona_of(settings, loaded.info)
         self.vectors = KeptVectors(int(settings.kept_vectors_mib * 2**20))
         self.provenance = loaded.provenance
         self.variants: Mapping[str, Variant] = read_variants(settings.variants)
@@ -112,11 +114,7 @@ class Runtime(Texts):
 
     def _limits(self) -> Limits:
         tokens = PASS_TOKENS["cpu" if self.model.device == "cpu" else "gpu"]
-        return Limits(
-            max_rows=self.settings.max_rows,
-            max_prefill_tokens=tokens,
-            max_capture_tokens=tokens,
-        )
+        return Limits(max_rows=self.settings.max_rows, max_prefill_tokens=tokens, max_capture_tokens=tokens)
 
     @classmethod
     def load(
@@ -316,7 +314,7 @@ class Runtime(Texts):
             "running": self._worker.n_running,
             "waiting": self._worker.n_waiting,
         }
-        return describe(self.settings, self.model, self._engine, self.shelf, self.lenses.jacobians, load)
+        return describe(self.settings, self.model, self._engine, self.shelf, self.lenses.jacobians, self.persona, load)
 
     def vitals(self) -> dict[str, Any]:
         """How the server is now, for `/v1/steer/health`; to be asked on an event loop."""

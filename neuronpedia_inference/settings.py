@@ -70,6 +70,11 @@ class Settings(BaseSettings):
         description="File `NAME.json`, or folder of them, that says what to steer with as `/v1/steer` takes it "
         "(`features`, `vectors`, `edits`): each is a model `MODEL+NAME` of OpenAI's routes.",
     )
+    persona_dir: Path | None = Field(
+        None,
+        description="Folder of persona axes (`persona.json`, `persona.safetensors`), or of such folders named by "
+        "model. Unset: the embedded model has its own, others have none.",
+    )
     include_sae: JsonList = Field((), description="Regular expressions; keep only sources that one matches.")
     exclude_sae: JsonList = Field((), description="Regular expressions; drop sources that one matches.")
     model_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(

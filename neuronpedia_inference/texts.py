@@ -59,10 +59,10 @@ class Texts:
         return self._codec.reads(name)
 
     async def apply_chat_template(
-        self, messages: Sequence[ChatMessage], *, generation_prompt: bool, options: Mapping[str, Any]
+        self, messages: Sequence[ChatMessage], *, generation_prompt: bool, options: Mapping[str, Any], limit: int = 0
     ) -> RenderedChat:
-        """The chat with what each token belongs to. Raises InvalidRequest or LimitExceeded."""
-        limit = token_limit(self.settings, self.model)
+        """The chat with what each token belongs to; `limit` 0 is TOKEN_LIMIT. Raises InvalidRequest, LimitExceeded."""
+        limit = limit or token_limit(self.settings, self.model)
         return await paced(
             rendered_chat(self._codec, messages, generation_prompt=generation_prompt, options=options, limit=limit)
         )

@@ -288,6 +288,11 @@ class Serving:
         """How busy this container is, and what memory it takes."""
         return await self._answer("steer_health", body, fields)
 
+    @modal.method()
+    async def persona_monitor(self, body: Body | None = None, **fields: Any) -> Answer:
+        """Where the assistant's messages lie on the persona axes."""
+        return await self._answer("persona_monitor", body, fields)
+
     # Features themselves
 
     @modal.method()

@@ -25,6 +25,7 @@ JACOBIANS = _HERE / "jacobians.safetensors"
 JACOBIAN_METRICS = _HERE / "jacobians.json"
 LABELS_DIR = _HERE / "labels"
 FEATURES_DIR = _HERE / "features"
+PERSONA_FOLDER = _HERE / "persona"
 STEERING_EXAMPLES = _HERE / "steering_examples.json"
 
 

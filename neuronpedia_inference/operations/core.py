@@ -31,6 +31,7 @@ from neuronpedia_inference.operations.openai.chat import CHAT_COMPLETIONS
 from neuronpedia_inference.operations.openai.completions import COMPLETIONS
 from neuronpedia_inference.operations.openai.models import MODEL, MODELS
 from neuronpedia_inference.operations.operation import Events, Operation
+from neuronpedia_inference.operations.persona import PERSONA_MONITOR
 from neuronpedia_inference.operations.reading import ACTIVATIONS, TOP_K
 from neuronpedia_inference.operations.rendering import Spelling, json_pieces, plain_pieces
 from neuronpedia_inference.operations.score import SCORE
@@ -80,6 +81,7 @@ OPERATIONS: tuple[Operation[Any], ...] = (
     APPLY_CHAT_TEMPLATE,
     LENS_PROMPT,
     STEER_HEALTH,
+    PERSONA_MONITOR,
     ACTIVATIONS,
     TOP_K,
     STEER,

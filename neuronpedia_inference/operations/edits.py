@@ -27,7 +27,7 @@ from neuronpedia_inference.schemas import conditions as wire_conditions
 from neuronpedia_inference.schemas import edits as wire
 from neuronpedia_inference.schemas.conditions import FROM_THEN_ON, THIS_TOKEN, parts_of
 from neuronpedia_inference.schemas.steering import SteerByFeature, Steering
-from neuronpedia_inference.schemas.vectors import Digest
+from neuronpedia_inference.schemas.vectors import VectorName
 from neuronpedia_inference.schemas.words import FeatureAddress
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _edit(one: wire.SteerEdit, number: int, rt: Runtime) -> Edit:
 
 def _target(given: Any, hook: str | None, field: str, rt: Runtime) -> Target:
     """given: a vector at `hook`, or a feature."""
-    if isinstance(given, list | Digest):
+    if isinstance(given, list | VectorName):
         return Direction(hook or "", numbers_of(given, rt))
     return feature_of(given, field, rt)
 

@@ -10,8 +10,9 @@ import numpy as np
 from neuronpedia_inference.domain import Numbers
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.operation import Operation
+from neuronpedia_inference.operations.prompts import persona_here
 from neuronpedia_inference.pacing import paced
-from neuronpedia_inference.schemas.vectors import Digest, PutVectorsRequest, PutVectorsResponse
+from neuronpedia_inference.schemas.vectors import AXIS, Digest, PutVectorsRequest, PutVectorsResponse, VectorName
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
@@ -49,9 +50,13 @@ def of_tensors(tensors: Mapping[str, Numbers]) -> dict[str, Any]:
     return {"vectors": [{"name": name, "vector": tensor.reshape(-1)} for name, tensor in tensors.items()]}
 
 
-def numbers_of(vector: list[float] | Digest, rt: Runtime) -> Sequence[float] | Numbers:
-    """What was sent, or what is kept under its digest. Raises UnknownVector."""
-    return rt.vectors.get(vector) if isinstance(vector, Digest) else vector
+def numbers_of(vector: list[float] | VectorName, rt: Runtime) -> Sequence[float] | Numbers:
+    """What was sent, or what is here under its name. Raises UnknownVector, InvalidRequest."""
+    if isinstance(vector, Digest):
+        return rt.vectors.get(vector)
+    if isinstance(vector, VectorName):
+        return persona_here(rt).axis(vector.removeprefix(AXIS))
+    return vector
 
 
 PUT_VECTORS = Operation(

@@ -9,6 +9,7 @@ from neuronpedia_inference.domain import Source, Tokens
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 
 if TYPE_CHECKING:
+    from neuronpedia_inference.persona import Persona
     from neuronpedia_inference.runtime import Runtime
 
 
@@ -61,3 +62,12 @@ def check_size(per_token: int, batch: Sequence[Tokens], what: str, rt: Runtime) 
             f"{per_token} {what} for {n_tokens} tokens are {per_token * n_tokens} activations, the most in one answer "
             f"is {most}. Ask for fewer, send shorter prompts, or raise MAX_RESULT_VALUES."
         )
+
+
+def persona_here(rt: Runtime) -> Persona:
+    """Raises InvalidRequest where there is none."""
+    if rt.persona is None:
+        raise InvalidRequest(
+            f"No persona axes are served for {rt.model.name!r}. Start the server with PERSONA_DIR, a folder of them."
+        )
+    return rt.persona

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from neuronpedia_inference.completion import Begun, Completion
 from neuronpedia_inference.domain import ChatMessage, Sampling
@@ -15,9 +16,11 @@ from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.chat import open_reasoning, read_answer, without_reasoning
 from neuronpedia_inference.operations.kept_vectors import numbers_of
 from neuronpedia_inference.operations.operation import Events, Operation, last
+from neuronpedia_inference.operations.persona import assistant_axis
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.story import Story, Transcript
 from neuronpedia_inference.operations.watching import Watched
+from neuronpedia_inference.schemas.persona import AssistantAxis
 from neuronpedia_inference.schemas.steer import (
     NPSteerChatMessage,
     NPSteerChatResult,
@@ -76,7 +79,38 @@ async def _complete_chat(
     plan = _plan(request, rt, skip_special_tokens=not request.steer_special_tokens)
     wanted = Completion(turns(request.prompt), _plans(request, plan), sampling_of(request), named=plan)
     chat, story = await chat_story(request.prompt, wanted, rt, stream=stream)
+    if request.is_assistant_axis and rt.persona is not None:
+        return WithAxis(story, lambda _: _chats(request, chat, story.rows), partial(_axes, request, chat, story, rt))
     return Events(story, lambda _: _chats(request, chat, story.rows))
+
+
+class WithAxis(Events[Any, SteerCompletionChatResponse]):
+    """Events of a chat, of which the last also tells where its messages lie on the persona axes."""
+
+    def __init__(
+        self,
+        story: Story,
+        turn: Callable[[Any], SteerCompletionChatResponse],
+        axes: Callable[[], Awaitable[list[AssistantAxis]]],
+    ) -> None:
+        super().__init__(story, turn)
+        self._story = story
+        self._axes = axes
+
+    async def __anext__(self) -> SteerCompletionChatResponse:
+        event = await super().__anext__()
+        if not self._story.has_ended:
+            return event
+        return event.model_copy(update={"assistant_axis": await self._axes()})
+
+
+async def _axes(request: SteerCompletionChatRequest, chat: Chat, story: Story, rt: Runtime) -> list[AssistantAxis]:
+    """One per output, in order."""
+    n_prompt = len(story.begun.prompt)
+    return [
+        await assistant_axis(kind, turns(chat.with_answer(row)), n_prompt, plan, rt)
+        for kind, row, plan in zip(request.types, story.rows, story.wanted.plans, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, model_validator
 from neuronpedia_inference.edits.plan import OF_DIRECTIONS, OF_FEATURES, WITHOUT_AMOUNT, Do
 from neuronpedia_inference.schemas.common import AtMost, Many, Name
 from neuronpedia_inference.schemas.conditions import Condition
-from neuronpedia_inference.schemas.vectors import Digest, Vector
+from neuronpedia_inference.schemas.vectors import Vector, VectorName
 from neuronpedia_inference.schemas.words import A_FEATURE, FeatureName, problem, with_keywords
 
 MAX_AMOUNT = 1e6
@@ -166,5 +166,5 @@ class SteerEdit(with_keywords(_WITH)):
         other: Any = getattr(self, "with")
         if (do is Do.SWAP) != (other is not None):
             raise problem("with goes with swap, which needs it")
-        if other is not None and isinstance(other, list | Digest) != (self.vector is not None):
+        if other is not None and isinstance(other, list | VectorName) != (self.vector is not None):
             raise problem("swap gives a feature's number to a feature, a vector's to a vector at the same hook")

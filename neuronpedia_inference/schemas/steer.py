@@ -24,6 +24,7 @@ from neuronpedia_inference.schemas.common import (
     examples,
 )
 from neuronpedia_inference.schemas.judge import Judge, SteerJudge
+from neuronpedia_inference.schemas.persona import AssistantAxis
 from neuronpedia_inference.schemas.receipt import Receipt
 from neuronpedia_inference.schemas.steering import AtMostSteers, Method, Steering, Strength, StrengthMultiplier
 from neuronpedia_inference.schemas.vectors import Vector
@@ -148,7 +149,9 @@ class SteerCompletionChatRequest(SteerFields):
     )
     steer_special_tokens: SteerSpecialTokens
     is_assistant_axis: bool | None = Field(
-        default=False, description="Accepted; no persona asset is served, so the answer has no `assistant_axis`."
+        default=False,
+        description="Also tell where the assistant's messages lie on the persona axes, in `assistant_axis` of the last "
+        "event; nothing is told where none are served.",
     )
 
     model_config = ConfigDict(
@@ -209,6 +212,9 @@ class SteerCompletionChatResponse(Reply):
 
     outputs: list[NPSteerChatResult] = Field(description="The chats with their answers.")
     input: NPSteerChatResult = Field(description="The chat before the answer.")
+    assistant_axis: list[AssistantAxis] | None = Field(
+        default=None, description="One entry per output, where `is_assistant_axis` asks for it and axes are served."
+    )
 
 
 class TextOrChat(Ours):

@@ -17,7 +17,8 @@ from neuronpedia_inference.domain import Numbers
 from neuronpedia_inference.errors import LimitExceeded
 from neuronpedia_inference.schemas.common import MAX_NUMBERS, AtMost, Many, Name, Ours, Reply, examples
 
-BASE64, DIGEST = "base64:", "vec:sha256:"
+BASE64, DIGEST, AXIS = "base64:", "vec:sha256:", "axis:"
+BEGINNINGS = (BASE64, DIGEST, AXIS)
 PUT_VECTORS = "PUT /v1/vectors"
 FORM = re.compile(DIGEST + "[0-9a-f]{64}")
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -26,15 +27,29 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "bfloat16": np.dtype("<u2"),
 }
 """Of bytes: numbers, of bfloat16 the upper half of a float32."""
+MAX_AXIS = 128
+"""Characters of the name of an axis."""
 MAX_VECTORS = 64
 """Vectors of one request that are kept."""
 ABOUT_TEXT = (
     '`"base64:float32:..."` (or float16, bfloat16: the bytes of the numbers, the lowest first), or the digest that '
-    f"`{PUT_VECTORS}` gave."
+    f'`{PUT_VECTORS}` gave, or `"axis:NAME"` of a persona axis that capabilities name.'
 )
 
 
-class Digest(str):
+class VectorName(str):
+    """Stands for a vector that the server has."""
+
+    __slots__ = ()
+
+
+class AxisName(VectorName):
+    """`axis:` and the name of a persona axis."""
+
+    __slots__ = ()
+
+
+class Digest(VectorName):
     """`vec:sha256:` and the 64 digits of a vector that the server keeps."""
 
     __slots__ = ()
@@ -91,7 +106,11 @@ def _in_a_request(value: Any, as_list: core_schema.ValidatorFunctionWrapHandler)
         return from_base64(value).tolist()
     if FORM.fullmatch(value):
         return Digest(value)
-    raise _unread(f"a vector is a list of numbers, {BASE64}float32:... or {DIGEST} and 64 digits of 0-9a-f")
+    if value.startswith(AXIS) and len(value) <= MAX_AXIS:
+        return AxisName(value)
+    raise _unread(
+        f"a vector is a list of numbers, {BASE64}float32:..., {DIGEST} and 64 digits of 0-9a-f, or {AXIS} and a name"
+    )
 
 
 class _ListOrText:
@@ -105,8 +124,8 @@ class _ListOrText:
         return {"anyOf": [handler(schema), {"type": "string", "description": ABOUT_TEXT}]}
 
 
-Vector = Annotated[list[float] | Digest, _ListOrText()]
-"""Read as numbers, but for a digest, whose vector is where the server keeps it."""
+Vector = Annotated[list[float] | VectorName, _ListOrText()]
+"""Read as numbers, but for a name, whose vector is where the server keeps it."""
 
 
 def _to_keep(value: Any) -> bytes:

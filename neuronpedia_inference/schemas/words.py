@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, create_model
 from pydantic_core import PydanticCustomError
 
 from neuronpedia_inference.schemas.common import Name, Ours, SourceName
-from neuronpedia_inference.schemas.vectors import BASE64, DIGEST
+from neuronpedia_inference.schemas.vectors import BEGINNINGS
 
 
 def problem(what: str) -> PydanticCustomError:
@@ -37,7 +37,7 @@ class FeatureAddress(Ours):
 
 
 def _named(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith((BASE64, DIGEST)):
+    if isinstance(value, str) and value.startswith(BEGINNINGS):
         raise problem("it begins like a vector, not like a feature")
     if isinstance(value, str | Mapping | FeatureAddress):
         return value

@@ -43,7 +43,10 @@ CLIENT_METHODS = {
     "util_sae_topk_by_decoder_cossim",
 }
 
-BESIDE = {"activation_attention", "activation_raw", "apply_chat_template", "lens_prompt", "steer_health"}
+BESIDE = {
+    *("activation_attention", "activation_raw", "apply_chat_template", "lens_prompt", "steer_health"),
+    "persona_monitor",
+}
 """Routes of the wire that the published client has no method for."""
 OUR_OWN = {"activations", "top_k", "steer", "search", "feature", "contrast", "capture", "put_vectors", "score", "sweep"}
 OPENAI = {"chat_completions", "completions", "models", "model"}

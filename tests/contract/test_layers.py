@@ -45,6 +45,7 @@ LAYERS = {
     "costs": 1,
     "kept_vectors": 1,
     "cuts": 0,
+    "persona": 1,
     "pacing": 0,
     "recent": 0,
     "tensor_files": 0,

@@ -78,6 +78,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "apply_chat_template": {"messages": [{"role": "user", "content": "hi"}], "add_generation_prompt": True},
     "lens_prompt": {"model": "tiny", "type": ["LOGIT_LENS"], "prompt": "one two", "top_n": 2, "stream": False},
     "steer_health": {},
+    "persona_monitor": {"model": "tiny", "conversation": [{"role": "assistant", "content": "hi"}]},
     "activations": {"prompt": "one", "source_set": "res"},
     "top_k": {"prompt": "one", "source": "1-res", "top_k": 1},
     "steer": {"prompt": "one", "features": [], "max_new_tokens": 1, "n_logprobs": 1},
@@ -138,7 +139,7 @@ def test_the_client_has_a_method_for_every_wire_operation():
 
 
 def test_names_paths_and_summaries_are_there_once():
-    assert len({operation.path for operation in OPERATIONS}) == len(OPERATIONS) == len(by_name) == 31
+    assert len({operation.path for operation in OPERATIONS}) == len(OPERATIONS) == len(by_name) == 32
     for operation in OPERATIONS:
         assert operation.path.startswith("/v1/")
         assert operation.summary[0].isupper()

@@ -51,6 +51,7 @@ from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownS
 from neuronpedia_inference.kept_vectors import KeptVectors
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.operations import answer, by_name
+from neuronpedia_inference.persona import Persona
 from neuronpedia_inference.questions import (
     Active,
     EncoderColumn,
@@ -92,6 +93,9 @@ RES = (sae("1-res", 1), sae("2-res", 2), sae("12-res", 11, hook="blocks.11.hook_
 ATT = sae("3-att", 3, hook="blocks.3.attn.hook_z", has_dfa=True)
 
 
+PERSONA = Persona(1, ("- one ↔️ + other",), ("other",), (None,), False, np.zeros(4), np.ones((1, 4)))
+
+
 class FakeRuntime:
     """Plain Python; words are tokens."""
 
@@ -104,6 +108,7 @@ class FakeRuntime:
         completions: Sequence[tuple[Written, ...]] = (),
         template_tail: str = "<|im_start|>assistant\n",
         value: float | None = None,
+        persona: Persona | None = PERSONA,
         **settings: Any,
     ) -> None:
         self.settings = Settings(_env_file=None, **settings)  # pyright: ignore[reportCallIssue]  (a private argument)
@@ -121,6 +126,7 @@ class FakeRuntime:
         )
         self.metrics = Metrics()
         self.vectors = KeptVectors(2**20)
+        self.persona = persona
         self.sources = sources
         self.natural_bos = natural_bos
         self.completions = completions
@@ -211,7 +217,12 @@ class FakeRuntime:
         return False
 
     async def apply_chat_template(
-        self, messages: Sequence[ChatMessage], *, generation_prompt: bool, options: Mapping[str, Any]
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        generation_prompt: bool,
+        options: Mapping[str, Any],
+        limit: int = 0,
     ) -> RenderedChat:
         self.calls.append(("apply_chat_template", (list(messages), generation_prompt, options)))
         text, tokens = self.render_chat(messages)

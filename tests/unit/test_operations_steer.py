@@ -144,7 +144,7 @@ def test_log_probabilities_come_only_when_asked_for():
 
 
 def test_chat_leaves_unset_fields_out():
-    answer = ask("steer_completion_chat", chat(is_assistant_axis=True))
+    answer = ask("steer_completion_chat", chat(is_assistant_axis=True), FakeRuntime(persona=None))
     assert set(answer) == {"outputs", "input"}
     assert set(answer["input"]) == {"raw", "chat_template"}
     assert set(answer["outputs"][0]) == {"raw", "chat_template", "type"}
