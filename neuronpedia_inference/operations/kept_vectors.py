@@ -45,7 +45,7 @@ def of_tensors(tensors: Mapping[str, Numbers]) -> dict[str, Any]:
             )
         if not np.issubdtype(tensor.dtype, np.floating):
             raise InvalidRequest(
-                f"{name[:80]!r} holds whole numbers ({tensor.dtype}); a vector is of float32, 16 bit or not."
+                f"{name[:80]!r} holds whole numbers ({tensor.dtype}); send it in float32, float16 or bfloat16."
             )
     return {"vectors": [{"name": name, "vector": tensor.reshape(-1)} for name, tensor in tensors.items()]}
 
