@@ -277,6 +277,26 @@ def test_the_lens_shows_what_comes_next_behind_each_block(visit: Visit, http: ht
     picture(page, "lens")
 
 
+def test_a_sweep_shows_its_texts_and_what_is_suggested(visit: Visit, http: httpx.Client) -> None:
+    page = visit.open(f"/#sweep?prompt=The+most+important+thing+is&feature={ECONOMY}&strengths=70,-10")
+    page.get_by_role("button", name="Sweep").click()
+    expect(page.get_by_role("status").filter(has_text="uggested")).to_be_visible()
+    feature = {"source": "15-res-4k", "index": 1113}
+    body = {
+        "prompt": "The most important thing is",
+        "features": [feature],
+        "strengths": [-10, 70],
+        "max_new_tokens": 20,
+    }
+    answer = http.post("/v1/sweep", json=body).json()
+    told = page.locator(".sweep-table tbody .prose").all_inner_texts()
+    texts = [cell["text"] for cell in (*answer["default"], *answer["cells"])]
+    assert told == [text.strip().replace("\n", "⏎") for text in texts]
+    [best] = answer["suggested"]["strengths"]
+    assert page.locator(".suggested .badge").count() == (best is not None)
+    picture(page, "sweep")
+
+
 # What stands between
 
 
