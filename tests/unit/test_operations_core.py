@@ -96,7 +96,10 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 OPENAI = ("chat_completions", "completions", "models", "model")
 OUR_OWN = ("activations", "top_k", "steer", "search", "feature", "contrast", "capture", "put_vectors", "score", "sweep")
-BESIDE = ("activation_attention", "activation_raw", "apply_chat_template", "lens_prompt", "steer_health")
+BESIDE = (
+    *("activation_attention", "activation_raw", "apply_chat_template", "lens_prompt", "steer_health"),
+    "persona_monitor",
+)
 """Routes of the wire that the published client has no method for."""
 WIRE = [name for name in BODIES if name not in (*OUR_OWN, *BESIDE, *OPENAI)]
 BOTH = {"activation_single", "activation_single_batch", "tokenize"}
