@@ -208,6 +208,32 @@ def test_streams_of_texts(client: openai.OpenAI) -> None:
             assert top[token] == logprob == max(top.values()), "greedy"
 
 
+def test_echoed_prompts_are_as_likely_as_our_own_route_finds_them(client: openai.OpenAI, http: httpx.Client) -> None:
+    """Steered and not, with nothing generated behind and with a token, which harnesses cut off."""
+    found: list[Any] = []
+    for steering in ({}, STEERED):
+        body = {"prompt": IDS[:1], "continuations": [IDS[1:]], "n_logprobs": 2, **steering}
+        ours = http.post("/v1/score", json=body).json()["results"][0]
+        asked: dict[str, Any] = {**TEXT, "prompt": [IDS, IDS[:1]], "echo": True, "logprobs": 2, "extra_body": steering}
+        for n in (0, 1):
+            answer = client.completions.create(**{**asked, "max_tokens": n})
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens == 2 * n
+            one, other = (choice.logprobs for choice in answer.choices)
+            assert one is not None
+            assert other is not None
+            logprobs = one.token_logprobs or []
+            assert (logprobs[0], len(logprobs), len(other.tokens or [])) == (None, len(IDS) + n, 1 + n)
+            assert logprobs[1 : len(IDS)] == pytest.approx(ours["logprobs"], abs=1e-3)
+            found.append(logprobs[1 : len(IDS)])
+            for token, logprob, top in zip(one.tokens or [], logprobs, one.top_logprobs or [], strict=True):
+                assert logprob is None or top[token] == logprob <= max(top.values())
+            shown = answer.choices[0].text
+            pairs = zip(one.text_offset or [], one.tokens or [], strict=True)
+            assert all(shown[at:].startswith(token) for at, token in pairs)
+    assert found[0] != pytest.approx(found[-1], abs=0.1)
+
+
 # Models and errors
 
 

@@ -7,7 +7,8 @@ from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from neuronpedia_inference.domain import TokenLogprob, Tokens, Written
+from neuronpedia_inference.domain import Likelihood, TokenLogprob, Tokens, Written
+from neuronpedia_inference.edits.plan import Plan
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from neuronpedia_inference.operations.openai.asking import (
     AT_THE_ADDRESS,
@@ -21,7 +22,9 @@ from neuronpedia_inference.operations.openai.asking import (
 from neuronpedia_inference.operations.openai.reading import WithoutSpecial, read
 from neuronpedia_inference.operations.openai.telling import Chained, Spread, finish_of, interpreted, least, usage
 from neuronpedia_inference.operations.operation import Operation
+from neuronpedia_inference.operations.score import likelihoods
 from neuronpedia_inference.operations.story import Story, Transcript
+from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.schemas.common import Wire
 from neuronpedia_inference.schemas.openai import MAX_CHOICES_IN_ALL, CompletionRequest
 from neuronpedia_inference.schemas.openai_answers import (
@@ -39,7 +42,8 @@ if TYPE_CHECKING:
 async def completions(request: CompletionRequest, rt: Runtime) -> CompletionResponse:
     """Raises InvalidRequest, UnknownModel, UnknownSource, UnknownPoint, LimitExceeded."""
     texts = await _begun(request, rt, stream=False)
-    async with aclosing(Chained([Spread(one.story, one.add, tuple) for one in texts.prompts])) as written:
+    stories = [Spread(one.story, one.add, tuple) for one in texts.prompts if one.story is not None]
+    async with aclosing(Chained(stories)) as written:
         async for _ in written:
             pass
     return texts.response()
@@ -48,9 +52,14 @@ async def completions(request: CompletionRequest, rt: Runtime) -> CompletionResp
 async def completion_events(request: CompletionRequest, rt: Runtime) -> AsyncIterator[Wire]:
     """As `completions`, in what is new, prompt by prompt. Raises the same before it returns."""
     texts = await _begun(request, rt, stream=True)
-    *others, last = texts.prompts
-    streams = [Spread(one.story, partial(texts.events, one), tuple) for one in others]
-    return Chained([*streams, Spread(last.story, partial(texts.events, last), texts.counted)])
+    begun_texts = [(one, one.story) for one in texts.prompts if one.story is not None]
+    last = len(begun_texts) - 1
+    return Chained(
+        [
+            Spread(story, partial(texts.events, one), texts.counted if place == last else tuple)
+            for place, (one, story) in enumerate(begun_texts)
+        ]
+    )
 
 
 class _Text:
@@ -78,10 +87,14 @@ class _Text:
 class _Prompt:
     """The texts that go on from one prompt."""
 
-    def __init__(self, tokens: Tokens, story: Story, texts: Sequence[_Text]) -> None:
+    def __init__(
+        self, tokens: Tokens, story: Story | None, texts: Sequence[_Text], own: Sequence[TokenLogprob | None] = ()
+    ) -> None:
+        """story: None where nothing is to be generated. own: log-probabilities of the prompt's tokens, to be told."""
         self.tokens = tokens
         self.story = story
         self.texts = texts
+        self.own = own
 
     def add(self, news: Sequence[Written]) -> Iterable[Any]:
         for text, written in zip(self.texts, news, strict=True):
@@ -115,29 +128,35 @@ class _Texts:
             yield self._event([], self._usage())
 
     def response(self) -> CompletionResponse:
-        texts = [text for prompt in self.prompts for text in prompt.texts]
-        return self._event([self._whole(text) for text in texts], self._usage())
+        texts = [(prompt, text) for prompt in self.prompts for text in prompt.texts]
+        return self._event([self._whole(*pair) for pair in texts], self._usage())
 
-    def _whole(self, text: _Text) -> TextChoice:
-        logprobs = self._logprobs(text, text.logprobs)
-        return _choice(text, text.whole, logprobs, interpreted(text.row, newest=False), finish_of(text.row))
+    def _whole(self, prompt: _Prompt, text: _Text) -> TextChoice:
+        if prompt.own:
+            text.n_told = 0
+        logprobs = self._logprobs(text, [*prompt.own, *text.logprobs], prompt.tokens)
+        return _choice(text, text.whole, logprobs, interpreted(text.row, newest=False), finish_of(text.row) or "length")
 
     def _usage(self) -> Usage:
         rows = [text.row for prompt in self.prompts for text in prompt.texts]
         return usage(sum(len(prompt.tokens) for prompt in self.prompts), rows)
 
-    def _logprobs(self, text: _Text, tokens: Sequence[TokenLogprob]) -> TextLogprobs | None:
+    def _logprobs(
+        self, text: _Text, found: Sequence[TokenLogprob | None], prompt: Tokens | None = None
+    ) -> TextLogprobs | None:
+        """None in `found`: the first token of the prompt, which nothing precedes."""
         n_top = self._request.logprobs
         if n_top is None:
             return None
+        names = [one.token if one is not None else prompt.strings[0] if prompt else "" for one in found]
         offsets = []
-        for one in tokens:
+        for name in names:
             offsets.append(text.n_told)
-            text.n_told += len(one.token)
+            text.n_told += len(name)
         return TextLogprobs.model_construct(
-            tokens=[one.token for one in tokens],
-            token_logprobs=[least(one.logprob) for one in tokens],
-            top_logprobs=[_candidates(one, n_top) for one in tokens] if n_top else None,
+            tokens=names,
+            token_logprobs=[None if one is None else least(one.logprob) for one in found],
+            top_logprobs=[None if one is None else _candidates(one, n_top) for one in found] if n_top else None,
             text_offset=offsets,
         )
 
@@ -171,16 +190,48 @@ async def _begun(request: CompletionRequest, rt: Runtime, *, stream: bool) -> _T
     plan = steered(request, variant, rt, skip_special_tokens=False)
     n_logprobs = 0 if request.logprobs is None else max(1, request.logprobs)
     sampling = sampling_of(request, rt, max_new_tokens=request.max_tokens, n_logprobs=n_logprobs)
+    own = await _own_logprobs(request, prompts, plan, rt)
     found: list[_Prompt] = []
     async with AsyncExitStack() as if_refused:
-        for tokens in prompts:
-            story = await begun(tokens, request, plan, sampling, rt, stream=stream)
-            if_refused.push_async_callback(story.aclose)
+        for tokens, of_prompt in zip(prompts, own, strict=True):
+            story = None
+            rows = [Transcript("", has_logprobs=False) for _ in range(request.n)]
+            if request.max_tokens:
+                story = await begun(tokens, request, plan, sampling, rt, stream=stream)
+                if_refused.push_async_callback(story.aclose)
+                rows = list(story.rows)
             begins = _text_of(tokens, rt) if request.echo else ""
-            texts = [_Text(index, row, begins) for index, row in enumerate(story.rows, len(found) * request.n)]
-            found.append(_Prompt(tokens, story, texts))
+            texts = [_Text(index, row, begins) for index, row in enumerate(rows, len(found) * request.n)]
+            found.append(_Prompt(tokens, story, texts, of_prompt))
         if_refused.pop_all()
     return _Texts(request, model_id(variant, rt), found)
+
+
+async def _own_logprobs(
+    request: CompletionRequest, prompts: Sequence[Tokens], plan: Plan | None, rt: Runtime
+) -> list[list[TokenLogprob | None]]:
+    """Of every prompt's tokens, None for the first; nothing unless they are asked for. Raises every 4xx and 503."""
+    n_top = request.logprobs
+    if n_top is None or not request.echo:
+        if not request.max_tokens and plan is not None:
+            await rt.check_steering(plan)
+        return [[] for _ in prompts]
+    if plan is not None:
+        await rt.check_steering(plan)
+    texts = [tokens for tokens in prompts if len(tokens) > 1]
+    question = likelihoods(texts, [1] * len(texts), rt, n_top=n_top, is_edited=plan is not None)
+    with reproducibly(request.reproducible):
+        found = iter(await rt.ask(question, plan, [0] * len(texts)) if texts else [])
+    return [[None, *(_told(tokens, next(found), rt) if len(tokens) > 1 else [])] for tokens in prompts]
+
+
+def _told(tokens: Tokens, found: Likelihood, rt: Runtime) -> list[TokenLogprob]:
+    """Of all tokens but the first."""
+    tops = zip(found.top_ids.tolist(), found.top.tolist(), strict=True)
+    return [
+        TokenLogprob(name, logprob, tuple((rt.token_string(i), value) for i, value in zip(*top, strict=True)))
+        for name, logprob, top in zip(tokens.strings[1:], found.logprobs.tolist(), tops, strict=True)
+    ]
 
 
 def _prompts(prompt: str | list[str] | list[int] | list[list[int]], rt: Runtime) -> list[Tokens]:
