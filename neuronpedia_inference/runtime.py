@@ -346,6 +346,10 @@ class Runtime(Texts):
     def _resolved(self, plan: Plan | None) -> tuple[ResolvedEdit, ...]:
         return () if plan is None else self._edits.resolved(plan)
 
+    def _edits_of(self, plan: Plan | None) -> tuple[set[Point], int]:
+        """Where a plan writes, and its number of edits."""
+        return self.edited(plan), 0 if plan is None else len(plan.edits)
+
     def _n_read(
         self,
         prompt: Tokens,
@@ -360,7 +364,7 @@ class Runtime(Texts):
             return 0
         n_positions = len(prompt) + sampling.max_new_tokens
         self.watches.check(watches, n_positions)
-        n_read = 0 if watches is None else sum(watches.n_numbers(self.edited(plan)) for plan in plans)
+        n_read = 0 if watches is None else sum(watches.n_numbers(*self._edits_of(plan)) for plan in plans)
         n_read += sum(n_numbers(self._resolved(plan)) for plan in plans) if proves else 0
         n_read *= n_positions - (0 if watches is None else watches.read_from)
         most = self.settings.max_result_values
@@ -397,15 +401,16 @@ class Runtime(Texts):
         special = frozenset(self._codec.special_ids)
         watched: list[RowSpec] = []
         for row, plan in zip(rows, plans, strict=True):
-            points = self.edited(plan)
+            points, n_edits = self._edits_of(plan)
             of_row = [
                 self._engine.watch(one.point, read[one], before=watches.is_read_before(one, points))
                 for one in watches.reads
             ]
             if proves:
                 of_row += [self._engine.watch(point, one, before=True) for point, one in tracing(row.edits).items()]
-            ends = () if rules is None else rules.of_row(watches.places(points), special)
-            watched.append(replace(row, watches=tuple(of_row), read_from=watches.read_from, weight=weight, rules=ends))
+            ends = () if rules is None else rules.of_row(watches.places(points, n_edits), special)
+            told = {"read_from": watches.read_from, "tells_edits": watches.tells_edits}
+            watched.append(replace(row, watches=tuple(of_row), weight=weight, rules=ends, **told))
         return watched
 
     def _check_room(

@@ -5,6 +5,7 @@ What the library does with columns, groups as products and weights, is done here
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -106,11 +107,14 @@ class Hand:
     chosen: Chosen = field(default=lambda place, token, n_prompt: 1.0)
     """The same as `on`, in plain words."""
     when: When | None = None
+    most: float = math.inf
+    """The largest dose."""
 
     def resolved(self) -> RowEdit:
         """For the library."""
         point = Point(self.layer, self.place)
-        common: dict[str, Any] = {"amount": self.amount, "do": self.do, "is_dose": self.is_dose, "on": self.on}
+        names = ("amount", "do", "is_dose", "on", "most")
+        common: dict[str, Any] = {name: getattr(self, name) for name in names}
         common["when"] = None if self.when is None else _gate(self.when)
         if self.of is None:
             assert self.vector is not None
@@ -158,6 +162,9 @@ class Text:
         """Of every condition, at every position of the pass under way, or of the one before."""
         self.passed: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         """[pos, width] at every point that is edited or looked at, before and behind its edits, in the last pass."""
+        self.done: dict[Hand, Tensor] = {}
+        """[pos, 5] of every edit in the last pass: how much it acts, what it finds, what is to become of it, what is
+        there in the end, and the norm of what it has written by that of what was there."""
         self._inputs: dict[int, Tensor] = {}
         """[pos, width]: what every block's MLP reads, in the pass under way."""
 
@@ -277,21 +284,34 @@ def edited(h: Tensor, hands: Sequence[Hand], text: Text, layer: int) -> Tensor:
             h = h + sum(_features_set(text.reads(of, layer, h), of, run, norm, text) for of in of_each)
         for hand in [] if sets_features else run:
             h = _along_direction(h, hand, norm, text)
+    for hand in (hand for hand in hands if hand.do is not Do.ADD):
+        read = text.reads(hand.of, layer, h) if hand.of is not None else h
+        text.done[hand][:, 3] = hand.of.encode(read)[:, hand.index] if hand.of is not None else h @ _unit(hand.vector)
     return h
 
 
 def _features_set(x: Tensor, of: Any, run: Sequence[Hand], norm: Tensor, text: Text) -> Tensor:
     """The change where features of one SAE are encoded from x, set and decoded."""
     numbers = _encoded(of, x)
+    before = numbers.clone()
     for hand in (hand for hand in run if hand.of is of):
+        then, shares, targets = numbers.clone(), [], []
         for pos in range(len(x)):
             share = text.share(hand, pos)
             amount = hand.amount * float(norm[pos]) if hand.is_dose else hand.amount
-            before = float(numbers[pos, hand.index])
-            numbers[pos, hand.index] += share * (_new(hand.do, before, amount, hand.amount) - before)
+            now = float(numbers[pos, hand.index])
+            target = _new(hand.do, now, amount, hand.amount)
+            then[pos, hand.index] += share * (target - now)
             if hand.do is Do.SWAP:
-                numbers[pos, hand.gives_to] += share * before
-    return _decoded(of, numbers, x) - _decoded(of, of.encode(x), x)
+                then[pos, hand.gives_to] += share * now
+            shares.append(share)
+            targets.append(target)
+        dose = (_decoded(of, then, x) - _decoded(of, numbers, x)).norm(dim=-1) / norm
+        less = (hand.most / dose.clamp(min=1e-30)).clamp(max=1)
+        numbers = numbers + less[:, None] * (then - numbers)
+        found = (torch.tensor(shares), before[:, hand.index], torch.tensor(targets))
+        text.done[hand] = torch.stack([*found, torch.zeros(len(x)), dose * less], 1)
+    return _decoded(of, numbers, x) - _decoded(of, before, x)
 
 
 def _encoded(of: Any, x: Tensor) -> Tensor:
@@ -309,19 +329,29 @@ def _decoded(of: Any, numbers: Tensor, x: Tensor) -> Tensor:
 
 def _along_direction(h: Tensor, hand: Hand, norm: Tensor, text: Text) -> Tensor:
     vector = hand.of.W_dec[hand.index] if hand.vector is None else hand.vector
-    unit = vector / vector.pow(2).sum().sqrt()
-    rows = []
+    unit = _unit(vector)
+    rows, done = [], []
     for pos, row in enumerate(h):
         amount = hand.amount * float(norm[pos]) if hand.is_dose else hand.amount
+        size = target = 0.0
         if hand.do is Do.ADD:
             change = amount * (unit if hand.is_dose else vector)
         else:
             size = float(row @ unit)
-            change = (_new(hand.do, size, amount, hand.amount) - size) * unit
+            target = _new(hand.do, size, amount, hand.amount)
+            change = (target - size) * unit
             if hand.do is Do.SWAP:
-                change = change + size * hand.gives_to / hand.gives_to.pow(2).sum().sqrt()
-        rows.append(row + text.share(hand, pos) * change)
+                change = change + size * _unit(hand.gives_to)
+        share = text.share(hand, pos)
+        dose = share * float(change.norm() / norm[pos])
+        rows.append(row + min(1.0, hand.most / max(dose, 1e-30)) * share * change)
+        done.append((share, size, target, 0.0, min(dose, hand.most)))
+    text.done[hand] = torch.tensor(done)
     return torch.stack(rows)
+
+
+def _unit(vector: Any) -> Tensor:
+    return vector / vector.pow(2).sum().sqrt()
 
 
 def _new(do: Do, number: float, amount: float, factor: float) -> float:

@@ -89,9 +89,12 @@ def contrast(a: Sequence[str], b: Sequence[str], **fields: Any) -> Call[Contrast
 
 
 def steer(
-    prompt: str | Messages, steering: Steering | None, watch: Sequence[OfFeature | Answer] | None = None, **fields: Any
+    prompt: str | Messages,
+    steering: Steering | None,
+    watch: Sequence[OfFeature | Answer | str] | None = None,
+    **fields: Any,
 ) -> Call[Steered]:
-    """watch: features, or what `steer` takes for a watch."""
+    """watch: features, or what `steer` takes for a watch, such as "edits"."""
     sent = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
     shown = prompt if isinstance(prompt, str) else "".join(f"{one['role']}: {one['content']}\n" for one in prompt)
     chosen = steering or Steering()
@@ -105,7 +108,9 @@ def replay(receipt: Answer) -> Call[Replay]:
     return Call(was["operation"], body_of(was), lambda answer: compared(was, receipt_in(answer)))
 
 
-def _watch(one: OfFeature | Answer) -> dict[str, Any]:
+def _watch(one: OfFeature | Answer | str) -> dict[str, Any] | str:
+    if isinstance(one, str):
+        return one
     return {"source": one.source, "index": one.index} if isinstance(one, OfFeature) else dict(one)
 
 

@@ -15,19 +15,41 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class WatchedEdit:
+    """What one edit has found and done, a value for every token; None where it has not acted."""
+
+    edit: str
+    """Which of the request, such as "edits.0"."""
+    share: tuple[float, ...]
+    """How much it has acted, from 0 to 1."""
+    dose: tuple[float | None, ...]
+    """The norm of what it has written, by that of what was there."""
+    before: tuple[float | None, ...] | None = None
+    """The number that it has read; None of `add`, which reads none, as are the two that follow."""
+    target: tuple[float | None, ...] | None = None
+    after: tuple[float | None, ...] | None = None
+    """The number read again behind all edits of its place."""
+    id: str | None = None
+
+
+@dataclass(frozen=True)
 class WatchValues:
     """What one watch has read, a value for every token."""
 
-    watch: dict[str, Any]
+    watch: dict[str, Any] | str
     """As it was asked for."""
-    after: tuple[Any, ...]
+    after: tuple[Any, ...] | None = None
     """What the rest of the model read: a number for a feature, features for `top_k`, a vector for a hook."""
     before: tuple[Any, ...] | None = None
     """What came to that place, where the text was steered there."""
+    edits: tuple[WatchedEdit, ...] | None = None
+    """Of "edits": every edit of the text."""
 
     @property
     def name(self) -> str:
         """`source/index` of a feature, else what was asked for."""
+        if isinstance(self.watch, str):
+            return self.watch
         if self.watch.get("index") is not None:
             return f"{self.watch.get('source') or ''}/{self.watch['index']}".lstrip("/")
         return ", ".join(f"{key} {value}" for key, value in self.watch.items() if value is not None)
@@ -35,7 +57,7 @@ class WatchValues:
     @property
     def is_strip(self) -> bool:
         """Whether it is one number for each token."""
-        return all(isinstance(value, int | float) for value in self.after)
+        return self.after is not None and all(isinstance(value, int | float) for value in self.after)
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,10 @@ class Text:
     finish_reason: str | None = None
     tokens: tuple[str, ...] = ()
     watch: Watched | None = None
+    events: tuple[dict[str, int], ...] | None = None
+    """What rules took back, in order."""
+    over_dose: tuple[dict[str, Any], ...] | None = None
+    """Edits that wrote more than `max_dose`."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +122,7 @@ class Steered(Result):
         tokens = text.watch.tokens
         first = 0 if not tokens or self.prompt.startswith(tokens[0]) else 1
         watched = [one for one in text.watch.values if one.is_strip]
-        return [_Strip(one.name, tokens[first:], one.after[first : len(tokens)]) for one in watched]
+        return [_Strip(one.name, tokens[first:], (one.after or ())[first : len(tokens)]) for one in watched]
 
     def _most(self) -> dict[str, float]:
         """The largest value of each watched feature in both texts, so that colours compare."""

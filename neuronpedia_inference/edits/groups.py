@@ -8,7 +8,7 @@ from enum import Enum, auto
 
 from torch import Tensor
 
-from neuronpedia_inference.edits.gauges import unit
+from neuronpedia_inference.edits.gauges import norms, unit
 from neuronpedia_inference.edits.plan import Do, Step
 from neuronpedia_inference.edits.rows import FeatureGauge, Gauge, RowEdit
 from neuronpedia_inference.engine.points import Point
@@ -54,6 +54,15 @@ class Move:
 
 
 @dataclass(eq=False)
+class Found:
+    """Where what an edit finds and does is found among the numbers of a group."""
+
+    edit: RowEdit
+    step: int
+    cell: int
+
+
+@dataclass(eq=False)
 class Group:
     """Numbers that are read from the same h, and whose changes are written together."""
 
@@ -61,6 +70,8 @@ class Group:
     cells: list[Cell] = field(default_factory=list)
     steps: list[list[Move]] = field(default_factory=list)
     """One after the other; within a step a cell is touched once at the most."""
+    found: list[Found] = field(default_factory=list)
+    """Every edit."""
 
     @property
     def is_of_transcoders(self) -> bool:
@@ -88,8 +99,10 @@ class Group:
         """Additions under the same conditions are one: their sum does not depend on where they are."""
         vector = edit.amount * (unit(edit.vector) if edit.is_dose else edit.vector.float())
         for move in self.steps[0] if self.steps else ():
-            if (move.edit.place, move.edit.is_dose) == (edit.place, edit.is_dose):
+            is_alike = (move.edit.place, move.edit.is_dose) == (edit.place, edit.is_dose)
+            if is_alike and not (move.edit.is_limited or edit.is_limited):
                 self.cells[move.cell].vector = self.cells[move.cell].vector + vector
+                self.found.append(Found(edit, 0, move.cell))
                 return
         self.cells.append(Cell(vector))
         self._move(0, Move(len(self.cells) - 1, edit, Step(alpha=0.0, beta=1.0)))
@@ -109,6 +122,17 @@ class Group:
         if len(self.steps) == at:
             self.steps.append([])
         self.steps[at].append(move)
+        self.found.append(Found(move.edit, at, move.cell))
+
+
+def length_of(edit: RowEdit) -> Tensor:
+    """[1]: the norm of what is written where the edit's number changes by 1."""
+    vector, other = edit.vector.float(), edit.other
+    if edit.do is Do.ADD:
+        return norms(edit.amount * (unit(vector) if edit.is_dose else vector))
+    if edit.feature is None:
+        vector, other = unit(vector), None if other is None else unit(other)
+    return norms(vector if other is None else other.float() - vector)
 
 
 def groups_of(edits: Sequence[RowEdit]) -> list[Group]:

@@ -44,6 +44,10 @@ OF_DIRECTIONS = frozenset((Do.ADD, Do.ORTHOGONAL, Do.CAP, Do.FLOOR, Do.PROJECT_O
 WITHOUT_AMOUNT = frozenset((Do.PROJECT_OUT, Do.SWAP))
 
 
+N_TOLD = 5
+"""Numbers that are told of an edit at a position: share, before, target, after and dose."""
+
+
 class Step(NamedTuple):
     """a ← clip(alpha·a + beta, lo, hi)"""
 
@@ -154,6 +158,8 @@ class Edit:
     when: Condition | None = None
     normalize: bool = False
     """Of `add`: divide the vector by its norm first."""
+    name: str = field(default="", compare=False)
+    """The caller's own for it."""
     field: str = field(default="", compare=False)
     """Where it stands in the request, for messages."""
 
@@ -171,6 +177,25 @@ class Edit:
         return self.do is not Do.ADD or self.normalize or self.unit is Unit.DOSE
 
 
+class Then(StrEnum):
+    """What is done about a dose that is too large."""
+
+    WARN = "warn"
+    """The answer says so."""
+    CLAMP = "clamp"
+    """The change is made smaller."""
+    REFUSE = "refuse"
+    """Nothing runs, if it may become so large."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaxDose:
+    """A bound on what each edit writes at a position: its norm, by that of what is there."""
+
+    value: float
+    then: Then
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """All edits of one row, in order."""
@@ -178,6 +203,12 @@ class Plan:
     edits: tuple[Edit, ...]
     skip_special_tokens: bool = False
     """Edits of everything leave the prompt's special tokens untouched."""
+    max_dose: MaxDose | None = None
+
+    @property
+    def warns(self) -> bool:
+        """Whether the answer says which doses were too large."""
+        return self.max_dose is not None and self.max_dose.then is Then.WARN
 
     @property
     def n_numbers(self) -> int:

@@ -11,8 +11,22 @@ import torch
 from torch import Tensor
 
 from neuronpedia_inference.domain import MAX_STEERS, Tokens
+from neuronpedia_inference.edits.doses import largest_dose, needs_maximum
+from neuronpedia_inference.edits.doses import needs_norm as needs_norm_of
 from neuronpedia_inference.edits.gauges import gauge_of, norms, unit
-from neuronpedia_inference.edits.plan import Condition, Direction, Edit, Feature, Fires, Plan, Target, Unit, fires_in
+from neuronpedia_inference.edits.plan import (
+    Condition,
+    Direction,
+    Do,
+    Edit,
+    Feature,
+    Fires,
+    Plan,
+    Target,
+    Then,
+    Unit,
+    fires_in,
+)
 from neuronpedia_inference.edits.proof import ResolvedEdit
 from neuronpedia_inference.edits.rows import FeatureGauge, Gate, Norm, RowEdit, Trigger
 from neuronpedia_inference.edits.select import EVERYTHING, Selection, ordinary, without_special_of_prompt
@@ -23,6 +37,12 @@ from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from neuronpedia_inference.questions.checks import check_index, check_vector
 from neuronpedia_inference.saes.shelf import Shelf
 from neuronpedia_inference.scheduler.jobs import Steps
+
+NO_DOSE_KNOWN = (
+    "So nobody knows before it runs how large a dose it may become: let `then` be clamp, which bounds what is written, "
+    "or warn."
+)
+NO_MAXIMUM_KNOWN = "Give an absolute amount, or the server maxima by LABELS_DIR."
 
 
 class EditResolver:
@@ -41,6 +61,8 @@ class EditResolver:
         for edit in plan.edits:
             try:
                 self._check(edit)
+                if plan.max_dose is not None and plan.max_dose.then is Then.REFUSE:
+                    self._check_dose(edit, plan.max_dose.value)
             except InvalidRequest as exc:
                 if not edit.field:
                     raise
@@ -113,11 +135,15 @@ class EditResolver:
     def resolve(self, plan: Plan) -> Steps:
         """-> tuple[RowEdit, ...]: the edits as tensors on the engine's device. Runs on the worker."""
         found: list[RowEdit] = []
+        bound = plan.max_dose
         for edit in plan.edits:
             vector, feature = yield from self._along(edit.target, edit)
             other, other_feature = None, None
             if edit.other is not None:
                 other, other_feature = yield from self._along(edit.other, edit)
+            is_normalised = feature is not None and feature.gauge.norm is not Norm.NONE
+            if is_normalised and bound is not None and bound.then is Then.REFUSE:
+                raise InvalidRequest(f"{edit.field}: its source normalises what it reads. {NO_DOSE_KNOWN}")
             found.append(
                 RowEdit(
                     point=self._points(edit.target)[-1],
@@ -130,6 +156,7 @@ class EditResolver:
                     feature=feature,
                     other=other,
                     other_feature=other_feature,
+                    most=bound.value if bound is not None and bound.then is Then.CLAMP else math.inf,
                 )
             )
         return tuple(found)
@@ -196,15 +223,40 @@ class EditResolver:
         if edit.unit is Unit.OF_MAX:
             self._maximum(edit)
 
-    def _maximum(self, edit: Edit) -> float:
+    def _check_dose(self, edit: Edit, bound: float) -> None:
+        """Raises InvalidRequest for an edit that may write more than a dose, or of which that is not known."""
+        is_dose, of_feature = edit.unit is Unit.DOSE, isinstance(edit.target, Feature)
+        point = self._points(edit.target)[-1]
+        norm = self._engine.typical_norm(point)
+        needs_norm = needs_norm_of(edit.do, is_dose=is_dose, of_feature=of_feature)
+        if needs_norm and not norm:
+            raise InvalidRequest(f"no typical norm is known of {point.name!r}. {NO_DOSE_KNOWN}")
+        if isinstance(edit.target, Feature) and not self._shelf.source(edit.target.source).is_read_by_column:
+            raise InvalidRequest(f"the length of decoder rows of {edit.target.source!r} is not known. {NO_DOSE_KNOWN}")
+        dose = largest_dose(
+            edit.do,
+            self._amount(edit),
+            is_dose=is_dose,
+            of_feature=of_feature,
+            length=_length(edit),
+            norm=norm or 1.0,
+            most=self._maximum(edit, NO_DOSE_KNOWN) if of_feature and needs_maximum(edit.do) else 0.0,
+        )
+        if dose > bound:
+            at = f" at a norm of {norm:.4g}, which is typical there" * needs_norm
+            raise InvalidRequest(
+                f"max_dose: {edit.do.value} may write {dose:.4g} of what is at {point.name!r}{at}, the most is "
+                f"{bound:g}. Take a smaller amount or a larger dose, or let `then` be clamp."
+            )
+
+    def _maximum(self, edit: Edit, remedy: str = NO_MAXIMUM_KNOWN) -> float:
         """The largest activation that is known of the feature. Raises InvalidRequest where there is none."""
         assert isinstance(edit.target, Feature), edit
         known = self._shelf.annotations(edit.target.source)
         maximum = math.nan if known is None else float(known.maximum[edit.target.index])
         if not maximum > 0:
             raise InvalidRequest(
-                f"unit: no largest activation is known of feature {edit.target.index} of {edit.target.source!r}, which "
-                "the amount could be a part of. Give an absolute amount, or the server maxima by LABELS_DIR."
+                f"no largest activation is known of feature {edit.target.index} of {edit.target.source!r}. {remedy}"
             )
         return maximum
 
@@ -268,3 +320,15 @@ class EditResolver:
         norm = float(norms(vector))
         if not math.isfinite(norm) or (edit.needs_direction and norm == 0):
             raise InvalidRequest(f"The steering vector at {hook!r} has the norm {norm:g} and no direction.")
+
+
+def _length(edit: Edit) -> float:
+    """Of what is written where an edit's number changes by 1; other than 1 of added vectors and swapped directions."""
+    if not isinstance(edit.target, Direction) or edit.do not in (Do.ADD, Do.SWAP):
+        return 1.0
+    vector = np.asarray(edit.target.vector, dtype=np.float64)
+    if edit.do is Do.ADD:
+        return 1.0 if edit.normalize else float(np.linalg.norm(vector))
+    assert isinstance(edit.other, Direction), edit
+    other = np.asarray(edit.other.vector, dtype=np.float64)
+    return float(np.linalg.norm(other / np.linalg.norm(other) - vector / np.linalg.norm(vector)))

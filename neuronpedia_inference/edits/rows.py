@@ -98,6 +98,9 @@ class RowEdit:
     """What a swap gives to, as `vector`."""
     other_feature: FeatureGauge | None = None
     """Likewise, as `feature`."""
+    most: float = math.inf
+    """The largest dose that it writes at a position: the norm of its change by that of what is at the point. A larger
+    change is made smaller."""
 
     @property
     def step(self) -> Step:
@@ -106,7 +109,12 @@ class RowEdit:
     @property
     def is_plain_addition(self) -> bool:
         """Whether it adds one vector, whatever passes and wherever that is."""
-        return self.do is Do.ADD and not self.is_dose and self.on.is_everything and self.when is None
+        is_even = self.on.is_everything and self.when is None
+        return self.do is Do.ADD and not self.is_dose and is_even and not self.is_limited
+
+    @property
+    def is_limited(self) -> bool:
+        return math.isfinite(self.most)
 
     @property
     def place(self) -> tuple[Selection, Gate | None]:

@@ -181,6 +181,15 @@ class ModelEngine:
                 f"Places that can be steered: {', '.join(self.writable_places())}."
             )
 
+    def typical_norm(self, point: Point) -> float:
+        """Of what is there; 0 where it is not known."""
+        return self._finding(point).norm
+
+    def typical_norms(self) -> dict[str, float]:
+        """By hook, where the model can be steered."""
+        found = sorted(self.verdict.findings.items())
+        return {point.name: one.norm for point, one in found if one.norm and not one.unwritten_because}
+
     def width(self, point: Point) -> int:
         """Length of one position's vector at a point with heads concatenated."""
         return self._finding(point).width

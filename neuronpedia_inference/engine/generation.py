@@ -360,7 +360,7 @@ class Lane:
         elif len(row.generated) >= row.spec.sampling.max_new_tokens:
             finish = "length"
         row.finish = finish
-        is_awaited = finish is not None and bool(row.spec.watches)
+        is_awaited = finish is not None and row.spec.is_read
         return RowStep(row.id, drawn.token_id, drawn.logprob, drawn.top, finish, is_awaited=is_awaited)
 
 
@@ -376,8 +376,8 @@ class Joining:
             finish = None if spec.sampling.max_new_tokens else "length"
             row = _Row(id_, spec, Sampler(spec.sampling, spec.prompt_ids), Ruled(spec.rules), finish=finish)
             row.read_anew()
-            is_read = bool(spec.watches)  # its prompt has to pass
-            known = lane.prefixes.find(spec) if lane.memory.in_pieces and not is_read else None
+            # A prompt that is read has to pass.
+            known = lane.prefixes.find(spec) if lane.memory.in_pieces and not spec.is_read else None
             if known is None:
                 fresh.append(row)
             else:

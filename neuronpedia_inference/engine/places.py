@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +38,8 @@ from neuronpedia_inference.engine.steered import steering_edits
 from neuronpedia_inference.engine.tree import CANDIDATES, IN, ModuleSide, Tree, rms_normalized
 from neuronpedia_inference.engine.verdict import Finding
 
+N_MEASURED = (4, 8)
+"""Prompts, and tokens of each, over which typical norms are taken."""
 ABSENT = "this block has no such tensor"
 _LN = {"ln1.hook_normalized": ("ln1.hook_in", "ln1.hook_out"), "ln2.hook_normalized": ("ln2.hook_in", "ln2.hook_out")}
 _GIVES = {HOOK_Z: ATTN_OUT, MLP_POST: MLP_OUT}
@@ -81,7 +85,7 @@ def findings(tree: Tree, ids: Sequence[int], rms_eps: float) -> tuple[dict[Point
     adopt(tree, found)
     for place in WRITABLE:
         found |= _written(tree, prompt, layers, place, found, plain)
-    return found, n_value_heads
+    return _measured(tree, layers, found), n_value_heads
 
 
 def adopt(tree: Tree, found: Mapping[Point, Finding]) -> None:
@@ -251,6 +255,24 @@ def _written(
         for point in points
     }
     return {point: replace(found[point], unwritten_because=because[point]) for point in points}
+
+
+def _measured(tree: Tree, layers: Sequence[_Layer], found: Mapping[Point, Finding]) -> dict[Point, Finding]:
+    """With the norms of what is where the model can be steered. Position 0 is left out, which is far larger than
+    others, and so are the first ids, among which special tokens are."""
+    embedding: Any = tree.model.get_input_embeddings()
+    n_vocab = len(embedding.weight)
+    first, n_ids = n_vocab // 20, N_MEASURED[0] * N_MEASURED[1]
+    ids = [first + n * (n_vocab - first) // n_ids for n in range(n_ids)]
+    with _collected(tree) as seen_by:
+        tree.run(torch.tensor(ids).view(N_MEASURED), use_cache=False)
+    seen = [replace(now, which=was.which) for now, was in zip(seen_by(), layers, strict=True)]
+    measured = dict(found)
+    for point in (point for point, one in found.items() if point.place in WRITABLE and not one.unread_because):
+        there = seen[point.layer].at(point.place)
+        norm = 0.0 if there is None else float(there.float()[:, 1:].norm(dim=-1).median())
+        measured[point] = replace(found[point], norm=norm if math.isfinite(norm) else 0.0)
+    return measured
 
 
 def _vector(layer: _Layer, point: Point) -> Tensor:

@@ -90,7 +90,7 @@ def _text(spec: RowSpec, generated: Sequence[int] = (), length: int | None = Non
 
 def _digest(edit: RowEdit) -> str:
     """Of all that it does, wherever that is."""
-    found = hashlib.sha256(f"{edit.point.name} {edit.do} {edit.amount!r} {edit.is_dose}".encode())
+    found = hashlib.sha256(f"{edit.point.name} {edit.do} {edit.amount!r} {edit.is_dose} {edit.most!r}".encode())
     for vector in (edit.vector, edit.other):
         found.update(b"none" if vector is None else _bytes(vector))
     for feature in (edit.feature, edit.other_feature):

@@ -134,6 +134,8 @@ class RowSpec:
     sampling: Sampling
     edits: tuple[RowEdit, ...] = ()
     watches: tuple[Watch, ...] = ()
+    tells_edits: bool = False
+    """What its edits find and do is read too, in front of what is watched: see `edits.record`."""
     rules: tuple[Rule, ...] = ()
     """On what the watches read. A token is told once the rules have seen it."""
     stops: Stops | None = None
@@ -149,6 +151,11 @@ class RowSpec:
     @property
     def n_prompt(self) -> int:
         return len(self.prompt_ids) - self.n_generated
+
+    @property
+    def is_read(self) -> bool:
+        """Whether numbers are read at its positions."""
+        return bool(self.watches) or (self.tells_edits and bool(self.edits))
 
     @property
     def triggers(self) -> list[Trigger]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from neuronpedia_inference.domain import Numbers
+from neuronpedia_inference.edits.record import EditRecord
 from neuronpedia_inference.engine.hooks import Edit
 from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import Reading, RowSpec
@@ -42,9 +43,10 @@ class Reads:
         self._read_from = [spec.read_from for spec in rows]
         self._spans: Sequence[range] = ()
         """Of every row, which positions of the pass under way are read."""
+        self.edits = EditRecord({row: spec.edits for row, spec in enumerate(rows) if spec.tells_edits})
 
     def __bool__(self) -> bool:
-        return bool(self._groups)
+        return bool(self._groups) or bool(self.edits)
 
     @property
     def points(self) -> set[Point]:
@@ -74,26 +76,36 @@ class Reads:
         """
         skipped = [0 if first is None else max(0, before - first) for before in self._read_from]
         self._spans = [range(min(skip, count), count) for skip, count in zip(skipped, counts, strict=True)]
+        self.edits.begin()
         for group in self._groups.values():
             group.found = None
 
     def take(self) -> list[Numbers | None]:
         """Of every row, [pos, n] as in `RowStep.numbers`; None of rows that do not watch, or had no position."""
         groups = [group for group in self._groups.values() if group.found is not None]
-        if not groups:
+        told = {row: self.edits.taken(row, self._spans[row]) for row in self.edits.rows if self._spans[row]}
+        found = [*told.values(), *(group.found for group in groups if group.found is not None)]
+        if not found:
             return [None] * self._n_rows
-        flat = _on_host(torch.cat([group.found.flatten() for group in groups if group.found is not None]))
-        parts: dict[tuple[int, int], Numbers] = {}
+        flat = _on_host(torch.cat([one.flatten() for one in found]))
+        parts: list[list[Numbers]] = [[] for _ in range(self._n_rows)]
+        of_groups: dict[tuple[int, int], Numbers] = {}
         first = 0
+
+        def taken(row: int, n_numbers: int) -> Numbers:
+            nonlocal first
+            n = len(self._spans[row]) * n_numbers
+            first += n
+            return flat[first - n : first].reshape(-1, n_numbers)
+
+        for row, numbers in told.items():
+            parts[row].append(taken(row, numbers.shape[1]))
         for group in groups:
             for row in group.rows:
-                n = len(self._spans[row]) * group.reading.n_numbers
-                parts[id(group), row] = flat[first : first + n].reshape(-1, group.reading.n_numbers)
-                first += n
-        return [
-            np.concatenate([parts[id(group), row] for group in of_row], axis=1) if of_row and self._spans[row] else None
-            for row, of_row in enumerate(self._of_row)
-        ]
+                of_groups[id(group), row] = taken(row, group.reading.n_numbers)
+        for row, of_row in enumerate(self._of_row):
+            parts[row] += [of_groups[id(group), row] for group in of_row if self._spans[row]]
+        return [np.concatenate(of_row, axis=1) if of_row else None for of_row in parts]
 
     def _at(self, point: Point, *, is_before: bool | None = None) -> list[_Group]:
         """Both sides unless one is named."""

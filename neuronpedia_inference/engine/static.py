@@ -126,7 +126,8 @@ class StaticStep:
 
 def _fits(edit: RowEdit) -> bool:
     is_even = edit.on.weight_when_generated is not None and edit.when is None
-    return edit.point.place in RECORDED and edit.do is Do.ADD and not edit.is_dose and is_even
+    is_one_vector = edit.do is Do.ADD and not edit.is_dose and not edit.is_limited
+    return edit.point.place in RECORDED and is_one_vector and is_even
 
 
 def as_it_is(step: Step) -> Step:

@@ -17,13 +17,11 @@ from neuronpedia_inference.engine.reads import Reads
 from neuronpedia_inference.engine.where import Passing, Weights
 
 
-def steering_edits(
-    rows: Sequence[RowSpec], passing: Passing | None = None, reads: Reads | None = None, record: Recorder | None = None
-) -> Changes:
+def steering_edits(rows: Sequence[RowSpec], passing: Passing | None = None, reads: Reads | None = None) -> Changes:
     """What to install for these rows, in the order in which a block reaches it.
 
-    passing: needed where edits of these rows act on some positions only. `reads` are taken around what edits; `record`
-    is told what edits find and do.
+    passing: needed where edits of these rows act on some positions only. `reads` are taken around what edits, and told
+    what edits find and do.
     """
     by_point: dict[Point, list[list[RowEdit]]] = defaultdict(lambda: [[] for _ in rows])
     for row, spec in enumerate(rows):
@@ -40,7 +38,7 @@ def steering_edits(
         if point in by_point:
             table = EditTable(by_point[point], weights.columns)
             shown += table.elsewhere.items()
-            change = _change(table, by_point[point], weights, record)
+            change = _change(table, by_point[point], weights, reads.edits.of(table))
             changes += _at(point, reads.around(point, change) if point in reads.points else change)
         elif point in reads.points:
             changes.append((point, reads.reader(point)))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from neuronpedia_inference import kept
 from neuronpedia_inference.engine.points import Point
 
-FORMAT = 3
+FORMAT = 4
 """Changes with the meaning of what is kept."""
 _NUMBERS = 8
 """Of every tensor, to know the weights again."""
@@ -35,6 +35,8 @@ class Finding:
     """Empty if it can be read."""
     unwritten_because: str = ""
     """Empty if it can be steered."""
+    norm: float = 0.0
+    """Of what is there, where it can be steered: the median over tokens from all over the vocabulary. 0: unknown."""
 
 
 @dataclass(frozen=True)

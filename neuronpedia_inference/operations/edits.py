@@ -14,9 +14,11 @@ from neuronpedia_inference.edits.plan import (
     Either,
     Feature,
     Fires,
+    MaxDose,
     Not,
     Plan,
     Target,
+    Then,
     Unit,
 )
 from neuronpedia_inference.edits.select import Phase, Selection
@@ -46,15 +48,28 @@ async def checked_plan(steering: Steering, rt: Runtime, *, skip_special_tokens: 
 
 
 def plan_of(
-    steering: Steering, rt: Runtime, *, first: Steering | None = None, skip_special_tokens: bool = False
+    steering: Steering,
+    rt: Runtime,
+    *,
+    first: Steering | None = None,
+    skip_special_tokens: bool = False,
+    can_warn: bool = False,
 ) -> Plan | None:
     """What a steering does; None where it does nothing. Raises InvalidRequest and UnknownSource, naming the field.
 
     first: another, whose edits act before its own. skip_special_tokens: edits of everything leave the prompt's special
-    tokens as they are, as in chats.
+    tokens as they are, as in chats. can_warn: whether the answer has a place for doses that are too large.
     """
     edits = (*(() if first is None else edits_of(first, rt)), *edits_of(steering, rt))
-    return Plan(edits, skip_special_tokens) if edits else None
+    most = _max_dose(steering) or (None if first is None else _max_dose(first))
+    if most is not None and most.then is Then.WARN and not can_warn:
+        raise InvalidRequest("max_dose.then: this answer has no place for warnings. Take clamp or refuse.")
+    return Plan(edits, skip_special_tokens, most) if edits else None
+
+
+def _max_dose(steering: Steering) -> MaxDose | None:
+    bound = steering.max_dose
+    return None if bound is None else MaxDose(bound.value, Then(bound.then))
 
 
 def skips_special_tokens(request: Any, *, is_chat: bool) -> bool:
@@ -149,6 +164,7 @@ def _edit(one: wire.SteerEdit, number: int, rt: Runtime) -> Edit:
         on=None if one.on is None else selection_of(one.on),
         when=None if one.when is None else condition_of(one.when, f"{field}.when", rt),
         field=field,
+        name=one.id or "",
     )
 
 

@@ -64,13 +64,13 @@ def _wanted(request: SteerRequest, rt: Runtime) -> Completion:
     if request.model is not None:
         check_model(request.model, rt)
     skips = skips_special_tokens(request, is_chat=not isinstance(request.prompt, str))
-    plan = plan_of(request, rt, skip_special_tokens=skips)
+    plan = plan_of(request, rt, skip_special_tokens=skips, can_warn=True)
     plans = [plan, *([None] if request.compare else [])]
     return Completion(
         request.prompt if isinstance(request.prompt, str) else turns(request.prompt),
         plans,
         _sampling(request),
-        reads=watch_plan(request.watch or (), request.rules or (), rt),
+        reads=watch_plan(request.watch or (), request.rules or (), rt, tells_edits=plan is not None and plan.warns),
         proves=request.receipt or request.judge,
         then=(lambda prompt: longest(prompt, len(plans), request.max_new_tokens, rt)) if request.judge else None,
     )
@@ -97,6 +97,7 @@ def _so_far(chat: Chat | None, row: Transcript) -> SteerText:
         stopped_by=stopped_by(row),
         judge=row.judge,
         events=row.events,
+        over_dose=None if row.doses is None else row.doses.over,
     )
 
 
@@ -113,6 +114,7 @@ def _new(chat: Chat | None, story: Story, place: int, written: Written) -> Steer
         stopped_by=stopped_by(row),
         judge=row.judge,
         events=None if row.events is None else [event_reply(one) for one in written.refusals],
+        over_dose=None if row.doses is None else row.doses.over,
     )
 
 

@@ -14,6 +14,7 @@ from neuronpedia_inference.edits.plan import BY_METHOD, Direction, Edit, Feature
 from neuronpedia_inference.edits.proof import Proof
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.chat import open_reasoning, read_answer, without_reasoning
+from neuronpedia_inference.operations.dosing import Doses
 from neuronpedia_inference.operations.kept_vectors import numbers_of
 from neuronpedia_inference.operations.operation import Events, Operation, last
 from neuronpedia_inference.operations.persona import assistant_axis
@@ -31,7 +32,7 @@ from neuronpedia_inference.schemas.steer import (
     SteerCompletionResponse,
     SteerFields,
 )
-from neuronpedia_inference.schemas.watch import SteerWatch
+from neuronpedia_inference.schemas.watch import AskedWatch
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
@@ -130,7 +131,7 @@ class Chat:
 
 
 async def text_story(
-    wanted: Completion, rt: Runtime, *, stream: bool, keeps_ending: bool = True, watch: Sequence[SteerWatch] = ()
+    wanted: Completion, rt: Runtime, *, stream: bool, keeps_ending: bool = True, watch: Sequence[AskedWatch] = ()
 ) -> Story:
     """A row per plan, in order. Raises every 4xx and 503 before it returns.
 
@@ -148,7 +149,7 @@ async def chat_story(
     *,
     stream: bool,
     keeps_ending: bool = True,
-    watch: Sequence[SteerWatch] = (),
+    watch: Sequence[AskedWatch] = (),
 ) -> tuple[Chat, Story]:
     """As `text_story`, for the answers to a chat."""
     begun = await rt.complete(wanted, stream=stream)
@@ -165,7 +166,7 @@ def turns(said: Sequence[NPSteerChatMessage]) -> list[ChatMessage]:
 
 
 def story_of(
-    raw: str, begun: Begun, wanted: Completion, rt: Runtime, *, keeps_ending: bool, watch: Sequence[SteerWatch]
+    raw: str, begun: Begun, wanted: Completion, rt: Runtime, *, keeps_ending: bool, watch: Sequence[AskedWatch]
 ) -> Story:
     """What has begun, with what is told of it. raw: what its rows begin with."""
     has_logprobs = bool(wanted.sampling.n_logprobs)
@@ -175,8 +176,12 @@ def story_of(
         for _ in wanted.plans
     ]
     if wanted.reads is not None and watch:
-        for row, edited in zip(rows, begun.edited, strict=True):
-            row.watched = Watched(watch, wanted.reads.watches, edited, begun.prompt.strings, rt)
+        for row, edited, resolved in zip(rows, begun.edited, begun.resolved, strict=True):
+            edits = [one.edit for one in resolved]
+            row.watched = Watched(watch, wanted.reads.watches, edited, edits, begun.prompt.strings, rt)
+    for row, plan in zip(rows, wanted.plans, strict=True):
+        if plan is not None and plan.max_dose is not None and plan.warns:
+            row.doses = Doses(plan.edits, plan.max_dose.value)
     for row, resolved in zip(rows, begun.resolved, strict=True) if wanted.proves else ():
         row.proof = Proof(resolved, begun.prompt)
     return Story(wanted, begun, rows)

@@ -9,6 +9,7 @@ from typing import Any
 from neuronpedia_inference.completion import Begun, Completion
 from neuronpedia_inference.domain import Refusal, TokenLogprob, Written
 from neuronpedia_inference.edits.proof import Proof
+from neuronpedia_inference.operations.dosing import Doses
 from neuronpedia_inference.operations.growing import GrowingList, GrowingText
 from neuronpedia_inference.operations.watching import Watched
 from neuronpedia_inference.pacing import paced
@@ -34,6 +35,8 @@ class Transcript:
         """Those of `tokens`."""
         self.events = GrowingList(event_reply) if has_events else None
         self.watched: Watched | None = None
+        self.doses: Doses | None = None
+        """Where doses that are too large are told."""
         self.proof: Proof | None = None
         """What its edits did."""
         self.judge: SteerJudge | None = None
@@ -55,6 +58,8 @@ class Transcript:
             self.events.add(written.refusals)
         if self.watched is not None:
             self.watched.add(written)
+        if self.doses is not None:
+            self.doses.add(written)
         self.finish_reason = written.finish_reason or self.finish_reason
         self.rule = written.rule if written.rule is not None else self.rule
 

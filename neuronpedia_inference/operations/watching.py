@@ -8,22 +8,24 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from neuronpedia_inference.domain import Lens, Numbers, Written
-from neuronpedia_inference.edits.plan import fires_in
+from neuronpedia_inference.edits.plan import N_TOLD, Do, Edit, Feature, fires_in
 from neuronpedia_inference.engine.protocol import Retry
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.edits import condition_of
 from neuronpedia_inference.operations.growing import GrowingList
 from neuronpedia_inference.operations.rendering import Rows
 from neuronpedia_inference.schemas.watch import (
+    AskedWatch,
     NPLogprobTop,
     SteerRule,
     SteerWatch,
     SteerWatched,
+    WatchedEdit,
     WatchedFeature,
     WatchedLayer,
     WatchValues,
 )
-from neuronpedia_inference.watches.plan import TopRead, Watch, WatchFeature, WatchLens, WatchPlan
+from neuronpedia_inference.watches.plan import Place, TopRead, Watch, WatchEdits, WatchFeature, WatchLens, WatchPlan
 from neuronpedia_inference.watches.rules import RulePlan
 
 if TYPE_CHECKING:
@@ -36,14 +38,18 @@ Make = Callable[[Numbers], Any]
 """Of the numbers of one position: the value as it stands in an answer."""
 
 
-def watch_plan(asked: Sequence[SteerWatch], rules: Sequence[SteerRule], rt: Runtime) -> RulePlan | None:
-    """What is asked for, and behind it what rules look at; None where there is neither.
+def watch_plan(
+    asked: Sequence[AskedWatch], rules: Sequence[SteerRule], rt: Runtime, *, tells_edits: bool = False
+) -> RulePlan | None:
+    """What is asked for, and behind it what rules look at; None where there is neither. tells_edits: whether edits are
+    watched for something else too.
 
     Raises InvalidRequest, LimitExceeded, UnknownSource or UnknownPoint.
     """
-    if not asked and not rules:
+    if not asked and not rules and not tells_edits:
         return None
     watches = [_checked(one, f"watch.{place}", rt) for place, one in enumerate(asked)]
+    watches += [WatchEdits()] * tells_edits
     conditions = [condition_of(rule.when, f"rules.{place}.when", rt) for place, rule in enumerate(rules)]
     looked_at = list(dict.fromkeys(fires for condition in conditions for fires in fires_in(condition)))
     watch_of = {fires: len(watches) + place for place, fires in enumerate(looked_at)}
@@ -58,7 +64,9 @@ def watch_plan(asked: Sequence[SteerWatch], rules: Sequence[SteerRule], rt: Runt
     return RulePlan(tuple(conditions), retries, watch_of, WatchPlan.of([*watches, *features]))
 
 
-def _checked(asked: SteerWatch, where: str, rt: Runtime) -> Watch:
+def _checked(asked: AskedWatch, where: str, rt: Runtime) -> Watch:
+    if not isinstance(asked, SteerWatch):
+        return WatchEdits()
     given = [name for name in _BESIDE if name in asked.model_fields_set]
     if len(given) != 1 or getattr(asked, given[0]) is None:
         raise InvalidRequest(f"{where}: give exactly one of index, top_k (both of a source), hook and lens")
@@ -113,33 +121,31 @@ class Watched:
 
     def __init__(
         self,
-        asked: Sequence[SteerWatch],
+        asked: Sequence[AskedWatch],
         plan: WatchPlan,
         edited: Collection[Point],
+        edits: Sequence[Edit],
         prompt: Sequence[str],
         rt: Runtime,
     ) -> None:
-        """asked: the first of the plan's watches. edited: where the row is edited. prompt: its tokens."""
-        self._asked = asked
+        """asked: the first of the plan's watches. edited: where the row's `edits` write. prompt: its tokens."""
         self._waiting = deque(prompt)
+        self._is_read = plan.n_numbers(edited, len(edits)) > 0
         self._tokens = GrowingList[str](lambda token: token)
         self._newest: list[str] = []
-        makes = [_maker(watch, rt) for watch in plan.watches[: len(asked)]]
-        places = plan.places(edited)[: len(asked)]
-        self._before = [
-            None if place.before is None else _Column(place.before, make)
-            for place, make in zip(places, makes, strict=True)
+        self._entries: list[_Entry | _EditsEntry] = [
+            _Entry(one, place, _maker(watch, rt)) if isinstance(one, SteerWatch) else _EditsEntry(edits, rt)
+            for one, watch, place in zip(asked, plan.watches, plan.places(edited, len(edits)), strict=False)
         ]
-        self._after = [_Column(place.behind, make) for place, make in zip(places, makes, strict=True)]
 
     def add(self, written: Written) -> None:
         self._waiting.extend(written.tokens)
-        numbers = written.numbers
-        self._newest = [] if numbers is None else [self._waiting.popleft() for _ in numbers]
+        n_known = len(self._waiting) if not self._is_read else 0 if written.numbers is None else len(written.numbers)
+        self._newest = [self._waiting.popleft() for _ in range(n_known)]
         self._tokens.add(self._newest)
-        for column in (*self._before, *self._after):
-            if column is not None:
-                column.add(numbers)
+        for entry in self._entries:
+            for column in entry.columns:
+                column.add(written.numbers)
 
     def so_far(self) -> SteerWatched:
         return self._reply(self._tokens, lambda column: column.all)
@@ -148,20 +154,78 @@ class Watched:
         """What the last `add` has brought."""
         return self._reply(self._newest, lambda column: column.newest())
 
-    def _reply(self, tokens: Any, of: Callable[[_Column], Any]) -> SteerWatched:
-        return SteerWatched.model_construct(
-            tokens=tokens,
-            values=[
-                WatchValues.model_construct(
-                    watch=_as_asked(asked), before=None if before is None else of(before), after=of(after)
-                )
-                for asked, before, after in zip(self._asked, self._before, self._after, strict=True)
-            ],
-        )
+    def _reply(self, tokens: Any, of: Of) -> SteerWatched:
+        return SteerWatched.model_construct(tokens=tokens, values=[entry.reply(of) for entry in self._entries])
 
 
-def _as_asked(asked: SteerWatch) -> dict[str, Any]:
-    return {name: getattr(asked, name) for name in SteerWatch.model_fields if name in asked.model_fields_set}
+Of = Callable[[_Column], Any]
+"""What is told of a column."""
+
+
+class _Entry:
+    """What one watch has read of one row."""
+
+    def __init__(self, asked: SteerWatch, place: Place, make: Make) -> None:
+        self._asked = {name: getattr(asked, name) for name in SteerWatch.model_fields if name in asked.model_fields_set}
+        self._before = None if place.before is None else _Column(place.before, make)
+        self._after = _Column(place.behind, make)
+
+    @property
+    def columns(self) -> list[_Column]:
+        return [column for column in (self._before, self._after) if column is not None]
+
+    def reply(self, of: Of) -> WatchValues:
+        before = None if self._before is None else of(self._before)
+        return WatchValues.model_construct(watch=self._asked, before=before, after=of(self._after))
+
+
+class _EditsEntry:
+    """What the edits of one row have found and done; null at tokens at which they have not acted."""
+
+    def __init__(self, edits: Sequence[Edit], rt: Runtime) -> None:
+        self._edits = edits
+        self._told = [_told(edit, rt) for edit in edits]
+        self._columns = [
+            {name: _Column((first, first + at), _acted if at else _share) for at, name in enumerate(_NUMBERS)}
+            for first in range(0, N_TOLD * len(edits), N_TOLD)
+        ]
+
+    @property
+    def columns(self) -> list[_Column]:
+        return [column for of_edit in self._columns for column in of_edit.values()]
+
+    def reply(self, of: Of) -> WatchValues:
+        edits = [
+            WatchedEdit.model_construct(
+                edit=edit.field,
+                id=edit.name or None,
+                **{name: of(columns[name]) if name in told else None for name in _NUMBERS},
+            )
+            for edit, told, columns in zip(self._edits, self._told, self._columns, strict=True)
+        ]
+        return WatchValues.model_construct(watch="edits", before=None, after=None, edits=edits)
+
+
+_NUMBERS = ("share", "before", "target", "after", "dose")
+
+
+def _told(edit: Edit, rt: Runtime) -> set[str]:
+    """Which of an edit's numbers mean something."""
+    if edit.do is Do.ADD:
+        return {"share", "dose"}
+    target = edit.target
+    is_read_again = not (isinstance(target, Feature) and rt.shelf.source(target.source).is_transcoder)
+    return {name for name in _NUMBERS if is_read_again or name != "after"}
+
+
+def _share(numbers: Numbers) -> float:
+    return float(numbers[0])
+
+
+def _acted(numbers: Numbers) -> float | None:
+    """numbers: the share, and what is told."""
+    share, number = numbers.tolist()
+    return number if share > 0 else None
 
 
 def _maker(watch: Watch, rt: Runtime) -> Make:

@@ -28,7 +28,7 @@ from neuronpedia_inference.schemas.common import (
 )
 from neuronpedia_inference.schemas.steer import AtMostMessages, Temperature
 from neuronpedia_inference.schemas.steering import Steering
-from neuronpedia_inference.schemas.watch import SteerRule, SteerWatch
+from neuronpedia_inference.schemas.watch import AskedWatch, SteerRule
 from neuronpedia_inference.schemas.words import problem
 from neuronpedia_inference.watches.plan import MAX_WATCHES
 from neuronpedia_inference.watches.rules import MAX_RULES
@@ -204,7 +204,7 @@ class Completing(Steering, Lenient):
         default=None, description="Texts that end an answer, and are no part of it; one may stand without a list."
     )
     response_format: ResponseFormat | None = Field(default=None, description="`text` is what is served.")
-    watch: Annotated[Many[SteerWatch], AtMost(MAX_WATCHES)] | None = Field(
+    watch: Annotated[Many[AskedWatch], AtMost(MAX_WATCHES)] | None = Field(
         default=None, description="What to read at every token of prompt and answer; comes under `interpretability`."
     )
     rules: Annotated[Many[SteerRule], AtMost(MAX_RULES)] | None = Field(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from neuronpedia_inference.schemas.common import IF_ANY, Reply
-from neuronpedia_inference.schemas.watch import SteerStop, SteerWatched
+from neuronpedia_inference.schemas.watch import SteerEvent, SteerStop, SteerWatched
 
 
 class Usage(Reply):
@@ -59,6 +59,9 @@ class Interpretability(Reply):
         default=None, description="What `watch` has read; in an event what it has read since the one before."
     )
     stopped_by: Annotated[SteerStop | None, IF_ANY] = Field(default=None, description="The rule that ended the answer.")
+    events: Annotated[list[SteerEvent] | None, IF_ANY] = Field(
+        default=None, description="What rules took back so far, in order; absent where no rule retries."
+    )
 
 
 FinishReason = Literal["stop", "length"]

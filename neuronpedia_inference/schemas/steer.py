@@ -29,11 +29,12 @@ from neuronpedia_inference.schemas.receipt import Receipt
 from neuronpedia_inference.schemas.steering import AtMostSteers, Method, Steering, Strength, StrengthMultiplier
 from neuronpedia_inference.schemas.vectors import Vector
 from neuronpedia_inference.schemas.watch import (
+    AskedWatch,
     NPLogprobTop,
     SteerEvent,
+    SteerOverDose,
     SteerRule,
     SteerStop,
-    SteerWatch,
     SteerWatched,
 )
 from neuronpedia_inference.watches.plan import MAX_WATCHES
@@ -236,8 +237,10 @@ class SteerRequest(Steering, TextOrChat):
     freq_penalty: FreqPenalty = 0.0
     seed: Seed = Field(default=16, description="Starts the random draws; fractions are cut off.")
     n_logprobs: NLogprobs = 0
-    watch: Annotated[Many[SteerWatch], AtMost(MAX_WATCHES)] | None = Field(
-        default=None, description="What to read at every token of prompt and text, in both texts."
+    watch: Annotated[Many[AskedWatch], AtMost(MAX_WATCHES)] | None = Field(
+        default=None,
+        description='What to read at every token of prompt and text, in both texts; "edits" for what every edit finds '
+        "and does.",
     )
     rules: Annotated[Many[SteerRule], AtMost(MAX_RULES)] | None = Field(
         default=None,
@@ -304,6 +307,10 @@ class SteerText(Reply):
     stopped_by: SteerStop | None = Field(default=None, description="With `finish_reason` `stop_rule`: by which rule.")
     events: list[SteerEvent] | None = Field(
         default=None, description="What rules took back, in order; null where no rule retries."
+    )
+    over_dose: list[SteerOverDose] | None = Field(
+        default=None,
+        description="With `max_dose` that warns: edits that wrote more so far, with their largest dose; else null.",
     )
     finish_reason: Literal["stop", "length", "stop_rule", "retry_exhausted"] | None = Field(
         default=None,

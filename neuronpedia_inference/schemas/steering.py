@@ -55,6 +55,20 @@ class SteerByVector(Ours):
     strength: Strength
 
 
+class MaxDose(Ours):
+    """A bound on the dose of every edit: the norm of what it writes at a token, by the norm of what was there before
+    the place's first edit."""
+
+    value: Annotated[float, Field(gt=0, le=MAX_STRENGTH)] = Field(description="The largest dose.")
+    then: Literal["warn", "clamp", "refuse"] = Field(
+        default="warn",
+        description="`warn`: the answer names the edits that wrote more, in `over_dose`. `clamp`: what an edit writes "
+        "is made as much smaller as it takes. `refuse`: nothing runs where an edit may write more: at any state where "
+        "that is known (doses, and factors along a direction), else at one of the place's typical norm "
+        "(`typical_norms` of /v1/capabilities), with the feature at its largest known activation.",
+    )
+
+
 class Steering(Ours):
     """`features`, `vectors` and `edits` act in this order; without any of them the model is as it is."""
 
@@ -69,3 +83,4 @@ class Steering(Ours):
     )
     method: Method = "SIMPLE_ADDITIVE"
     strength_multiplier: StrengthMultiplier = 1.0
+    max_dose: MaxDose | None = Field(default=None, description="How much an edit may write at a token; null for any.")

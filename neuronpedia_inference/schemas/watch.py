@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from neuronpedia_inference.schemas.common import AtMost, Many, Name, Ours, Reply, SourceName
 from neuronpedia_inference.schemas.conditions import Condition
@@ -43,6 +44,18 @@ class SteerWatch(Ours):
     top_n: Annotated[int, Field(ge=1)] = Field(
         default=3, description="With `lens`: tokens per block; the server's MAX_TOP_K is the most."
     )
+
+
+EDITS = "edits"
+
+
+def _watch(value: Any) -> Any:
+    if value == EDITS or isinstance(value, Mapping | SteerWatch):
+        return value
+    raise problem('a watch is an object with index, top_k, hook or lens, or "edits"')
+
+
+AskedWatch = Annotated[SteerWatch | Literal["edits"], BeforeValidator(_watch)]
 
 
 class SteerRule(Ours):
@@ -93,6 +106,15 @@ class SteerEvent(Reply):
     n_refused: int = Field(description="How many tokens were taken back.")
 
 
+class SteerOverDose(Reply):
+    """An edit that wrote more than `max_dose`."""
+
+    edit: str = Field(description='Which of the request, such as "edits.0" or "features.2".')
+    id: str | None = Field(default=None, description="Its `id`, where it has one.")
+    dose: float = Field(description="The largest that it wrote.")
+    position: int = Field(description="The token where it did, counted from the first of the prompt.")
+
+
 class WatchedFeature(Reply):
     """A feature that fires at a token."""
 
@@ -118,18 +140,49 @@ class WatchedLayer(Reply):
 Watched = float | list[WatchedFeature] | list[WatchedLayer] | list[float]
 
 
+class WatchedEdit(Reply):
+    """What one edit has found and done, a value for every token; null where it has not acted.
+
+    The number of a feature is its activation, of a vector the projection of what is there on its direction.
+    """
+
+    edit: str = Field(description='Which of the request, such as "edits.0" or "features.2".')
+    id: str | None = Field(default=None, description="Its `id`, where it has one.")
+    share: list[float] = Field(
+        description="How much it has acted, from 0 to 1: by its selection, with a ramp, and its condition."
+    )
+    before: list[float | None] | None = Field(
+        default=None, description="The number that it has read. Null of `add`, which reads none."
+    )
+    target: list[float | None] | None = Field(
+        default=None, description="What the number was to become where the edit acts wholly. Null of `add`."
+    )
+    after: list[float | None] | None = Field(
+        default=None,
+        description="The number read again behind all edits of its place. It need not be the target, because encoder "
+        "columns are not decoder rows. Null of `add`, and of transcoders, which read elsewhere.",
+    )
+    dose: list[float | None] = Field(
+        description="The norm of what it has written, by that of what was there before the place's first edit."
+    )
+
+
 class WatchValues(Reply):
     """What one watch has read, a value for every token."""
 
-    watch: SteerWatch = Field(description="As it was asked for.")
+    watch: SteerWatch | Literal["edits"] = Field(description="As it was asked for.")
     before: list[Watched] | None = Field(
         default=None, description="What came to that place, where this text is steered there; null where it is not."
     )
-    after: list[Watched] = Field(
+    after: list[Watched] | None = Field(
+        default=None,
         description="What the rest of the model read: the activation of `index`, the features of `top_k`, strongest "
         "first, the vector at `hook`, or a list with every layer of `lens`. The value at a token is the one where that "
         "token is the input, as "
-        "`activations` gives on the finished text."
+        "`activations` gives on the finished text. Null of `edits`.",
+    )
+    edits: list[WatchedEdit] | None = Field(
+        default=None, description="Of `edits`: every edit of this text, in their order. Else null."
     )
 
 

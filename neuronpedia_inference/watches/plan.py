@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, chain
 
 from neuronpedia_inference.domain import Lens, Source
+from neuronpedia_inference.edits.plan import N_TOLD
 from neuronpedia_inference.engine.points import RESID_POST, Point
 
 MAX_WATCHES = 64
@@ -93,8 +94,13 @@ class WatchLens:
     reads: tuple[LensRead, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class WatchEdits:
+    """What the edits of a text find and do: N_TOLD numbers of each, in front of all others."""
+
+
 Read = FeaturesRead | TopRead | VectorRead | LensRead
-Watch = WatchFeature | TopRead | VectorRead | WatchLens
+Watch = WatchFeature | TopRead | VectorRead | WatchLens | WatchEdits
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +138,23 @@ class WatchPlan:
         """Whether it is read twice in a text that is edited at these points: before the edits, and behind them."""
         return self.shows_before and read.point in edited
 
-    def n_numbers(self, edited: Collection[Point]) -> int:
-        """Of one position of a text that is edited at these points."""
-        return sum(self._n_numbers(read, edited) for read in self.reads)
+    def n_numbers(self, edited: Collection[Point], n_edits: int = 0) -> int:
+        """Of one position of a text with so many edits, at these points."""
+        return self._n_told(n_edits) + sum(self._n_numbers(read, edited) for read in self.reads)
 
-    def places(self, edited: Collection[Point]) -> list[Place]:
+    def places(self, edited: Collection[Point], n_edits: int = 0) -> list[Place]:
         """Of every watch, in the row of one position of such a text."""
-        starts = accumulate((self._n_numbers(read, edited) for read in self.reads), initial=0)
+        starts = accumulate((self._n_numbers(read, edited) for read in self.reads), initial=self._n_told(n_edits))
         start_of: dict[Read, int] = dict(zip(self.reads, starts, strict=False))
-        return [self._place(one, start_of, edited) for one in self.watches]
+        told = Place(tuple(range(self._n_told(n_edits))), None)
+        return [told if isinstance(one, WatchEdits) else self._place(one, start_of, edited) for one in self.watches]
+
+    @property
+    def tells_edits(self) -> bool:
+        return any(isinstance(one, WatchEdits) for one in self.watches)
+
+    def _n_told(self, n_edits: int) -> int:
+        return N_TOLD * n_edits if self.tells_edits else 0
 
     @property
     def whole(self) -> list[Source]:
@@ -183,6 +197,6 @@ class WatchPlan:
 
 def _reads(one: Watch) -> tuple[Read, ...]:
     """Of what is not read together with others."""
-    if isinstance(one, WatchFeature):
+    if isinstance(one, WatchFeature | WatchEdits):
         return ()
     return one.reads if isinstance(one, WatchLens) else (one,)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.edits.plan import Do
-from neuronpedia_inference.edits.rows import RowEdit
 from neuronpedia_inference.edits.select import Phase, Selection
 from neuronpedia_inference.edits.table import EditTable
 from neuronpedia_inference.engine.protocol import RowId, RowSpec
@@ -307,17 +306,14 @@ def test_an_edit_says_what_it_found_and_what_became_of_it() -> None:
     of, h = sae("jumprelu", size=3.0), states()
     index = int((of.encode(h) > 0).sum(0).argmax())
     hands = [Hand(Do.ADD, 1, PLACE, 2.0, of=of, index=1), Hand(Do.CLAMP, 1, PLACE, 6.0, of=of, index=index)]
-    told: list[Any] = []
-
-    class Notes:
-        def edited(self, row: int, edit: RowEdit, before: Tensor, target: Tensor, after: Tensor) -> None:
-            told.append((row, edit, before, target, after))
-
+    told: list[Tensor] = []
     edits = [hand.resolved() for hand in hands]
     found = h + 2.0 * of.W_dec[1]
-    changed = EditTable([[], edits])(torch.stack([h, h]), None, Notes())
-    ((row, edit, before, target, afterwards),) = told
-    assert (row, edit) == (1, edits[1])
+    table = EditTable([[], edits])
+    changed = table(torch.stack([h, h]), None, lambda numbers, norm: told.append(numbers))
+    assert list(table.places(1)) == edits
+    share, before, target, afterwards, _ = told[0][1, :, table.places(1)[edits[1]]].unbind(-1)
+    assert bool((share == 1).all())
     assert close(before, of.encode(found)[:, index])
     assert bool((target == 6.0).all())
     assert close(afterwards, of.encode(changed[1])[:, index])

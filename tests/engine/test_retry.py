@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from neuronpedia_inference.domain import Sampling
-from neuronpedia_inference.edits.plan import Do, Feature, Fires
+from neuronpedia_inference.edits.plan import N_TOLD, Do, Feature, Fires
 from neuronpedia_inference.engine.cache import MaskForm, RowCache
 from neuronpedia_inference.engine.generation import Lane
 from neuronpedia_inference.engine.points import Point
@@ -48,9 +48,9 @@ def with_rules(row: RowSpec, rules: Sequence[HandRule]) -> RowSpec:
         when = rule.when
         point = Point(when.layer, when.place)
         reading = ColumnsReading([_loaded(when.of, when.layer, when.place).feature(when.index)])
-        column = sum(one.n_numbers for one in watches)
+        column = sum(one.n_numbers for one in watches) + row.tells_edits * N_TOLD * len(row.edits)
         watches.append(Watch(point, reading, before=point in edited))
-        fires = Fires(Feature("1-t", when.index), when.above, n_tokens=when.n_tokens)
+        fires = Fires(Feature(f"{len(texts)}-t", when.index), when.above, n_tokens=when.n_tokens)
         retry = Retry(rule.back, rule.times) if rule.back else None
         texts.append(TextRule(fires, retry, {fires: column}, frozenset()))
     return replace(row, watches=tuple(watches), rules=tuple(texts))

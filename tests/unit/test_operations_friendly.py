@@ -193,7 +193,7 @@ def test_steer_compares_by_default():
     assert prompt.strings == ("<s>", "one")
     assert plans == [Plan((Edit(Do.ADD, Feature("3-att", 2), 3.0),)), None]
     assert sampling == Sampling(32, seed=16)
-    null = ("messages", "logprobs", "watch", "judge", "stopped_by", "events")
+    null = ("messages", "logprobs", "watch", "judge", "stopped_by", "events", "over_dose")
     nothing_else = dict.fromkeys(null) | {"finish_reason": "length"}
     assert answer == {
         "steered": {"text": " steered", "tokens": [" steered"], **nothing_else},

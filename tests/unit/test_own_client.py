@@ -343,3 +343,21 @@ def test_an_address_without_a_scheme_is_refused_and_keys_are_not_shown() -> None
     with pytest.raises(InvalidRequest, match="begins neither with"):
         ni.connect("localhost:5002")
     assert "sesame" not in repr(ni.connect("http://127.0.0.1:1", "sesame"))
+
+
+def test_rules_bounds_and_what_edits_did_pass_through() -> None:
+    rules = [{"when": {"feature": "a/1", "above": 1}, "do": "retry", "back": 2}]
+    call = steer("a", MOON @ 1, watch=["edits", MOON], rules=rules, max_dose={"value": 1})
+    assert call.body["watch"] == ["edits", {"source": "10-res-4k", "index": 1608}]
+    assert (call.body["rules"], call.body["max_dose"]) == (rules, {"value": 1})
+    edit = {"edit": "features.0", "share": [1.0], "dose": [0.5], "before": None, "target": None, "after": None}
+    values = [{"watch": "edits", "before": None, "after": None, "edits": [edit]}]
+    text = {"text": " b", "watch": {"tokens": ["a"], "values": values}, "over_dose": [], "events": [{"rule": 0}]}
+    made = call.read({"steered": text, "default": None})
+    watch = made.steered.watch
+    assert watch is not None
+    assert watch.values[0].edits is not None
+    assert watch.values[0].edits[0].dose == (0.5,)
+    assert watch.values[0].name == "edits"
+    assert made.steered.events == ({"rule": 0},)
+    assert Result.from_json(made.to_json()) == made

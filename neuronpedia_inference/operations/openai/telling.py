@@ -83,9 +83,9 @@ def interpreted(row: Transcript, *, newest: bool) -> Interpretability | None:
     if row.watched is not None:
         watched = row.watched.newest() if newest else row.watched.so_far()
     stop = stopped_by(row)
-    if watched is None and stop is None:
+    if watched is None and stop is None and row.events is None:
         return None
-    return Interpretability.model_construct(watch=watched, stopped_by=stop)
+    return Interpretability.model_construct(watch=watched, stopped_by=stop, events=row.events)
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob], n_top: int) -> ChatLogprobs:
