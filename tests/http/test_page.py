@@ -435,7 +435,7 @@ def test_axe_finds_nothing_serious_and_nothing_is_cut_off(
     with visiting(chromium, server.url, bypass_csp=True, color_scheme=scheme, viewport=size) as visit:
         page = visit.open()
         visit.rested()
-        for place in ("#explore", STEER[1:] + "&go=1", f"#chat?f={ECONOMY}%4045"):
+        for place in ("#explore", STEER[1:] + "&go=1", f"#chat?f={ECONOMY}%4045", "#lens?text=I+am", "#sweep"):
             page.evaluate("place => { location.hash = place }", place)
             visit.rested()
             assert visit.violations() == [], place
