@@ -9,12 +9,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neuronpedia_inference import __version__
 from neuronpedia_inference.cli import catalogue, replay, words
 from neuronpedia_inference.cli.loaded import load, ready_line, server_at
 from neuronpedia_inference.cli.options import DeviceOption, ModelOption, SetOption, SetsOption, settings_of
@@ -56,7 +56,7 @@ app = typer.Typer(
 
 def _say_version(asked: bool) -> None:
     if asked:
-        line(f"neuronpedia-inference {version('neuronpedia-inference')}")
+        line(f"neuronpedia-inference {__version__}")
         raise typer.Exit
 
 

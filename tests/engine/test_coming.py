@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from neuronpedia_inference import downloads
+from neuronpedia_inference.checks import verify
+from neuronpedia_inference.checks.questions import NOT_HERE
 from neuronpedia_inference.errors import InferenceError, SourceComing, StartupError
 from neuronpedia_inference.operations import OPERATIONS
 from neuronpedia_inference.operations.rendering import json_pieces
@@ -62,7 +64,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 
 def settings(model: Path) -> Settings:
-    return Settings.read(model_id=str(model), sae_sets=SETS, device="cpu", max_tokens=64, token_limit=32)
+    return Settings.read(model_id=str(model), sae_sets=SETS, device="cpu", max_tokens=400, token_limit=200)
 
 
 def values(runtime: Runtime, name: str) -> torch.Tensor:
@@ -101,6 +103,8 @@ def test_others_are_served_meanwhile_and_no_set_in_part(hub: Path, gate: threadi
     answered(runtime, "activations", **asks, source="0-t", source_set="t")
     with pytest.raises(SourceComing):
         answered(runtime, "steer", **asks, max_new_tokens=2, features=[{"index": 3, "strength": 1.0}])
+    checks = {check.name: check for check in asyncio.run(verify(runtime)).checks}
+    assert [checks[f"features of {name}"].skipped for name in ("1-t", "2-t")] == [NOT_HERE, NOT_HERE]
     gate.set()
     until(lambda: not runtime.shelf.coming)
     assert [source.name for source in runtime.shelf.sources] == ["0-t", "1-t", "2-t"]

@@ -105,7 +105,7 @@ def test_words_may_have_hyphens_and_underscores(server: Served) -> None:
 
 
 def test_the_version_is_said() -> None:
-    assert CliRunner().invoke(app, ["--version"]).stdout == "neuronpedia-inference 0.1.0\n"
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"neuronpedia-inference {ni.__version__}\n"
 
 
 @pytest.mark.parametrize(
