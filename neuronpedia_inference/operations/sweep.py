@@ -145,7 +145,8 @@ async def _written(sweep: Sweep, generation: Generation, rt: Runtime) -> list[Sw
         return [_cell(*pair, None) for pair in zip(story.rows, generation.cells, strict=True)]
     generation.stay.close()  # what it held is free for what judges it
     judging = partial(judge, story, rt, reproducible=sweep.request.reproducible, features=features)
-    found = await _once_there_is_room(judging, rt)
+    with generation.stay:
+        found = await _once_there_is_room(judging, rt)
     return [
         _cell(row, cell, [of_row[features.index(one)] for one in sweep.read_of(cell)])
         for row, cell, of_row in zip(story.rows, generation.cells, found, strict=True)

@@ -36,7 +36,8 @@ class Stay:
             self.close()
 
     def close(self) -> None:
-        """May be called again without effect."""
+        """May be called again without effect. What is admitted later is held until it is closed again."""
+        self._works.clear()
         self._held.close()
 
     def hold(self, work: Future[Any], permit: Held) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -162,6 +163,18 @@ def test_others_have_their_turns_between_two_generations(serve: Serve, runtime: 
     thread.join(300)
     assert answer.status_code == 200
     assert ended == ["short", "sweep"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_sweep_waits_for_nothing_that_it_holds_itself(
+    http: httpx.Client, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Two of them would wait for each other."""
+    monkeypatch.setattr(runtime._admission, "bounds", replace(runtime._admission.bounds, requests=1))
+    answer = http.post("/v1/sweep", json={**BODY, "max_new_tokens": 2, "stream": stream})
+    assert answer.status_code == 200
+    assert answer.text.count('"logprob_per_token"') == 20
+    assert "error" not in answer.text
 
 
 @pytest.mark.parametrize(
