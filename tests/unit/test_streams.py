@@ -19,7 +19,7 @@ def test_an_ascii_stream_gets_what_ascii_can_say() -> None:
 
 
 def test_json_stays_json_in_ascii() -> None:
-    code = "from neuronpedia_inference import cli; cli._open_streams(); cli.output.print_json({'é': '’'})"
+    code = "from neuronpedia_inference import cli; cli.open_streams(); cli.output.print_json({'é': '’'})"
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == {"é": "’"}
