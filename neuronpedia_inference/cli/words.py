@@ -134,7 +134,7 @@ def sweep(
     """
     [named], numbers = _features([feature]), _numbers(strengths)
     settings = settings_of(set_, model_id=model_id, sae_sets=sae_sets, device=device)
-    drawn = {"max_new_tokens": tokens, "temperature": temperature, "seed": seed}
+    drawn = {"max_new_tokens": tokens, "temperature": temperature, "seeds": None if seed is None else [seed]}
     with service(url, settings) as asked, working("Writing"):
         found = asked.sweep(_text(prompt), named, numbers, **drawn)
     _show(found, as_json=as_json)

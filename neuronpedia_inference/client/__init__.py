@@ -29,7 +29,8 @@ from neuronpedia_inference.client.results import (
 )
 from neuronpedia_inference.client.session import AsyncChat, AsyncClient, Chat, Client
 from neuronpedia_inference.client.steering import FeatureName, Steering, Vector, When
-from neuronpedia_inference.client.written import Steered, Sweep
+from neuronpedia_inference.client.swept import Scores, Sweep
+from neuronpedia_inference.client.written import Steered
 
 __all__ = [
     "ActiveFeature",
@@ -45,6 +46,7 @@ __all__ = [
     "Features",
     "FoundFeature",
     "Result",
+    "Scores",
     "SearchResults",
     "Steered",
     "Steering",

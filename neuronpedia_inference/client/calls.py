@@ -17,6 +17,7 @@ from neuronpedia_inference.client.results import (
     TopFeatures,
 )
 from neuronpedia_inference.client.steering import FeatureName, OfFeature, Steering, Vector
+from neuronpedia_inference.client.swept import Scored, Scores, Sweep, SweepCell
 from neuronpedia_inference.client.written import Steered
 from neuronpedia_inference.schemas.vectors import as_base64
 
@@ -106,6 +107,45 @@ def steer(
 def replay(receipt: Answer) -> Call[Replay]:
     was = receipt_in(receipt)
     return Call(was["operation"], body_of(was), lambda answer: compared(was, receipt_in(answer)))
+
+
+Makers = OfFeature | Steering | Sequence[OfFeature | Steering]
+"""What is swept: features are added, steerings multiplied."""
+
+
+def sweep(prompt: str | Sequence[str], makers: Makers, strengths: Sequence[float], **fields: Any) -> Call[Sweep]:
+    """By features alone, or by steerings, features among them being added once."""
+    several = [makers] if isinstance(makers, OfFeature | Steering) else list(makers)
+    features = [one for one in several if isinstance(one, OfFeature)]
+    if len(features) == len(several):
+        what: dict[str, Any] = {"features": [{"source": one.source, "index": one.index} for one in features]}
+    else:
+        steerings = [one if isinstance(one, Steering) else one @ 1 for one in several]
+        what = {"steerings": [one.body() for one in steerings]}
+    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+    names = tuple(one.name if isinstance(one, OfFeature) else repr(one) for one in several)
+    body = {"prompt": prompt if isinstance(prompt, str) else list(prompt), **what, "strengths": list(strengths)}
+    return Call("sweep", {**body, **_given(fields)}, lambda answer: _sweep(answer, prompts, names))
+
+
+def _sweep(answer: Answer, prompts: tuple[str, ...], names: tuple[str, ...]) -> Sweep:
+    texts, default = (tuple(map(SweepCell.of, answer[side])) for side in ("cells", "default"))
+    suggested = () if answer["suggested"] is None else tuple(answer["suggested"]["strengths"])
+    return Sweep(prompts, names, texts, default, suggested)
+
+
+def score(prompt: str, continuations: Sequence[str], steering: Steering | None, **fields: Any) -> Call[Scores]:
+    chosen = (steering or Steering()).body()
+    body = {"prompt": prompt, "continuations": list(continuations), **chosen, **_given(fields)}
+    return Call("score", body, lambda answer: _scores(answer, prompt, continuations))
+
+
+def _scores(answer: Answer, prompt: str, continuations: Sequence[str]) -> Scores:
+    def one(text: str, result: Mapping[str, Any]) -> Scored:
+        known = {name: result[name] for name in ("logprob", "logprob_per_token", "is_greedy")}
+        return Scored(text, **known, tokens=tuple(result["tokens"]), logprobs=tuple(result["logprobs"]))
+
+    return Scores(prompt, tuple(one(*pair) for pair in zip(continuations, answer["results"], strict=True)))
 
 
 def _watch(one: OfFeature | Answer | str) -> dict[str, Any] | str:

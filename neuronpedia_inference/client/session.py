@@ -20,13 +20,12 @@ from neuronpedia_inference.client.results import (
     TopFeatures,
 )
 from neuronpedia_inference.client.steering import OfFeature, Steering, Vector
+from neuronpedia_inference.client.swept import Scores, Sweep
 from neuronpedia_inference.client.transports import AsyncTransport, Transport
-from neuronpedia_inference.client.written import Steered, Sweep, SweepCell
+from neuronpedia_inference.client.written import Steered
 from neuronpedia_inference.errors import InvalidRequest
 
 Out = TypeVar("Out")
-Maker = OfFeature
-"""What `@ strength` makes a steering of."""
 
 
 class Client:
@@ -128,13 +127,18 @@ class Client:
         """Run a receipt again, or an answer that has one, and compare. Raises InvalidRequest for what is neither."""
         return self._ask(calls.replay(receipt))
 
-    def sweep(self, prompt: str, maker: Maker, strengths: Sequence[float], **fields: Any) -> Sweep:
-        """The same prompt steered by a feature at several strengths, and plain."""
-        steered = [
-            self.steer(prompt, maker @ strength, compare=place == 0, **fields)
-            for place, strength in enumerate(strengths)
-        ]
-        return swept(prompt, strengths, steered)
+    def sweep(
+        self, prompt: str | Sequence[str], makers: calls.Makers, strengths: Sequence[float], **fields: Any
+    ) -> Sweep:
+        """The same prompts steered at several strengths by features or steerings, each by itself, and plain; with the
+        strength that is best of them. `seeds=[1, 2]` for several texts of each."""
+        return self._ask(calls.sweep(prompt, makers, strengths, **fields))
+
+    def score(
+        self, prompt: str, continuations: Sequence[str], steering: Steering | None = None, **fields: Any
+    ) -> Scores:
+        """How likely the model finds continuations, steered or plain."""
+        return self._ask(calls.score(prompt, continuations, steering, **fields))
 
     def corpus(self, texts: Iterable[str], to: str | Path, *, say: Say = quiet, **fields: Any) -> int:
         """The features of every text, a line each in the file `to`, which is gone on with where it was left.
@@ -276,13 +280,18 @@ class AsyncClient:
         """Run a receipt again, or an answer that has one, and compare. Raises InvalidRequest for what is neither."""
         return await self._ask(calls.replay(receipt))
 
-    async def sweep(self, prompt: str, maker: Maker, strengths: Sequence[float], **fields: Any) -> Sweep:
-        """The same prompt steered by a feature at several strengths, and plain."""
-        steered = [
-            await self.steer(prompt, maker @ strength, compare=place == 0, **fields)
-            for place, strength in enumerate(strengths)
-        ]
-        return swept(prompt, strengths, steered)
+    async def sweep(
+        self, prompt: str | Sequence[str], makers: calls.Makers, strengths: Sequence[float], **fields: Any
+    ) -> Sweep:
+        """The same prompts steered at several strengths by features or steerings, each by itself, and plain; with the
+        strength that is best of them. `seeds=[1, 2]` for several texts of each."""
+        return await self._ask(calls.sweep(prompt, makers, strengths, **fields))
+
+    async def score(
+        self, prompt: str, continuations: Sequence[str], steering: Steering | None = None, **fields: Any
+    ) -> Scores:
+        """How likely the model finds continuations, steered or plain."""
+        return await self._ask(calls.score(prompt, continuations, steering, **fields))
 
     async def corpus(self, texts: Iterable[str], to: str | Path, *, say: Say = quiet, **fields: Any) -> int:
         """The features of every text, a line each in the file `to`, which is gone on with where it was left.
@@ -333,12 +342,3 @@ def turns_after(turns: Sequence[dict[str, str]], answered: Steered) -> list[dict
     if answered.steered.messages is not None:
         return [dict(message) for message in answered.steered.messages]
     return [*turns, {"role": "assistant", "content": answered.steered.text}]
-
-
-def swept(prompt: str, strengths: Sequence[float], steered: Sequence[Steered]) -> Sweep:
-    """Texts of the same prompt as one value; the first of them was compared with the plain one."""
-    default = steered[0].default if steered else None
-    texts = tuple(
-        SweepCell(float(strength), one.steered.text) for strength, one in zip(strengths, steered, strict=True)
-    )
-    return Sweep(prompt, "" if default is None else default.text, texts)

@@ -1,9 +1,8 @@
-"""Results about texts that the model wrote: steered and plain, with what was watched, and at several strengths."""
+"""Results about texts that the model wrote: steered and plain, with what was watched."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from neuronpedia_inference.client import html
@@ -161,30 +160,3 @@ class Steered(Result):
             )
             parts.append((name, prompt + html.text(text.text) + strips))
         return html.page(html.heading(repr(self.steering or Steering())), html.columns(parts))
-
-
-@dataclass(frozen=True)
-class SweepCell:
-    """A text at one strength."""
-
-    strength: float
-    text: str
-
-
-@dataclass(frozen=True, repr=False)
-class Sweep(Result):
-    """The same prompt at several strengths; `default` is what the model writes by itself."""
-
-    prompt: str
-    default: str
-    texts: tuple[SweepCell, ...] = field(default=())
-
-    def __repr__(self) -> str:
-        return f"Sweep({self.prompt!r}, {len(self.texts)} strengths)"
-
-    def __iter__(self) -> Iterator[SweepCell]:
-        return iter(self.texts)
-
-    def cells(self) -> Cells:
-        plain = {"strength": 0.0, "text": self.default}
-        return [plain, *({"strength": one.strength, "text": one.text} for one in self.texts)]

@@ -70,6 +70,8 @@ ASKS: dict[str, Callable[[Any], Any]] = {
     "edits": lambda m: m.steer(PROMPT, ECONOMY.clamp(60).on(phase="generated"), watch=[ECONOMY], max_new_tokens=4),
     "steer a chat": lambda m: m.steer([{"role": "user", "content": "Hi"}], ECONOMY @ 70, max_new_tokens=3),
     "sweep": lambda m: m.sweep(PROMPT, ECONOMY, [20, 70], max_new_tokens=4),
+    "sweep of steerings": lambda m: m.sweep([PROMPT], [ECONOMY.clamp(1), ECONOMY], [30, 60], max_new_tokens=3),
+    "score": lambda m: m.score(PROMPT, [" love.", " money"], ECONOMY @ 60),
 }
 
 

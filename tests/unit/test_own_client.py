@@ -32,7 +32,8 @@ from neuronpedia_inference.client.results import (
     TopFeatures,
 )
 from neuronpedia_inference.client.steering import FeatureName, Steering, Vector
-from neuronpedia_inference.client.written import Steered, Sweep, SweepCell, Text, Watched, WatchValues
+from neuronpedia_inference.client.swept import Scored, Scores, Sweep, SweepCell
+from neuronpedia_inference.client.written import Steered, Text, Watched, WatchValues
 from neuronpedia_inference.errors import InferenceError, InvalidRequest, LimitExceeded, Overloaded
 from neuronpedia_inference.operations import InvalidBody
 from neuronpedia_inference.schemas import steering as wire
@@ -83,7 +84,14 @@ RESULTS: list[Result] = [
         Text(" not"),
         MOON @ 60 + Vector([0.5, 1], "blocks.1.hook_resid_post") @ 2,
     ),
-    Sweep("I think", " plain", (SweepCell(10.0, " a"), SweepCell(20.0, " b"))),
+    Sweep(
+        ("I think http",),
+        ("10-res-4k/1608", "Steering(nothing)"),
+        (SweepCell(" a", 0, 0, 10.0, 1, "length", -1.5, 0.25, (2.0,)), SweepCell(" b", 0, 1, 20.0, 1)),
+        (SweepCell(" plain", seed=1, logprob_per_token=-1.0, repetition=0.0),),
+        (10.0, None),
+    ),
+    Scores("I think", (Scored(" so http", -3.0, -1.5, True, (" so", " http"), (-1.0, -2.0)),)),
 ]
 
 
