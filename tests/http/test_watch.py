@@ -184,7 +184,7 @@ def test_streams_tell_the_same(http: httpx.Client, watched: dict[str, Any]) -> N
         ({"source": SOURCE, "hook": HOOK}, "watch.0: source does not go with hook"),
         ({"source": SOURCE, "index": 1, "layers": [1]}, "watch.0: layers does not go with index"),
         ({"lens": "LOGIT_LENS", "layers": []}, "name at least one of 0 to 29"),
-        ({"lens": "LOGIT_LENS", "layers": [1, 30]}, "30 is none of this model's"),
+        ({"lens": "LOGIT_LENS", "layers": [1, 30]}, "30 is none of this lens's"),
         ({"lens": "LOGIT_LENS", "top_n": 257}, "the most is 256"),
         ({"hook": "blocks.99.hook_resid_post"}, "layers 0 to 29"),
         ({"hook": "blocks.3.hook_resid_pst"}, "Unknown hook"),
