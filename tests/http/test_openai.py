@@ -10,7 +10,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from served import MODEL, SECRET, SOURCE, Served
+from served import MODEL, SECRET, SOON_S, SOURCE, Serve, Served, small_settings
+
+from neuronpedia_inference.runtime import Runtime
 
 FEATURE = {"source": SOURCE, "index": 1113, "strength": 70}
 STEERED = {"features": [FEATURE]}
@@ -153,6 +155,37 @@ def test_each_of_several_answers_has_the_seed_that_follows(client: openai.OpenAI
         assert content(alone) == choice.message.content
     unseeded = [content(client.chat.completions.create(**{**GREEDY, "temperature": 2})) for _ in range(2)]
     assert unseeded[0] != unseeded[1]
+
+
+@pytest.mark.long
+def test_two_hundred_streams_at_once_are_what_each_is_alone(runtime: Runtime, serve: Serve) -> None:
+    """Ten chats with steerings and seeds of their own, each twenty times over sixteen rows."""
+    words = ["cats", "rain", "bread", "money", "music", "trees", "chess", "the sea", "trains", "sleep"]
+    asked: list[dict[str, Any]] = [
+        {
+            **GREEDY,
+            "messages": [{"role": "user", "content": f"Tell me about {word}."}],
+            "max_tokens": 4 + place % 3,
+            "temperature": 0.7 * (place % 2),
+            "seed": place,
+            "extra_body": {"features": [{**FEATURE, "strength": 14 * place}]},
+        }
+        for place, word in enumerate(words)
+    ]
+
+    async def said(client: openai.AsyncOpenAI, body: dict[str, Any]) -> str:
+        stream = await client.chat.completions.create(**body, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def ask(url: str) -> tuple[list[str], list[str]]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=200, timeout=SOON_S) as client:
+            alone = [await said(client, body) for body in asked]
+            together = await asyncio.gather(*(said(client, body) for body in asked * 20))
+            return alone, together
+
+    alone, together = asyncio.run(ask(serve(small_settings(), lambda: runtime).url))
+    assert len(set(alone)) == len(words)
+    assert together == alone * 20
 
 
 def test_coroutines_and_streams_of_them(server: Served, said: dict[str, str]) -> None:
