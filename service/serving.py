@@ -195,6 +195,16 @@ class Serving:
         async for event in self._events("steer", jobs.merged(jobs.prompted(prompt), fields)):
             yield event
 
+    @modal.method()
+    async def score(self, prompt: str | list[Body] | Body, **fields: Any) -> Answer:
+        """How likely continuations are, token by token, under any steering. Fields: `ScoreRequest`."""
+        return await self._answer("score", jobs.prompted(prompt), fields)
+
+    @modal.method()
+    async def sweep(self, prompt: str | list[Body] | Body, **fields: Any) -> Answer:
+        """One prompt at several strengths and seeds. Fields: `SweepRequest`."""
+        return await self._answer("sweep", jobs.prompted(prompt), fields)
+
     # Methods of the wire: the body of the HTTP route, as one dictionary or as keywords
 
     @modal.method()

@@ -277,7 +277,7 @@ def test_importing_it_does_not_import_torch() -> None:
 
 def test_the_class_has_a_method_for_every_operation(defaults: Deployed) -> None:
     methods = set(defaults.function().definition.method_definitions)
-    assert methods - {"steer_stream", "answer_many", "capabilities", "serve"} == {
+    assert methods - {"steer_stream", "lens_prompt_stream", "answer_many", "capabilities", "serve"} == {
         operation.name for operation in OPERATIONS if not operation.off_modal_because
     }
 
