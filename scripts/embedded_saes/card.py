@@ -78,7 +78,34 @@ def render(metrics: dict[str, Any]) -> str:
         seconds=", ".join(f"{entry['seconds']} s" for entry in metrics["training"].values()),
         steps=", ".join(f"{entry['steps']:,}" for entry in metrics["training"].values()),
         **metrics["recipe"],
+        **about_jacobians(json.loads(embedded.JACOBIAN_METRICS.read_text(encoding="utf-8"))),
     )
+
+
+def about_jacobians(measured: dict[str, Any]) -> dict[str, Any]:
+    """What the card says of the Jacobian lens, by name."""
+    rows = [
+        [
+            layer,
+            f"{one['logit_lens']:.2%}",
+            f"{one['jacobian_lens']:.2%}",
+            f"{one['own']:.4f}",
+            f"{one['fitted']:.4f}",
+            "yes" if layer in measured["kept"] else "no",
+        ]
+        for layer, one in measured["layers"].items()
+    ]
+    fitted, held_out = measured["fitted"], measured["held_out"]
+    return {
+        "jacobian_layers": ", ".join(measured["kept"]),
+        "jacobian_positions": fitted["positions"],
+        "jacobian_texts": fitted["texts"],
+        "jacobian_tokens": fitted["tokens"],
+        "jacobian_sink": fitted["sink"],
+        "jacobian_held_out": held_out["positions"],
+        "jacobian_held_out_texts": held_out["texts"],
+        "jacobian_table": table(["block", "logit lens agrees", "Jacobian lens agrees", "own", "fitted", "ships"], rows),
+    }
 
 
 def numbers_table(sources: dict[str, dict[str, float]]) -> str:

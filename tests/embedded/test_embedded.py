@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from neuronpedia_inference import embedded
@@ -93,6 +94,52 @@ def test_numbers_meet_the_bars(source: str) -> None:
     assert numbers["fvu"] <= 0.25
     assert numbers["ce_recovered"] >= 0.90
     assert numbers["dead_share"] <= 0.10
+
+
+def test_jacobians_ship_where_their_lens_says_more() -> None:
+    measured = json.loads(embedded.JACOBIAN_METRICS.read_text(encoding="utf-8"))
+    shipped = load_file(embedded.JACOBIANS)
+    card = (PACKAGE / "MODEL_CARD.md").read_text(encoding="utf-8")
+    kept = [
+        layer
+        for layer, one in measured["layers"].items()
+        if one["jacobian_lens"] > one["logit_lens"] and min(one["own"], one["fitted"]) >= 0.9
+    ]
+    assert sorted(shipped) == kept == measured["kept"]
+    assert {(one.dtype, tuple(one.shape)) for one in shipped.values()} == {(torch.float16, (576, 576))}
+    for layer, one in measured["layers"].items():
+        assert f"| {layer} | {one['logit_lens']:.2%} | {one['jacobian_lens']:.2%} | {one['own']:.4f} |" in card
+
+
+@needs_weights
+def test_a_jacobian_is_what_later_blocks_do_to_small_changes(model: Any, tokenizer: Any) -> None:
+    """Central differences of the plain model, at one position of each row, on a text that nothing was fitted on."""
+    text = (HERE / "held_out_excerpt.txt").read_text(encoding="utf-8")
+    ids = tokenizer(text)["input_ids"][:96]
+    at = torch.arange(2, len(ids), 4)
+    places = torch.arange(len(at)), at
+    direction = torch.randn(576, generator=torch.Generator().manual_seed(2))
+    layer, matrix = max(load_file(embedded.JACOBIANS).items(), key=lambda one: int(one[0]))
+    blocks, seen = model.model.layers, list[Tensor]()
+
+    def changed(step: float) -> Tensor:
+        def change(_m: Any, _i: Any, output: Tensor) -> Tensor:
+            output = output.clone()
+            output[places] += step * direction
+            return output
+
+        hooks = [
+            blocks[int(layer)].register_forward_hook(change),
+            blocks[-1].register_forward_hook(lambda _m, _i, output: seen.append(output[places].mean(0))),
+        ]
+        with torch.no_grad():
+            model.model(torch.tensor([ids] * len(at)), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return seen.pop()
+
+    differences = (changed(0.05) - changed(-0.05)) / 0.1
+    assert float(torch.corrcoef(torch.stack([differences, matrix.float() @ direction]))[0, 1]) > 0.9
 
 
 def test_card_states_the_measured_numbers() -> None:

@@ -11,10 +11,12 @@ import httpx
 import pytest
 import torch
 from refusing import busy, no_jacobians
+from safetensors.torch import load_file
 from served import BOS, MODEL, Serve, Wrapped, small_settings
 from test_stream import FailingAfter
 from torch import Tensor
 
+from neuronpedia_inference import embedded
 from neuronpedia_inference.embedded.weights import model_folder
 from neuronpedia_inference.errors import EngineFailed
 from neuronpedia_inference.runtime import Runtime
@@ -267,6 +269,58 @@ def test_generated_tokens_are_steered_if_that_is_asked_for(http: httpx.Client, p
     assert ids != plain.greedy(ids[:n_prompt], 3, lambda _: {})
     states = plain.states(ids, {20: edit})
     compare(plain, told, {20: states[20], LAST: states[LAST]})
+
+
+# The Jacobian lens
+
+
+def fitted_matrices() -> dict[int, Tensor]:
+    """[d_out, d_in] by block, as they are shipped."""
+    return {int(name): matrix.float() for name, matrix in load_file(embedded.JACOBIANS).items()}
+
+
+def test_the_jacobian_lens_is_the_logit_lens_of_what_the_jacobian_gives(http: httpx.Client, plain: Plain) -> None:
+    jacobians = fitted_matrices()
+    fitted = sorted(jacobians)
+    told = whole(http, type=["JACOBIAN_LENS", "LOGIT_LENS", "JACOBIAN_LENS"], layers=[fitted[0], fitted[-1]])
+    assert told["meta"]["types"] == ["JACOBIAN_LENS", "LOGIT_LENS"]
+    states = plain.states(ids_of(told["tokens"]))
+    read = {layer: states[layer] @ jacobians[layer].T for layer in (fitted[0], fitted[-1])}
+    compare(plain, told["tokens"], {**read, LAST: states[LAST]})
+    compare(plain, told["tokens"], {layer: states[layer] for layer in (fitted[0], fitted[-1], LAST)}, 1)
+    whole_lens = whole(http, type=["JACOBIAN_LENS"])["meta"]["layers_by_type"]["JACOBIAN_LENS"]
+    assert whole_lens == [*fitted, LAST]
+
+
+def test_a_token_by_its_jacobian_is_steered_with(http: httpx.Client, plain: Plain) -> None:
+    jacobians = fitted_matrices()
+    layer = min(jacobians)
+    row = jacobians[layer].T @ plain.unit(" Paris")
+
+    def edit(hidden: Tensor) -> Tensor:
+        added = STRENGTH * hidden.norm(dim=-1, keepdim=True) * row / row.norm()
+        added[0] = 0
+        return hidden + added
+
+    steered = {"steer_tokens": [{"token": " Paris", "type": "JACOBIAN_LENS"}], "steer_strength": STRENGTH}
+    told = whole(http, layers=[layer], steer_layers=[layer], **steered)["tokens"]
+    states = plain.states(ids_of(told), {layer: edit})
+    compare(plain, told, {layer: states[layer], LAST: states[LAST]})
+
+
+def test_a_watch_reads_by_the_same_jacobian(http: httpx.Client, plain: Plain) -> None:
+    jacobians = fitted_matrices()
+    layer = min(jacobians)
+    body = {"prompt": PROMPT, "max_new_tokens": 2, "features": []}
+    watch = [{"lens": "JACOBIAN_LENS", "layers": [layer], "top_n": 3}]
+    answer = http.post("/v1/steer", json={**body, "watch": watch})
+    assert answer.status_code == 200, answer.text
+    text = answer.json()["default"] or answer.json()["steered"]
+    ids = plain.tokenizer("".join(text["watch"]["tokens"]))["input_ids"]
+    logprobs = plain.logits(plain.states(ids)[layer] @ jacobians[layer].T).log_softmax(-1)
+    for place, [of_layer] in enumerate(text["watch"]["values"][0]["after"]):
+        found = [one["logprob"] for one in of_layer["top"]]
+        assert found == pytest.approx(logprobs[place].topk(3).values.tolist(), abs=1e-3)
 
 
 # Prompts
