@@ -47,8 +47,7 @@ def rendered_chat(
     check_options(options)
     try:
         codec.check_chat(messages, limit=limit)
-        going_on = {"continue_final_message": True} if is_open else {}
-        text = codec.render(messages, generation_prompt=generation_prompt, options={**options, **going_on})
+        text = codec.render(messages, generation_prompt=generation_prompt, continues=is_open, options=options)
         tokens = codec.tokenize(text, "never", limit=limit, what="Rendered chat", refusal=refusal, cut=cut)
     except LimitExceeded:
         raise
