@@ -145,9 +145,9 @@ class Proof:
         position = int(found.positions[within])
         if position < 0:
             return None
-        norm, *numbers = found.numbers[within].tolist()
-        before, after, *activations = (None if math.isnan(one) else one for one in numbers)
-        return Moment(position, self._tokens[position], before, after, norm, *activations)
+        norm, before, after, *activations = found.numbers[within].tolist()
+        read = (None if math.isnan(one) else one for one in activations)
+        return Moment(position, self._tokens[position], before, after, norm, *read)
 
 
 class _Found:
@@ -188,7 +188,7 @@ class _Place:
         norms = np.maximum(sides[is_generated, 0, :1], np.finfo(np.float32).tiny)
         self.doses += (change[is_generated] / norms).sum(axis=0)
         self.n_generated += int(is_generated.sum())
-        some = acted.any(axis=0)
+        some = np.asarray(acted.any(axis=0))
         self._note(self.first, some & (self.first.positions < 0), acted.argmax(axis=0), at, sides)
         self._note(self.last, some, len(at) - 1 - acted[::-1].argmax(axis=0), at, sides)
 
