@@ -26,6 +26,7 @@ from neuronpedia_inference.schemas.common import (
     examples,
     spellings,
 )
+from neuronpedia_inference.schemas.judge import Judge
 from neuronpedia_inference.schemas.steer import AtMostMessages, Temperature
 from neuronpedia_inference.schemas.steering import Steering
 from neuronpedia_inference.schemas.watch import AskedWatch, SteerRule
@@ -210,12 +211,20 @@ class Completing(Steering, Lenient):
     rules: Annotated[Many[SteerRule], AtMost(MAX_RULES)] | None = Field(
         default=None, description="When to end early. A token is sent once the rules have seen it."
     )
+    judge: Judge = False
+    receipt: bool = Field(
+        default=False,
+        description="Also tell what the text depended on, with proof that every edit acted, as "
+        "`interpretability.receipt`. Of one text, so without `n` or several prompts.",
+    )
     reproducible: Reproducible = False
 
     @model_validator(mode="after")
     def _stream_what_is_streamed(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise problem("stream_options: goes with stream")
+        if self.receipt and self.n > 1:
+            raise problem(f"receipt: is of one text, and n is {self.n}: ask for them one by one")
         if self.reproducible and self.seed is None and self.temperature > 0:
             raise problem("reproducible: needs a seed, or temperature 0")
         if any(not key.isascii() or not key.isdecimal() for key in self.logit_bias or ()):

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from neuronpedia_inference.schemas.common import IF_ANY, Reply
+from neuronpedia_inference.schemas.judge import SteerJudge
+from neuronpedia_inference.schemas.receipt import Receipt
 from neuronpedia_inference.schemas.watch import SteerEvent, SteerStop, SteerWatched
 
 
@@ -59,11 +61,22 @@ class Interpretability(Reply):
         default=None, description="What `watch` has read; in an event what it has read since the one before."
     )
     stopped_by: Annotated[SteerStop | None, IF_ANY] = Field(default=None, description="The rule that ended the answer.")
+    judge: Annotated[SteerJudge | None, IF_ANY] = Field(
+        default=None, description="How well it holds; of a stream in an event of its own, once all have ended."
+    )
     events: Annotated[list[SteerEvent] | None, IF_ANY] = Field(
         default=None, description="What rules took back so far, in order; absent where no rule retries."
     )
 
 
+class Accounted(Reply):
+    """What is told of all that was written."""
+
+    receipt: Receipt = Field(description="What the text depended on, with proof that every edit acted.")
+
+
+Account = Annotated[Accounted | None, IF_ANY]
+ACCOUNT = Field(default=None, description="The receipt, if asked for; of a stream in an event without choices.")
 FinishReason = Literal["stop", "length"]
 WHY = "`stop` at the end of a turn, at a stop string or by a rule, `length` at the most tokens; null while it goes on."
 Interpreted = Annotated[Interpretability | None, IF_ANY]
@@ -99,6 +112,7 @@ class ChatCompletionResponse(Reply):
     model: str = Field(description="The model, with its variant.")
     choices: list[ChatChoice] = Field(description="The answers.")
     usage: Usage = Field(description="Tokens.")
+    interpretability: Account = ACCOUNT
 
 
 class Delta(Reply):
@@ -128,6 +142,7 @@ class ChatCompletionChunk(Reply):
     model: str = Field(description="The model, with its variant.")
     choices: list[ChatChunkChoice] = Field(description="One; none in the event that counts the tokens.")
     usage: Annotated[Usage | None, IF_ANY] = Field(default=None, description="Tokens, in the last event if asked for.")
+    interpretability: Account = ACCOUNT
 
 
 class TextChoice(Reply):
@@ -151,6 +166,7 @@ class CompletionResponse(Reply):
     usage: Annotated[Usage | None, IF_ANY] = Field(
         default=None, description="Tokens; of a stream in its last event, if asked for."
     )
+    interpretability: Account = ACCOUNT
 
 
 class ModelReply(Reply):

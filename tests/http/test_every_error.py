@@ -49,6 +49,10 @@ class Here:
         with self.server.client() as client:
             return client.request(method, path, json={**SINGLE, **changes})
 
+    def completing(self, body: dict[str, str]) -> httpx.Response:
+        with self.server.client() as client:
+            return client.post("/v1/completions", json=body)
+
     def failing(self, failure: Exception) -> httpx.Response:
         """The worker raises it while it works on a question."""
         served = self.serve(small_settings(), lambda: Wrapped(self.runtime, ask=partial(raising, failure)))
@@ -118,6 +122,7 @@ def unknown_hook(here: Here) -> httpx.Response:
 WAYS: dict[str, Callable[[Here], httpx.Response]] = {
     "invalid_request": lambda here: here.asked(index="4096"),
     "no_jacobian_lens": lambda here: no_jacobians(here.runtime, here.serve),
+    "model_not_found": lambda here: here.completing({"model": "nobody", "prompt": "a"}),
     "busy": lambda here: busy(here.runtime, here.serve),
     "limit_exceeded": lambda here: here.asked(prompt="word " * 200),
     "malformed_http": lambda here: sent(here.server, b"\x16\x03\x01 hello\r\n\r\n"),
@@ -155,6 +160,9 @@ def test_an_error_comes_as_documented(
 ) -> None:
     answer = WAYS[code](Here(server, locked_server, runtime, serve))
     body = answer.json()
+    if isinstance(body["error"], dict):  # as OpenAI's routes tell it
+        told = body["error"]
+        body = {"error": told["message"], "code": told["code"], "request_id": answer.headers["x-request-id"]}
     assert (body["code"], answer.status_code) == (code, documented_errors()[code])
     assert isinstance(body["error"], str)
     assert body["error"]

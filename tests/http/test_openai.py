@@ -12,6 +12,7 @@ import openai
 import pytest
 from served import MODEL, SECRET, SOON_S, SOURCE, Serve, Served, small_settings
 
+from neuronpedia_inference.client.replays import body_of, compared, receipt_in
 from neuronpedia_inference.runtime import Runtime
 
 FEATURE = {"source": SOURCE, "index": 1113, "strength": 70}
@@ -268,6 +269,60 @@ def test_echoed_prompts_are_as_likely_as_our_own_route_finds_them(client: openai
 
 
 # Models and errors
+
+
+def test_texts_are_judged_as_our_own_route_judges_them(client: openai.OpenAI, http: httpx.Client) -> None:
+    asked = {"prompt": CHAT, "features": [FEATURE], "max_new_tokens": 8, "judge": True, "compare": False}
+    own = http.post("/v1/steer", json=asked).json()["steered"]["judge"]
+    extra = {**STEERED, "judge": True}
+    whole = client.chat.completions.create(**GREEDY, n=2, extra_body=extra)
+    events = list(client.chat.completions.create(**GREEDY, n=2, stream=True, extra_body=extra))
+    streamed = [one for event in events for one in event.choices if getattr(one, "interpretability", None)]
+    for found in (whole.choices, streamed):
+        assert [one.index for one in found] == [0, 1]
+        for one in found:
+            judge: Any = getattr(one, "interpretability", None)
+            assert judge["judge"]["dose"] == pytest.approx(own["dose"], rel=1e-3)
+            assert judge["judge"]["logprob_per_token"] == pytest.approx(own["logprob_per_token"], rel=1e-3)
+    text = client.completions.create(**TEXT, extra_body=extra)
+    of_text: Any = getattr(text.choices[0], "interpretability", None)
+    assert of_text["judge"]["dose"][0] > 0.1
+    plain = client.completions.create(**TEXT, extra_body={"judge": True})
+    of_plain: Any = getattr(plain.choices[0], "interpretability", None)
+    assert of_plain["judge"]["dose"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/chat/completions", GREEDY), ("/v1/completions", {**TEXT, "temperature": 0.8})]
+)
+def test_a_receipt_can_be_run_again(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    asked = {**body, **STEERED, "receipt": True, "seed": 7, "reproducible": True}
+    answer = http.post(path, json=asked).json()
+    receipt = receipt_in(answer)
+    assert receipt["edits"][0]["acted"] is True
+    again = receipt_in(http.post(path, json=body_of(receipt)).json())
+    assert compared(receipt, again).is_same
+    other = body_of(receipt) | {"features": [{**FEATURE, "strength": 60}]}
+    assert not compared(receipt, receipt_in(http.post(path, json=other).json())).is_same
+    with http.stream("POST", path, json={**asked, "stream": True}) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: {")]
+    last = json.loads(lines[-1])
+    assert last["choices"] == []
+    assert compared(receipt, receipt_in(last)).is_same
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"n": 2}, "n is 2"),
+        ({"prompt": ["a", "b"]}, "there are 2 prompts"),
+        ({"max_tokens": 0, "echo": True}, "writes none"),
+    ],
+)
+def test_a_receipt_is_of_one_text(http: httpx.Client, change: dict[str, Any], why: str) -> None:
+    answer = http.post("/v1/completions", json={**TEXT, **change, "receipt": True})
+    assert answer.status_code in (400, 422)
+    assert why in answer.json()["error"]["message"]
 
 
 def test_models_are_the_served_one_and_its_variants(client: openai.OpenAI) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from neuronpedia_inference.completion import Completion
-from neuronpedia_inference.domain import Sampling, Tokens
+from neuronpedia_inference.domain import Sampling, Tokens, Written
 from neuronpedia_inference.edits.plan import Plan
 from neuronpedia_inference.errors import InvalidRequest, UnknownModel, unknown_name
 from neuronpedia_inference.observability import request_id
 from neuronpedia_inference.operations.edits import plan_of
+from neuronpedia_inference.operations.judging import Judging, longest
+from neuronpedia_inference.operations.receipts import Account
 from neuronpedia_inference.operations.steer import story_of
 from neuronpedia_inference.operations.story import Story
 from neuronpedia_inference.operations.watching import watch_plan
 from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.schemas.openai import Completing
+from neuronpedia_inference.schemas.openai_answers import Accounted
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
@@ -67,21 +72,52 @@ def steered(request: Completing, variant: Variant | None, rt: Runtime, *, skip_s
     return plan_of(request, rt, first=first, skip_special_tokens=skip_special_tokens)
 
 
+@dataclass(frozen=True)
+class Writing:
+    """The texts of one prompt."""
+
+    story: Story
+    steps: AsyncIterator[tuple[Written, ...]]
+    """Those of the story; where that is asked for, its rows are judged at the last."""
+    account: Account | None
+    """Of what they depend on, where that is asked for."""
+
+    @property
+    def accounted(self) -> Accounted | None:
+        """Once all is written."""
+        receipt = None if self.account is None else self.account.receipt()
+        return None if receipt is None else Accounted.model_construct(receipt=receipt)
+
+
 async def begun(
-    prompt: Tokens, request: Completing, plan: Plan | None, sampling: Sampling, rt: Runtime, *, stream: bool
-) -> Story:
+    operation: str,
+    prompt: Tokens,
+    request: Completing,
+    plan: Plan | None,
+    sampling: Sampling,
+    rt: Runtime,
+    *,
+    stream: bool,
+) -> Writing:
     """`n` rows, each with a seed of its own. Raises every 4xx and 503."""
     watch = request.watch or ()
+    ahead = partial(longest, n_rows=request.n, n_tokens=sampling.max_new_tokens, rt=rt)
     wanted = Completion(
         prompt,
         [plan] * request.n,
         sampling,
         seeds=[sampling.seed + place for place in range(request.n)],
         reads=watch_plan(watch, request.rules or (), rt),
+        proves=request.judge or request.receipt,
+        then=ahead if request.judge else None,
     )
     with reproducibly(request.reproducible):
         started = await rt.complete(wanted, stream=stream)
-    return story_of("", started, wanted, rt, keeps_ending=False, watch=watch)
+    story = story_of("", started, wanted, rt, keeps_ending=False, watch=watch)
+    drawn = request.model_copy(update={"seed": sampling.seed})  # told, so that it can be drawn again
+    account = await Account.of(operation, drawn, story, rt) if request.receipt else None
+    steps = Judging(story, rt, reproducible=request.reproducible) if request.judge else story
+    return Writing(story, steps, account)
 
 
 def sampling_of(request: Completing, rt: Runtime, *, max_new_tokens: int, n_logprobs: int) -> Sampling:

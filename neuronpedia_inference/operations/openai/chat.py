@@ -12,6 +12,7 @@ from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.openai.asking import (
     AT_THE_ADDRESS,
     Heading,
+    Writing,
     begun,
     model_id,
     sampling_of,
@@ -19,12 +20,13 @@ from neuronpedia_inference.operations.openai.asking import (
     variant_of,
 )
 from neuronpedia_inference.operations.openai.reading import IN_HARMONY, Reader, Said, read, reader_of
-from neuronpedia_inference.operations.openai.telling import Spread, chat_logprobs, finish_of, interpreted, usage
+from neuronpedia_inference.operations.openai.telling import Spread, chat_logprobs, finish_of, interpreted, judged, usage
 from neuronpedia_inference.operations.operation import Operation
-from neuronpedia_inference.operations.story import Story, Transcript
+from neuronpedia_inference.operations.story import Transcript
 from neuronpedia_inference.schemas.common import Wire
 from neuronpedia_inference.schemas.openai import DEFAULT_CHAT_TOKENS, ChatCompletionRequest, ChatTurn
 from neuronpedia_inference.schemas.openai_answers import (
+    Accounted,
     AnswerMessage,
     ChatChoice,
     ChatChunkChoice,
@@ -38,6 +40,7 @@ from neuronpedia_inference.schemas.openai_answers import (
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
+NAME = "chat_completions"
 READ_BY_SOME = ("name", "reasoning_content", "tool_call_id", "tool_calls")
 """Of a message, what a template may not read."""
 
@@ -45,8 +48,8 @@ READ_BY_SOME = ("name", "reasoning_content", "tool_call_id", "tool_calls")
 async def chat_completions(request: ChatCompletionRequest, rt: Runtime) -> ChatCompletionResponse:
     """Raises InvalidRequest, UnknownModel, UnknownSource, UnknownPoint, LimitExceeded."""
     chat = await _begun(request, rt, stream=False)
-    async with aclosing(chat.story):
-        async for news in chat.story:
+    async with aclosing(chat.writing.story):
+        async for news in chat.writing.steps:
             chat.add(news)
     return chat.response()
 
@@ -54,7 +57,7 @@ async def chat_completions(request: ChatCompletionRequest, rt: Runtime) -> ChatC
 async def chat_completion_chunks(request: ChatCompletionRequest, rt: Runtime) -> AsyncIterator[Wire]:
     """As `chat_completions`, in what is new. Raises the same before it returns."""
     chat = await _begun(request, rt, stream=True)
-    return Spread(chat.story, chat.chunks, chat.counted)
+    return Spread(chat.writing.steps, chat.chunks, chat.last)
 
 
 class _Answer:
@@ -81,13 +84,15 @@ class _Answer:
 class _Chat:
     """The answers to one request."""
 
-    def __init__(self, request: ChatCompletionRequest, model: str, prompt: Tokens, story: Story, readers: Any) -> None:
+    def __init__(
+        self, request: ChatCompletionRequest, model: str, prompt: Tokens, writing: Writing, readers: Any
+    ) -> None:
         """readers: one per row of the story."""
-        self.story = story
+        self.writing = writing
         self._request = request
         self._heading = Heading(model, "chatcmpl")
         self._n_prompt = len(prompt)
-        self._answers = [_Answer(row, reader) for row, reader in zip(story.rows, readers, strict=True)]
+        self._answers = [_Answer(row, reader) for row, reader in zip(writing.story.rows, readers, strict=True)]
         self._has_begun = False
 
     def add(self, news: Sequence[Written]) -> list[Said]:
@@ -102,11 +107,17 @@ class _Chat:
         for index, (said, written) in enumerate(zip(self.add(news), news, strict=True)):
             yield from self._news(index, said, written)
 
-    def counted(self) -> Iterable[ChatCompletionChunk]:
-        """The event that counts the tokens, if it is asked for."""
+    def last(self) -> Iterable[ChatCompletionChunk]:
+        """How well each answer holds, the receipt, and the event that counts the tokens, where they are asked for."""
+        for index, row in enumerate(self.writing.story.rows):
+            if row.judge is not None:
+                yield self._event([_choice(index, Delta(), interpretability=judged(row))])
+        accounted = self.writing.accounted
+        if accounted is not None:
+            yield self._event([], accounted=accounted)
         options = self._request.stream_options
         if options is not None and options.include_usage:
-            yield self._event([], usage(self._n_prompt, self.story.rows))
+            yield self._event([], usage(self._n_prompt, self.writing.story.rows))
 
     def response(self) -> ChatCompletionResponse:
         return ChatCompletionResponse.model_construct(
@@ -115,7 +126,8 @@ class _Chat:
             created=self._heading.created,
             model=self._heading.model,
             choices=[self._whole(index, answer) for index, answer in enumerate(self._answers)],
-            usage=usage(self._n_prompt, self.story.rows),
+            usage=usage(self._n_prompt, self.writing.story.rows),
+            interpretability=self.writing.accounted,
         )
 
     def _news(self, index: int, said: Said, written: Written) -> Iterable[ChatCompletionChunk]:
@@ -142,7 +154,9 @@ class _Chat:
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
         return chat_logprobs(tokens, self._request.top_logprobs or 0)
 
-    def _event(self, choices: list[ChatChunkChoice], counted: Usage | None = None) -> ChatCompletionChunk:
+    def _event(
+        self, choices: list[ChatChunkChoice], counted: Usage | None = None, accounted: Accounted | None = None
+    ) -> ChatCompletionChunk:
         return ChatCompletionChunk.model_construct(
             id=self._heading.id,
             object="chat.completion.chunk",
@@ -150,6 +164,7 @@ class _Chat:
             model=self._heading.model,
             choices=choices,
             usage=counted,
+            interpretability=accounted,
         )
 
 
@@ -172,10 +187,10 @@ async def _begun(request: ChatCompletionRequest, rt: Runtime, *, stream: bool) -
         max_new_tokens=asked or max(1, min(DEFAULT_CHAT_TOKENS, rt.max_tokens - len(prompt))),
         n_logprobs=max(1, request.top_logprobs or 0) if request.logprobs else 0,
     )
-    story = await begun(prompt, request, plan, sampling, rt, stream=stream)
+    writing = await begun(NAME, prompt, request, plan, sampling, rt, stream=stream)
     is_harmony = all(map(rt.template_names, IN_HARMONY))
-    readers = [reader_of(rendered, is_harmony=is_harmony) for _ in story.rows]
-    return _Chat(request, model_id(variant, rt), prompt, story, readers)
+    readers = [reader_of(rendered, is_harmony=is_harmony) for _ in writing.story.rows]
+    return _Chat(request, model_id(variant, rt), prompt, writing, readers)
 
 
 def _options(request: ChatCompletionRequest, rt: Runtime) -> dict[str, Any]:
@@ -223,7 +238,7 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 CHAT_COMPLETIONS = Operation(
-    name="chat_completions",
+    name=NAME,
     path="/v1/chat/completions",
     request=ChatCompletionRequest,
     response=ChatCompletionResponse,

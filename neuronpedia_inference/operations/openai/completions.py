@@ -13,6 +13,7 @@ from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from neuronpedia_inference.operations.openai.asking import (
     AT_THE_ADDRESS,
     Heading,
+    Writing,
     begun,
     model_id,
     sampling_of,
@@ -20,14 +21,23 @@ from neuronpedia_inference.operations.openai.asking import (
     variant_of,
 )
 from neuronpedia_inference.operations.openai.reading import WithoutSpecial, read
-from neuronpedia_inference.operations.openai.telling import Chained, Spread, finish_of, interpreted, least, usage
+from neuronpedia_inference.operations.openai.telling import (
+    Chained,
+    Spread,
+    finish_of,
+    interpreted,
+    judged,
+    least,
+    usage,
+)
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.score import likelihoods
-from neuronpedia_inference.operations.story import Story, Transcript
+from neuronpedia_inference.operations.story import Transcript
 from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.schemas.common import Wire
 from neuronpedia_inference.schemas.openai import MAX_CHOICES_IN_ALL, CompletionRequest
 from neuronpedia_inference.schemas.openai_answers import (
+    Accounted,
     CompletionResponse,
     FinishReason,
     TextChoice,
@@ -39,10 +49,13 @@ if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
 
+NAME = "completions"
+
+
 async def completions(request: CompletionRequest, rt: Runtime) -> CompletionResponse:
     """Raises InvalidRequest, UnknownModel, UnknownSource, UnknownPoint, LimitExceeded."""
     texts = await _begun(request, rt, stream=False)
-    stories = [Spread(one.story, one.add, tuple) for one in texts.prompts if one.story is not None]
+    stories = [Spread(one.writing.steps, one.add, tuple) for one in texts.prompts if one.writing is not None]
     async with aclosing(Chained(stories)) as written:
         async for _ in written:
             pass
@@ -52,12 +65,12 @@ async def completions(request: CompletionRequest, rt: Runtime) -> CompletionResp
 async def completion_events(request: CompletionRequest, rt: Runtime) -> AsyncIterator[Wire]:
     """As `completions`, in what is new, prompt by prompt. Raises the same before it returns."""
     texts = await _begun(request, rt, stream=True)
-    begun_texts = [(one, one.story) for one in texts.prompts if one.story is not None]
+    begun_texts = [(one, one.writing) for one in texts.prompts if one.writing is not None]
     last = len(begun_texts) - 1
     return Chained(
         [
-            Spread(story, partial(texts.events, one), texts.counted if place == last else tuple)
-            for place, (one, story) in enumerate(begun_texts)
+            Spread(writing.steps, partial(texts.events, one), partial(texts.last, one, counts=place == last))
+            for place, (one, writing) in enumerate(begun_texts)
         ]
     )
 
@@ -88,11 +101,11 @@ class _Prompt:
     """The texts that go on from one prompt."""
 
     def __init__(
-        self, tokens: Tokens, story: Story | None, texts: Sequence[_Text], own: Sequence[TokenLogprob | None] = ()
+        self, tokens: Tokens, writing: Writing | None, texts: Sequence[_Text], own: Sequence[TokenLogprob | None] = ()
     ) -> None:
-        """story: None where nothing is to be generated. own: log-probabilities of the prompt's tokens, to be told."""
+        """writing: None where nothing is to be generated. own: log-probabilities of the prompt's tokens, to be told."""
         self.tokens = tokens
-        self.story = story
+        self.writing = writing
         self.texts = texts
         self.own = own
 
@@ -121,15 +134,27 @@ class _Texts:
             if written.finish_reason is not None:
                 yield self._event([_choice(text, "", None, None, finish_of(row))])
 
-    def counted(self) -> Iterable[CompletionResponse]:
-        """The event that counts the tokens, if it is asked for."""
+    def last(self, prompt: _Prompt, *, counts: bool) -> Iterable[CompletionResponse]:
+        """How well each text of a prompt holds, and at the end of all the receipt and the event that counts the tokens,
+        where they are asked for."""
+        for text in prompt.texts:
+            if text.row.judge is not None:
+                yield self._event([_choice(text, "", None, judged(text.row))])
+        if counts and self._accounted is not None:
+            yield self._event([], accounted=self._accounted)
         options = self._request.stream_options
-        if options is not None and options.include_usage:
+        if counts and options is not None and options.include_usage:
             yield self._event([], self._usage())
 
     def response(self) -> CompletionResponse:
         texts = [(prompt, text) for prompt in self.prompts for text in prompt.texts]
-        return self._event([self._whole(*pair) for pair in texts], self._usage())
+        return self._event([self._whole(*pair) for pair in texts], self._usage(), self._accounted)
+
+    @property
+    def _accounted(self) -> Accounted | None:
+        """Of the only text."""
+        writing = self.prompts[0].writing
+        return None if writing is None else writing.accounted
 
     def _whole(self, prompt: _Prompt, text: _Text) -> TextChoice:
         if prompt.own:
@@ -160,7 +185,9 @@ class _Texts:
             text_offset=offsets,
         )
 
-    def _event(self, choices: list[TextChoice], counted: Usage | None = None) -> CompletionResponse:
+    def _event(
+        self, choices: list[TextChoice], counted: Usage | None = None, accounted: Accounted | None = None
+    ) -> CompletionResponse:
         return CompletionResponse.model_construct(
             id=self._heading.id,
             object="text_completion",
@@ -168,6 +195,7 @@ class _Texts:
             model=self._heading.model,
             choices=choices,
             usage=counted,
+            interpretability=accounted,
         )
 
 
@@ -194,15 +222,15 @@ async def _begun(request: CompletionRequest, rt: Runtime, *, stream: bool) -> _T
     found: list[_Prompt] = []
     async with AsyncExitStack() as if_refused:
         for tokens, of_prompt in zip(prompts, own, strict=True):
-            story = None
+            writing = None
             rows = [Transcript("", has_logprobs=False) for _ in range(request.n)]
             if request.max_tokens:
-                story = await begun(tokens, request, plan, sampling, rt, stream=stream)
-                if_refused.push_async_callback(story.aclose)
-                rows = list(story.rows)
+                writing = await begun(NAME, tokens, request, plan, sampling, rt, stream=stream)
+                if_refused.push_async_callback(writing.story.aclose)
+                rows = list(writing.story.rows)
             begins = _text_of(tokens, rt) if request.echo else ""
             texts = [_Text(index, row, begins) for index, row in enumerate(rows, len(found) * request.n)]
-            found.append(_Prompt(tokens, story, texts, of_prompt))
+            found.append(_Prompt(tokens, writing, texts, of_prompt))
         if_refused.pop_all()
     return _Texts(request, model_id(variant, rt), found)
 
@@ -249,7 +277,10 @@ def _tokens(ids: Sequence[int], rt: Runtime) -> Tokens:
 
 
 def _check_number(request: CompletionRequest, n_prompts: int, rt: Runtime) -> None:
-    """Raises LimitExceeded for more than could ever be inside together."""
+    """Raises LimitExceeded for more than could ever be inside together, InvalidRequest for a receipt of not one."""
+    if request.receipt and (n_prompts > 1 or not request.max_tokens):
+        what = f"there are {n_prompts} prompts" if n_prompts > 1 else "max_tokens 0 writes none"
+        raise InvalidRequest(f"receipt: is of one text that is written, and {what}. Ask for one, or leave it out.")
     most = rt.settings.max_concurrent_requests
     if n_prompts > most:
         raise LimitExceeded(
@@ -268,7 +299,7 @@ def _text_of(tokens: Tokens, rt: Runtime) -> str:
 
 
 COMPLETIONS = Operation(
-    name="completions",
+    name=NAME,
     path="/v1/completions",
     request=CompletionRequest,
     response=CompletionResponse,

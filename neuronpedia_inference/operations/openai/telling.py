@@ -10,7 +10,7 @@ from neuronpedia_inference.domain import TokenLogprob, Written
 from neuronpedia_inference.operations.friendly import stopped_by
 from neuronpedia_inference.operations.operation import Events
 from neuronpedia_inference.operations.rendering import Rows
-from neuronpedia_inference.operations.story import LEAST_LOGPROB, Story, Transcript
+from neuronpedia_inference.operations.story import LEAST_LOGPROB, Transcript
 from neuronpedia_inference.schemas.common import Wire
 from neuronpedia_inference.schemas.openai_answers import (
     Candidate,
@@ -28,8 +28,10 @@ Make = Callable[[Sequence[Written]], Iterable[Wire]]
 class Spread(Events[Any, Any]):
     """The events that a story's steps give, one by one, and at its end the last ones."""
 
-    def __init__(self, story: Story, make: Make, last: Callable[[], Iterable[Wire]]) -> None:
-        super().__init__(story, lambda news: news)
+    def __init__(
+        self, steps: AsyncIterator[tuple[Written, ...]], make: Make, last: Callable[[], Iterable[Wire]]
+    ) -> None:
+        super().__init__(steps, lambda news: news)
         self._make = make
         self._last = last
         self._ready: deque[Wire] = deque()
@@ -83,9 +85,15 @@ def interpreted(row: Transcript, *, newest: bool) -> Interpretability | None:
     if row.watched is not None:
         watched = row.watched.newest() if newest else row.watched.so_far()
     stop = stopped_by(row)
-    if watched is None and stop is None and row.events is None:
+    judge = None if newest else row.judge
+    if watched is None and stop is None and row.events is None and judge is None:
         return None
-    return Interpretability.model_construct(watch=watched, stopped_by=stop, events=row.events)
+    return Interpretability.model_construct(watch=watched, stopped_by=stop, events=row.events, judge=judge)
+
+
+def judged(row: Transcript) -> Interpretability | None:
+    """Of a stream, what is told of a text once all have ended."""
+    return None if row.judge is None else Interpretability.model_construct(judge=row.judge)
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob], n_top: int) -> ChatLogprobs:
