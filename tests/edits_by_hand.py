@@ -39,7 +39,7 @@ Chosen = Callable[[int, int, int], float]
 
 
 @cache
-def sae(kind: str, norm: str = "none", *, subtracts: bool = False, size: float = 1.0) -> Any:
+def sae(kind: str, norm: str = "none", *, subtracts: bool = False, size: float = 1.0, width: int = WIDTH) -> Any:
     """Seeded, for vectors whose numbers are about `size`; its decoder norms are folded in by SAELens itself.
 
     subtracts: b_dec is taken off the input.
@@ -48,9 +48,9 @@ def sae(kind: str, norm: str = "none", *, subtracts: bool = False, size: float =
         warnings.simplefilter("ignore")  # SAELens imports a deprecated module of TransformerLens
         from sae_lens.registry import get_sae_class
     make, configure = get_sae_class(kind)
-    more: dict[str, Any] = {"d_out": WIDTH} if kind in TRANSCODERS else {}
+    more: dict[str, Any] = {"d_out": width} if kind in TRANSCODERS else {}
     more["normalize_activations"] = norm
-    config = configure(d_in=WIDTH, d_sae=N_FEATURES, apply_b_dec_to_input=subtracts, **more)
+    config = configure(d_in=width, d_sae=N_FEATURES, apply_b_dec_to_input=subtracts, **more)
     built: Any = make(config)
     generator = torch.Generator().manual_seed(len(kind) + len(norm) + subtracts)
     of_input = 1.0 if norm != "none" else size
@@ -143,7 +143,7 @@ def _gate(when: When) -> Gate:
 
 
 def _loaded(of: Any, layer: int, place: str) -> LoadedSae:
-    source = Source("1-t", "t", layer, Point(layer, place).name, N_FEATURES, WIDTH, of.cfg.architecture())
+    source = Source("1-t", "t", layer, Point(layer, place).name, N_FEATURES, of.cfg.d_in, of.cfg.architecture())
     return LoadedSae(source, of)
 
 

@@ -27,6 +27,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from neuronpedia_inference.embedded.weights import model_folder
 from tests.rounding import APART
 
 BOS = "<|bos|>"
@@ -71,6 +72,9 @@ MORE_CONFIGS: dict[str, Any] = {}
 @cache
 def model(family: str) -> PreTrainedModel:
     """A seeded random model whose layers matter: weights are large enough for hooks to change its output."""
+    if family == EMBEDDED:
+        real = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
+        return real.eval().requires_grad_(False)
     torch.manual_seed(sum(map(ord, family)))
     built = AutoModelForCausalLM.from_config((CONFIGS | MORE_CONFIGS)[family]).eval().requires_grad_(False)
     for parameter in built.parameters():
@@ -109,6 +113,9 @@ class Place:
     on_input: bool
 
 
+EMBEDDED = "smollm2"
+"""The real model that comes with the library."""
+
 LLAMA_PLACES = {
     "hook_resid_pre": Place(lambda block: block, True),
     "hook_resid_post": Place(lambda block: block, False),
@@ -117,6 +124,7 @@ LLAMA_PLACES = {
     "hook_mlp_out": Place(lambda block: block.mlp, False),
 }
 PLACES: dict[str, dict[str, Place]] = {
+    EMBEDDED: LLAMA_PLACES,
     "llama": LLAMA_PLACES,
     "qwen2": LLAMA_PLACES,
     "qwen3": LLAMA_PLACES,
