@@ -224,7 +224,9 @@ def _load(
     annotations = _annotations(settings, catalogue, store, info)
     newcomers = Newcomers(settings, partial(_add, store, engine))
     newcomers.bring(coming)
-    provenance = Provenance(info, store, files=_files(settings), products=names_of(chosen), folder=default_cache_dir())
+    provenance = Provenance(
+        info, store, files=_files(settings), products=names_of(chosen), folder=default_cache_dir() / "digests"
+    )
     return Loaded(engine, codec, store, info, annotations, request_bytes, newcomers, provenance, jacobians)
 
 

@@ -39,7 +39,7 @@ class Files:
 
 
 class Provenance:
-    """Digests are computed once, from now on, beside everything else."""
+    """Digests are computed once, from `begin` on, beside everything else."""
 
     def __init__(
         self,
@@ -61,6 +61,9 @@ class Provenance:
         self._hasher = Hasher(folder)
         self._known: dict[tuple[Stamp, ...], Future[Digests]] = {}
         self._files = None if files is None else tuple(sorted(files, key=lambda one: one.path.name))
+
+    def begin(self) -> None:
+        """Compute the digests of the model, beside everything else."""
         if self._files is not None:
             self._state(self._files)
 

@@ -78,6 +78,7 @@ class Runtime(Texts):
         self.persona = persona_of(settings, loaded.info)
         self.vectors = KeptVectors(int(settings.kept_vectors_mib * 2**20))
         self.provenance = loaded.provenance
+        self.provenance.begin()
         self.variants: Mapping[str, Variant] = read_variants(settings.variants)
         check_variants(self.variants, self._check_variant)
         self.started = int(time.time())

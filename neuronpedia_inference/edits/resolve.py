@@ -230,9 +230,11 @@ class EditResolver:
         norm = self._engine.typical_norm(point)
         needs_norm = needs_norm_of(edit.do, is_dose=is_dose, of_feature=of_feature)
         if needs_norm and not norm:
-            raise InvalidRequest(f"no typical norm is known of {point.name!r}. {NO_DOSE_KNOWN}")
+            raise InvalidRequest(f"max_dose: no typical norm is known of {point.name!r}. {NO_DOSE_KNOWN}")
         if isinstance(edit.target, Feature) and not self._shelf.source(edit.target.source).is_read_by_column:
-            raise InvalidRequest(f"the length of decoder rows of {edit.target.source!r} is not known. {NO_DOSE_KNOWN}")
+            raise InvalidRequest(
+                f"max_dose: the length of decoder rows of {edit.target.source!r} is not known. {NO_DOSE_KNOWN}"
+            )
         dose = largest_dose(
             edit.do,
             self._amount(edit),
@@ -240,7 +242,7 @@ class EditResolver:
             of_feature=of_feature,
             length=_length(edit),
             norm=norm or 1.0,
-            most=self._maximum(edit, NO_DOSE_KNOWN) if of_feature and needs_maximum(edit.do) else 0.0,
+            most=self._maximum(edit, "max_dose", NO_DOSE_KNOWN) if of_feature and needs_maximum(edit.do) else 0.0,
         )
         if dose > bound:
             at = f" at a norm of {norm:.4g}, which is typical there" * needs_norm
@@ -249,14 +251,18 @@ class EditResolver:
                 f"{bound:g}. Take a smaller amount or a larger dose, or let `then` be clamp."
             )
 
-    def _maximum(self, edit: Edit, remedy: str = NO_MAXIMUM_KNOWN) -> float:
-        """The largest activation that is known of the feature. Raises InvalidRequest where there is none."""
+    def _maximum(self, edit: Edit, field: str = "unit", remedy: str = NO_MAXIMUM_KNOWN) -> float:
+        """The largest activation that is known of the feature. Raises InvalidRequest where there is none.
+
+        field: what asks for it.
+        """
         assert isinstance(edit.target, Feature), edit
         known = self._shelf.annotations(edit.target.source)
         maximum = math.nan if known is None else float(known.maximum[edit.target.index])
         if not maximum > 0:
             raise InvalidRequest(
-                f"no largest activation is known of feature {edit.target.index} of {edit.target.source!r}. {remedy}"
+                f"{field}: no largest activation is known of feature {edit.target.index} of {edit.target.source!r}. "
+                f"{remedy}"
             )
         return maximum
 

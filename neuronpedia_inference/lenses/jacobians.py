@@ -67,7 +67,7 @@ def read_jacobians(file: Path, *, n_layers: int, d_model: int, device: torch.dev
         if not bool(matrix.isfinite().all()):
             raise StartupError(f"the Jacobians in {str(file)!r} hold numbers that are not finite, in block {layer}")
         if layer < n_layers - 1:
-            kept[layer] = matrix.to(device)
+            kept[layer] = matrix.to(device, copy=True)  # the file's own are views of a mapping
     if not kept:
         raise StartupError(f"the Jacobians in {str(file)!r} are of no block but the last, which needs none")
     return Jacobians(kept, about=about)
