@@ -177,14 +177,14 @@ def test_any_mix_of_edits_of_the_embedded_model_is_what_it_is_by_hand() -> None:
 
 @pytest.mark.long
 def test_many_mixes_of_edits_of_the_embedded_model_are_what_they_are_by_hand() -> None:
-    n_compared, n_changed, n_refused = check_mixes(15, [models.EMBEDDED])
-    assert n_compared > 15
+    n_compared, n_changed, n_refused = check_mixes(8, [models.EMBEDDED])
+    assert n_compared > 8
     assert n_changed > n_compared / 4
     assert n_refused > 0
 
 
 @pytest.mark.long
 def test_many_mixes_of_edits_are_what_they_are_by_hand() -> None:
-    n_compared, _, n_refused = check_mixes(400)
-    assert n_compared > 400
-    assert n_refused > 40
+    n_compared, _, n_refused = check_mixes(200)
+    assert n_compared > 200
+    assert n_refused > 20

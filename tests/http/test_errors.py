@@ -380,11 +380,10 @@ def test_too_much_that_fires_is_counted_and_refused(runtime: Runtime, monkeypatc
 @pytest.mark.parametrize(
     "path",
     [
-        "/v1/lens/prompt",
+        "/v1/lens",
         "/v1/util/similarity-matrix-pred",
         "/v1/tokenize/",
         "/nothing",
-        "/",
     ],
 )
 def test_an_unknown_path(http: httpx.Client, path: str) -> None:

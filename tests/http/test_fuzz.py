@@ -27,17 +27,14 @@ COUNTS = {
     "numCompletionTokens",
     "n",
 }
-MULTIPLIED = {"strengths", "seeds", "steerings", "continuations"}
 UNASKED = {
-    "/v1/chat/completions": {"max_tokens": 2},
-    "/v1/completions": {"max_tokens": 2},
-    "/v1/sweep": {"max_new_tokens": 2},
+    "/v1/chat/completions": {"max_tokens": 1},
+    "/v1/completions": {"max_tokens": 1},
+    "/v1/sweep": {"max_new_tokens": 1},
 }
-"""What would be many tokens if it were left out."""
+"""What would be many tokens if it were left out, of those that write several texts."""
 
 OPENAI = {openapi_path(operation) for operation in OPERATIONS if operation.dialect == "openai"}
-
-api = schemathesis.openapi.from_dict(document())
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +46,19 @@ def shortened(body: Any) -> Any:
     """The same question about fewer tokens: generating takes the time that the random search should have."""
     if not isinstance(body, dict):
         return body
-    fewer = {key: min(value, 2) if key in COUNTS and type(value) is int else value for key, value in body.items()}
-    return {key: value[:2] if key in MULTIPLIED and isinstance(value, list) else value for key, value in fewer.items()}
+    return {key: min(value, 2) if key in COUNTS and type(value) is int else value for key, value in body.items()}
+
+
+def as_json() -> dict[str, Any]:
+    """The document, with bodies as JSON alone."""
+    described = document()
+    for operation in (about for item in described["paths"].values() for about in item.values()):
+        content = operation.get("requestBody", {}).get("content", {})
+        content.pop("application/x-safetensors", None)
+    return described
+
+
+api = schemathesis.openapi.from_dict(as_json())
 
 
 @api.parametrize()
@@ -64,8 +72,10 @@ def shortened(body: Any) -> Any:
 )
 def test_no_request_makes_the_server_fail(case: Any, base_url: str) -> None:
     case.body = shortened(case.body)
-    if isinstance(case.body, dict):
-        case.body = {**UNASKED.get(case.path, {}), **case.body}
+    if isinstance(case.body, dict) and case.path in UNASKED:
+        given = {key: value for key, value in case.body.items() if value is not None}
+        few = {key: value[:2] if isinstance(value, list) else value for key, value in given.items()}
+        case.body = {**UNASKED[case.path], **few}
     answer = case.call(base_url=base_url)
     case.validate_response(answer, checks=[not_a_server_error])
     if answer.status_code >= 400:
