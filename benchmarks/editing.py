@@ -41,9 +41,9 @@ class Rows:
     """Specs by hand, where a request would make them."""
 
     def __init__(self, loaded: Loaded, held: ExitStack) -> None:
-        shelf = Shelf(loaded.store, loaded.engine, loaded.annotations, loaded.newcomers.refusal)
+        shelf = Shelf(loaded.store, loaded.engine, loaded.annotations, loaded.newcomers)
         self._edits = EditResolver(loaded.engine, shelf, loaded.codec.special_ids)
-        self._watches = WatchResolver(loaded.engine, shelf, max_top_k=256)
+        self._watches = WatchResolver(loaded.engine, shelf, loaded.jacobians, max_top_k=256)
         self._engine, self._held = loaded.engine, held
         self._prompt: Tokens = loaded.codec.tokenize(TEXT, "once", limit=100)
 
@@ -53,7 +53,7 @@ class Rows:
     def edited(self, n: int, n_plans: int, *, waits: bool) -> list[RowSpec]:
         """waits: on a condition each."""
         plans = [self._plan(number % n_plans, waits=waits) for number in range(n)]
-        return done(self._edits.rows(self._prompt, plans, Sampling(N_TOKENS)))
+        return [RowSpec(self._prompt.ids, Sampling(N_TOKENS), done(self._edits.resolve(plan))) for plan in plans]
 
     def watched(self, specs: list[RowSpec]) -> list[RowSpec]:
         """Five features each, of the clamped source."""

@@ -15,12 +15,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from benchmarks.machine import Load, description
-from neuronpedia_inference.domain import TokenLogprob, Written
+from neuronpedia_inference.completion import Begun, Completion
+from neuronpedia_inference.domain import Sampling, TokenLogprob, Tokens, Written
 from neuronpedia_inference.operations.rendering import json_pieces
 from neuronpedia_inference.operations.steer import _texts
 from neuronpedia_inference.operations.story import Story, Transcript, logprob_reply
 from neuronpedia_inference.schemas.steer import SteerCompletionRequest, SteerResponse, SteerText
-from neuronpedia_inference.web.sse import event
+from neuronpedia_inference.web.dialects import SSE
 
 AT, AROUND, N_LOGPROBS = (100, 300, 1000), 20, 10
 Sample = tuple[float, int, float]
@@ -57,12 +58,15 @@ def only_new(story: Story, news: tuple[Written, ...]) -> bytes:
 async def measured(render: Any) -> dict[int, list[Sample]]:
     """By token."""
     found: dict[int, list[Sample]] = {at: [] for at in AT}
-    story = Story(generation(max(AT) + AROUND), [Transcript("", has_logprobs=True) for _ in range(2)])
+    prompt = Tokens((1,), ("a",), (False,), has_bos=False)
+    begun = Begun(prompt, "", [(), ()], generation(max(AT) + AROUND))
+    rows = [Transcript("", has_logprobs=True) for _ in range(2)]
+    story = Story(Completion(prompt, [None, None], Sampling(1)), begun, rows)
     number = 0
     async for news in story:
         number += 1
         started = time.perf_counter()
-        body = event(render(story, news))
+        body = SSE.event(render(story, news))
         seconds = time.perf_counter() - started
         started = time.perf_counter()
         bytearray(body)

@@ -119,6 +119,7 @@ def test_a_clamped_feature_has_its_number_and_one_that_is_not_reached_has_its_ow
     assert clamped.steered.watch is not None
     [read] = clamped.steered.watch.values
     assert read.before is not None
+    assert read.after is not None
     n_prompt = len(clamped.steered.watch.tokens) - len(clamped.steered.tokens)
     assert read.after[:n_prompt] == read.before[:n_prompt], "the prompt is as it was"
     assert min(read.after[n_prompt:]) > 20 > max(read.before[n_prompt:])
