@@ -13,7 +13,7 @@ from served import Served
 from neuronpedia_inference.operations import OPERATIONS
 from neuronpedia_inference.web.openapi import document, openapi_path
 
-EXAMPLES = 6
+EXAMPLES = 4
 COUNTS = {
     "nCompletionTokens",
     "n_completion_tokens",
