@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from neuronpedia_inference.schemas.common import AtMost, Many, Name, Ours, Reply, SourceName
 from neuronpedia_inference.schemas.conditions import Condition
@@ -55,7 +55,11 @@ def _watch(value: Any) -> Any:
     raise problem('a watch is an object with index, top_k, hook or lens, or "edits"')
 
 
-AskedWatch = Annotated[SteerWatch | Literal["edits"], BeforeValidator(_watch)]
+AskedWatch = Annotated[
+    Annotated[SteerWatch, Tag("object")] | Annotated[Literal["edits"], Tag("word")],
+    Discriminator(lambda value: "word" if value == EDITS else "object"),
+    BeforeValidator(_watch),
+]
 
 
 class SteerRule(Ours):

@@ -203,7 +203,7 @@ def test_what_cannot_be_watched_is_refused_by_name(http: httpx.Client, watch: di
     ("watch", "says"),
     [
         ([{"source": SOURCE, "indx": 1}], "Did you mean 'index'"),
-        ([{"source": SOURCE, "top_k": 0}], "top_k: Input should be greater than or equal to 1"),
+        ([{"source": SOURCE, "top_k": 0}], "watch.0.object.top_k: Input should be greater than or equal to 1"),
         ([{"lens": "JACOBIAN"}], "LOGIT_LENS"),
         ({"source": SOURCE, "index": 1}, "watch"),
     ],
