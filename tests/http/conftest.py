@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,8 +11,20 @@ import httpx
 import pytest
 from served import SECRET, Serve, Served, running, small_settings
 
+from neuronpedia_inference.observability import PACKAGE
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings, variable
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """A command that ran in this process logs to what was its standard error, which is closed behind it."""
+    ours = logging.getLogger(PACKAGE)
+    level = ours.level
+    yield
+    root = logging.getLogger()
+    root.handlers = [one for one in root.handlers if one.get_name() != PACKAGE]
+    ours.setLevel(level)
 
 
 @pytest.fixture(scope="session", autouse=True)

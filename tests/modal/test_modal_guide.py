@@ -26,6 +26,7 @@ STAND_INS = {
 }
 NOT_TO_BE_RUN = {
     "pip install modal==1.6.4     # part of `make demo`": "installs into this environment; see the next test",
+    ".venv/bin/neuronpedia-inference replay answer.json --url http://127.0.0.1:5002": "no server; see test_receipts.py",
     ".venv/bin/python scripts/refresh_prices.py": "writes the table of prices; see test_prices.py",
 }
 FOLLOWS = " -f"
