@@ -16,12 +16,12 @@ from urllib.parse import quote
 from uuid import uuid4
 
 from neuronpedia_inference.errors import InferenceError, NotReady, Overloaded
-from neuronpedia_inference.secrets_file import SecretsFile
 
 if TYPE_CHECKING:
     from sentry_sdk.transport import Transport
     from sentry_sdk.types import Event, Hint
 
+    from neuronpedia_inference.secrets_file import SecretsFile
     from neuronpedia_inference.settings import Settings
 
 STARS = "[hidden]"
@@ -75,7 +75,7 @@ class Redactor:
     def of(cls, settings: Settings) -> Redactor:
         own = [value.get_secret_value() for value in (settings.secret, settings.sentry_dsn) if value]
         foreign = [os.environ.get(name, "") for name in FOREIGN_TOKENS]
-        return cls([*own, *foreign], SecretsFile.of(settings))
+        return cls([*own, *foreign], settings.read_secrets())
 
     def text(self, text: str) -> str:
         if self._file is not None and self._file.named() is not self._named:

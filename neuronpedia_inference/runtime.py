@@ -28,7 +28,6 @@ from neuronpedia_inference.kept_vectors import KeptVectors
 from neuronpedia_inference.lensing import Lenses, SteerToken
 from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n_threads
 from neuronpedia_inference.metrics import Metrics
-from neuronpedia_inference.operations.edits import edits_of
 from neuronpedia_inference.pacing import paced
 from neuronpedia_inference.persona import persona_of
 from neuronpedia_inference.questions import Question
@@ -40,10 +39,9 @@ from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, Generate
 from neuronpedia_inference.scheduler.policy import Limits
 from neuronpedia_inference.scheduler.stay import hold, idle
 from neuronpedia_inference.scheduler.worker import Worker
-from neuronpedia_inference.schemas.steering import Steering
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.texts import Texts
-from neuronpedia_inference.variants import Variant, check_variants, read_variants
+from neuronpedia_inference.variants import Variant, read_variants
 from neuronpedia_inference.vitals import Load, vitals
 from neuronpedia_inference.watches.plan import WatchPlan
 from neuronpedia_inference.watches.readings import tracing
@@ -80,7 +78,6 @@ class Runtime(Texts):
         self.provenance = loaded.provenance
         self.provenance.begin()
         self.variants: Mapping[str, Variant] = read_variants(settings.variants)
-        check_variants(self.variants, self._check_variant)
         self.started = int(time.time())
         """In seconds since 1970."""
         self._costs = Costs(loaded.info)
@@ -127,10 +124,6 @@ class Runtime(Texts):
         runtime = cls(settings, load(settings, progress, host))
         log.info("ready", extra={"model": runtime.model.name, "seconds": round(time.monotonic() - started, 2)})
         return runtime
-
-    def _check_variant(self, steering: Steering) -> None:
-        for _ in self._edits.checks(Plan(edits_of(steering, self))):
-            """Nobody waits yet."""
 
     def close(self) -> None:
         """Finish what was accepted, then stop."""

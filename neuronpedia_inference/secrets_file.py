@@ -7,10 +7,6 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from neuronpedia_inference.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +48,6 @@ class SecretsFile:
         self._state = _state(path)
         self._named = parse(path.read_text(encoding="utf-8"))
         self._looked_at = time.monotonic()
-
-    @classmethod
-    def of(cls, settings: Settings) -> SecretsFile | None:
-        """That of SECRETS_FILE, which was readable when the settings were read."""
-        return None if settings.secrets_file is None else cls(settings.secrets_file)
 
     def named(self) -> Mapping[str, str]:
         """By name; the same object until the file has changed. A file that has become unusable changes nothing."""

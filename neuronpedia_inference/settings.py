@@ -341,6 +341,10 @@ class Settings(BaseSettings):
         """The variable that names it."""
         return variable("custom_hf_model_id") if self.custom_hf_model_id else "MODEL_ID"
 
+    def read_secrets(self) -> SecretsFile | None:
+        """Those of SECRETS_FILE, which was readable when the settings were read."""
+        return None if self.secrets_file is None else SecretsFile(self.secrets_file)
+
     @property
     def is_guarded(self) -> bool:
         """Whether callers need a secret."""

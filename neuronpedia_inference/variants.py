@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,6 @@ def read_variants(path: Path | None) -> dict[str, Variant]:
     if not files or len(files) > MAX_VARIANTS:
         raise StartupError(f"VARIANTS: {str(path)!r} holds {len(files)} .json files; 1 to {MAX_VARIANTS} are served")
     return {file.stem: _variant(file) for file in files}
-
-
-def check_variants(variants: Mapping[str, Variant], check: Callable[[Steering], None]) -> None:
-    """check: raises InferenceError for a steering that cannot be honoured. Raises StartupError, naming the variant."""
-    for variant in variants.values():
-        try:
-            check(variant.steering)
-        except InferenceError as exc:
-            raise StartupError(f"VARIANTS: {variant.name}: {exc.message}") from None
 
 
 def _variant(file: Path) -> Variant:

@@ -77,6 +77,7 @@ class Serving:
         import torch
 
         from neuronpedia_inference.checks import self_test
+        from neuronpedia_inference.operations.openai.asking import check_variants
 
         # Containers restored from one snapshot would all draw the same numbers.
         started = time.monotonic()
@@ -84,6 +85,7 @@ class Serving:
         torch.seed()
         with _saying_why():
             self._runtime = self._load()
+            await check_variants(self._runtime)
             await self_test(self._runtime)
         settle()
         self._runtime.metrics.reset()

@@ -26,7 +26,6 @@ from neuronpedia_inference.operations import (
     validate_texts,
 )
 from neuronpedia_inference.schemas.common import Wire
-from neuronpedia_inference.secrets_file import SecretsFile
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.tensor_files import MEDIA_TYPE
 from neuronpedia_inference.web import pages
@@ -92,7 +91,7 @@ def _layers(settings: Settings, own_hosts: Sequence[str], inside: Inside) -> lis
         Middleware(GZipMiddleware, minimum_size=1000, compresslevel=1),
         Middleware(Boundary),
         Middleware(EndsWithServer, inside=inside),
-        Middleware(SecretGate, secret=settings.secret, file=SecretsFile.of(settings), open_paths=pages.ASSETS),
+        Middleware(SecretGate, secret=settings.secret, file=settings.read_secrets(), open_paths=pages.ASSETS),
     ]
 
 

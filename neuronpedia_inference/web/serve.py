@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
@@ -80,9 +81,11 @@ class LoadingRuntime:
 
     def _load(self) -> Runtime:
         with uncollected():
+            from neuronpedia_inference.operations.openai.asking import check_variants
             from neuronpedia_inference.runtime import Runtime
 
             runtime = Runtime.load(self._settings, self._note)
+            asyncio.run(check_variants(runtime))
         settle()
         return runtime
 

@@ -49,8 +49,7 @@ Serve = Callable[[Settings, Callable[[], Any]], Served]
 def small_settings(**changes: Any) -> Settings:
     """Small limits and one thread, so that a busy machine answers soon."""
     small = {"token_limit": 48, "max_tokens": 64, "num_threads": 1, "max_results": 50, "sae_sets": "res-4k"}
-    variants = VARIANTS if changes.keys().isdisjoint({"sae_sets", "model_id"}) else None  # they steer by a source
-    return Settings.read(**{**small, "variants": variants, **changes})
+    return Settings.read(**{**small, "variants": VARIANTS, **changes})
 
 
 @contextmanager

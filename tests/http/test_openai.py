@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import httpx
 import openai
 import pytest
-from served import MODEL, SECRET, SOON_S, SOURCE, Serve, Served, small_settings
+from served import MODEL, SECRET, SOON_S, SOURCE, Serve, Served, Wrapped, small_settings
 
 from neuronpedia_inference.client.replays import body_of, compared, receipt_in
+from neuronpedia_inference.errors import StartupError
+from neuronpedia_inference.exits import FAILED
+from neuronpedia_inference.operations.openai.asking import check_variants
 from neuronpedia_inference.runtime import Runtime
+from neuronpedia_inference.schemas.steering import Steering
+from neuronpedia_inference.variants import Variant
 
 FEATURE = {"source": SOURCE, "index": 1113, "strength": 70}
 STEERED = {"features": [FEATURE]}
@@ -332,6 +342,32 @@ def test_models_are_the_served_one_and_its_variants(client: openai.OpenAI) -> No
     assert not client.models.retrieve(MODEL).model_extra
     with pytest.raises(openai.NotFoundError, match="smollm2-135m-instruct[+]economy"):
         client.models.retrieve(f"{MODEL}+econmy")
+
+
+@pytest.mark.parametrize(
+    ("steering", "why"),
+    [
+        ({"features": [{**FEATURE, "index": 9999}]}, "Feature index 9999 is out of range"),
+        ({"features": [{**FEATURE, "source": "99-res-4k"}]}, "99-res-4k"),
+        ({**STEERED, "max_dose": {"value": 0.01, "then": "refuse"}}, "max_dose: add may write"),
+    ],
+)
+def test_a_variant_that_cannot_be_honoured_is_named(runtime: Runtime, steering: dict[str, Any], why: str) -> None:
+    good = runtime.variants["economy"]
+    bad = Variant("bad", Steering.model_validate(steering), steering)
+    asyncio.run(check_variants(runtime))
+    with pytest.raises(StartupError, match=f"^VARIANTS: bad: .*{re.escape(why)}"):
+        asyncio.run(check_variants(cast("Runtime", Wrapped(runtime, variants={"economy": good, "bad": bad}))))
+
+
+def test_a_server_with_such_a_variant_ends_in_its_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text(json.dumps({"features": [{**FEATURE, "index": 9999}]}))
+    command = [sys.executable, "-m", "neuronpedia_inference", "serve", "--port", "0"]
+    environment = {**os.environ, "VARIANTS": str(tmp_path), "SAE_SETS": "res-4k", "NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SOON_S, check=False)
+    assert done.returncode == FAILED
+    assert "VARIANTS: bad: features.0: Feature index 9999 is out of range" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_a_variant_and_edits_of_the_request_act_together(client: openai.OpenAI) -> None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from neuronpedia_inference.completion import Completion
 from neuronpedia_inference.domain import Sampling, Tokens, Written
 from neuronpedia_inference.edits.plan import Plan
-from neuronpedia_inference.errors import InvalidRequest, UnknownModel, unknown_name
+from neuronpedia_inference.errors import InferenceError, InvalidRequest, StartupError, UnknownModel, unknown_name
 from neuronpedia_inference.observability import request_id
-from neuronpedia_inference.operations.edits import plan_of
+from neuronpedia_inference.operations.edits import checked_plan, plan_of
 from neuronpedia_inference.operations.judging import Judging, longest
 from neuronpedia_inference.operations.receipts import Account
 from neuronpedia_inference.operations.steer import story_of
@@ -55,6 +55,15 @@ def variant_of(name: str | None, rt: Runtime) -> Variant | None:
     if base in rt.model.known_names and variant in rt.variants:
         return rt.variants[variant]
     raise UnknownModel(unknown_name("model", name[:80], model_ids(rt)))
+
+
+async def check_variants(rt: Runtime) -> None:
+    """At the start of a door that serves them. Raises StartupError, naming the variant that cannot be honoured."""
+    for variant in rt.variants.values():
+        try:
+            await checked_plan(variant.steering, rt)
+        except InferenceError as exc:
+            raise StartupError(f"VARIANTS: {variant.name}: {exc.message}") from None
 
 
 def model_ids(rt: Runtime) -> list[str]:
