@@ -98,7 +98,8 @@ class Frames(AsyncIterator[Frame]):
         self._source = source
         self._asked = asked
         self._rt = rt
-        self._ready: deque[Frame] = deque([self.meta(), self._prompt()])
+        self._ready: deque[Frame | Told] = deque([self.meta(), self._prompt()])
+        """What is to be told. A frame of many blocks is made when it is asked for: others have their turns between."""
         self._has_ended = False
         self._position = asked.plan.read_from
         """Of the next token whose numbers come."""
@@ -113,10 +114,11 @@ class Frames(AsyncIterator[Frame]):
         while not self._ready:
             if self._has_ended:
                 raise StopAsyncIteration
-            self._ready.extend(self.token(one) for one in await self.more())
+            self._ready.extend(await self.more())
             if self._has_ended:
                 self._ready.append(self.done())
-        return self._ready.popleft()
+        first = self._ready.popleft()
+        return self.token(first) if isinstance(first, Told) else first
 
     async def all_tokens(self) -> list[Told]:
         """Of the whole answer. Raises LensFailed where it cannot be given."""
