@@ -56,6 +56,16 @@ class Tokens:
         """The first so many."""
         return Tokens(self.ids[:stop], self.strings[:stop], self.is_special[:stop], self.has_bos and stop > 0)
 
+    def longer(self, n_tokens: int) -> Tokens:
+        """A text that begins like this and has so many more tokens, whichever: for what only its length matters to."""
+        last = slice(len(self) - 1, len(self))
+        return Tokens(
+            self.ids + self.ids[last] * n_tokens,
+            self.strings + self.strings[last] * n_tokens,
+            self.is_special + self.is_special[last] * n_tokens,
+            self.has_bos,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:

@@ -335,7 +335,7 @@ class Runtime(Texts):
             return None
         question = wanted.then(prompt)
         question.check(self._engine, self.model.vocab_size)
-        return self._demand(question, question.points, None)
+        return self._demand(question, question.points, wanted.named)
 
     def _resolved(self, plan: Plan | None) -> tuple[ResolvedEdit, ...]:
         return () if plan is None else self._edits.resolved(plan)

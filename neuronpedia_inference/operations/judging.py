@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from neuronpedia_inference.domain import Numbers, Tokens, Written
 from neuronpedia_inference.edits.plan import Feature
 from neuronpedia_inference.operations.score import likelihoods
-from neuronpedia_inference.operations.story import Story, Transcript
+from neuronpedia_inference.operations.story import ENDS_S, Story, Transcript
 from neuronpedia_inference.questions import OneFeature
 from neuronpedia_inference.questions.together import Together
 from neuronpedia_inference.reproducible import reproducibly
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 Effects = list[float]
 
-ENDS_S = 60.0
-"""A generation that has told all has this long to end, so that its room is there for what follows."""
 GRAM = 3
 """Tokens of which runs are compared."""
 
@@ -95,12 +93,7 @@ def _mean(numbers: Numbers) -> float:
 
 def longest(prompt: Tokens, n_rows: int, n_tokens: int, rt: Runtime, features: Sequence[Feature] = ()) -> Together:
     """What `judge` asks of so many rows of so many new tokens at the most."""
-    text = Tokens(
-        prompt.ids + prompt.ids[-1:] * n_tokens,
-        prompt.strings + prompt.strings[-1:] * n_tokens,
-        prompt.is_special + prompt.is_special[-1:] * n_tokens,
-        prompt.has_bos,
-    )
+    text = prompt.longer(n_tokens)
     return judging([text] * n_rows, len(prompt), features, rt)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from neuronpedia_inference.domain import ChatMessage, Numbers
+from neuronpedia_inference.domain import ChatMessage, Numbers, Tokens
 from neuronpedia_inference.edits.plan import Plan
 from neuronpedia_inference.engine.points import RESID_POST, Point
 from neuronpedia_inference.errors import InvalidRequest
@@ -75,6 +75,11 @@ async def assistant_axis(
     return AssistantAxis(type=kind, pc_titles=list(persona.titles), turns=turns)
 
 
+def longest(prompt: Tokens, n_new: int, rt: Runtime) -> States:
+    """What `assistant_axis` asks at a time, of so many new tokens at the most."""
+    return _states(prompt.longer(n_new + CLOSING), persona_here(rt).layer, rt)
+
+
 async def message_means(
     messages: Sequence[ChatMessage],
     layer: int,
@@ -89,10 +94,10 @@ async def message_means(
     limit: tokens of the chat; 0 is TOKEN_LIMIT.
     """
     chat = await rt.apply_chat_template(messages, generation_prompt=False, options={}, limit=limit)
-    point = Point(layer, RESID_POST)
-    n_numbers = len(chat.tokens) * rt.width(point)
     generated = () if plan is None else (max(0, len(chat.tokens) - n_prompt),)
-    [states] = await rt.ask(States([chat.tokens], [point], "all", n_numbers), plan, generated)
+    question = _states(chat.tokens, layer, rt)
+    [states] = await rt.ask(question, plan, generated)
+    [point] = question.points
     found: list[Numbers] = []
     for number, message in enumerate(messages):
         places = [place for place, part in enumerate(chat.parts) if part.message == number]
@@ -101,6 +106,11 @@ async def message_means(
                 raise InvalidRequest(f"Message {number} adds no token to the chat, so it has no place on an axis.")
             found.append(states[point][places].mean(axis=0))
     return found
+
+
+def _states(tokens: Tokens, layer: int, rt: Runtime) -> States:
+    point = Point(layer, RESID_POST)
+    return States([tokens], [point], "all", len(tokens) * rt.width(point))
 
 
 def _assistants(messages: Sequence[ChatMessage]) -> list[ChatMessage]:

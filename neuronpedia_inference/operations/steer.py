@@ -17,9 +17,9 @@ from neuronpedia_inference.operations.chat import open_reasoning, read_answer, w
 from neuronpedia_inference.operations.dosing import Doses
 from neuronpedia_inference.operations.kept_vectors import numbers_of
 from neuronpedia_inference.operations.operation import Events, Operation, last
-from neuronpedia_inference.operations.persona import assistant_axis
+from neuronpedia_inference.operations.persona import assistant_axis, longest
 from neuronpedia_inference.operations.prompts import check_model
-from neuronpedia_inference.operations.story import Story, Transcript
+from neuronpedia_inference.operations.story import ENDS_S, Story, Transcript
 from neuronpedia_inference.operations.watching import Watched
 from neuronpedia_inference.schemas.persona import AssistantAxis
 from neuronpedia_inference.schemas.steer import (
@@ -78,9 +78,17 @@ async def _complete_chat(
     request: SteerCompletionChatRequest, rt: Runtime, *, stream: bool
 ) -> AsyncIterator[SteerCompletionChatResponse]:
     plan = _plan(request, rt, skip_special_tokens=not request.steer_special_tokens)
-    wanted = Completion(turns(request.prompt), _plans(request, plan), sampling_of(request), named=plan)
+    tells_axes = request.is_assistant_axis and rt.persona is not None
+    ahead = partial(longest, n_new=request.n_completion_tokens, rt=rt)
+    wanted = Completion(
+        turns(request.prompt),
+        _plans(request, plan),
+        sampling_of(request),
+        then=ahead if tells_axes else None,
+        named=plan,
+    )
     chat, story = await chat_story(request.prompt, wanted, rt, stream=stream)
-    if request.is_assistant_axis and rt.persona is not None:
+    if tells_axes:
         return WithAxis(story, lambda _: _chats(request, chat, story.rows), partial(_axes, request, chat, story, rt))
     return Events(story, lambda _: _chats(request, chat, story.rows))
 
@@ -102,6 +110,7 @@ class WithAxis(Events[Any, SteerCompletionChatResponse]):
         event = await super().__anext__()
         if not self._story.has_ended:
             return event
+        await self._story.rest(ENDS_S)
         return event.model_copy(update={"assistant_axis": await self._axes()})
 
 

@@ -18,6 +18,8 @@ from neuronpedia_inference.schemas.steer import NPLogprob, NPLogprobTop
 from neuronpedia_inference.schemas.watch import SteerEvent
 
 LEAST_LOGPROB = -100.0
+ENDS_S = 60.0
+"""A generation that has told all has this long to end, so that its room is there for what follows."""
 
 
 class Transcript:

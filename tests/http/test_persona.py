@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +99,18 @@ def test_a_stream_tells_it_with_its_last_event(http: httpx.Client) -> None:
         events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: ")]
     assert [bool(event.get("assistant_axis")) for event in events] == [*[False] * (len(events) - 1), True]
     assert events[-1] == http.post("/v1/steer/completion-chat", json=asked()).json()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_it_is_told_in_the_room_of_what_was_written(
+    http: httpx.Client, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Requests that are written and wait for room would otherwise wait for each other."""
+    monkeypatch.setattr(runtime._admission, "bounds", replace(runtime._admission.bounds, requests=1))
+    answer = http.post("/v1/steer/completion-chat", json=asked(n_completion_tokens=2, stream=stream))
+    assert answer.status_code == 200
+    assert answer.text.count('"pc_titles"') == 2
+    assert "event: error" not in answer.text
 
 
 def test_an_axis_is_a_vector_by_its_name(http: httpx.Client) -> None:
