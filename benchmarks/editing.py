@@ -20,16 +20,16 @@ from benchmarks.machine import Load, description
 from benchmarks.sampling import alternating, over
 from neuronpedia_inference.domain import Sampling, Tokens
 from neuronpedia_inference.edits.plan import Do, Edit, Feature, Fires, Plan
-from neuronpedia_inference.edits.resolve import EditResolver
 from neuronpedia_inference.engine.cache import MaskForm
 from neuronpedia_inference.engine.generation import Lane
 from neuronpedia_inference.engine.protocol import RowId, RowSpec
 from neuronpedia_inference.loading import Loaded, load
+from neuronpedia_inference.resolving.edits import EditResolver
+from neuronpedia_inference.resolving.watches import WatchResolver
 from neuronpedia_inference.saes.shelf import Shelf
 from neuronpedia_inference.scheduler.jobs import Steps
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.watches.plan import WatchPlan
-from neuronpedia_inference.watches.resolve import WatchResolver
 
 RESULTS = Path(__file__).parent / "results" / "editing.json"
 TEXT = "The most important thing is"

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from neuronpedia_inference.engine.engine import ModelEngine
-from neuronpedia_inference.engine.points import MLP_POST
 from neuronpedia_inference.engine.protocol import ModelInfo
 from neuronpedia_inference.lenses.jacobians import Jacobians
 from neuronpedia_inference.offers import offered
 from neuronpedia_inference.persona import Persona
+from neuronpedia_inference.points import MLP_POST
 from neuronpedia_inference.saes.shelf import Shelf
 from neuronpedia_inference.settings import Settings
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from neuronpedia_inference.domain import ChatMessage, Sampling, Tokens, Written
 from neuronpedia_inference.edits.plan import Plan
 from neuronpedia_inference.edits.proof import ResolvedEdit
-from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.points import Point
 from neuronpedia_inference.watches.rules import RulePlan
 
 if TYPE_CHECKING:

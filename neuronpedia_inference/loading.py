@@ -33,7 +33,6 @@ from neuronpedia_inference.engine.linear import (
     names_of,
 )
 from neuronpedia_inference.engine.memory import free_bytes
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import ModelInfo
 from neuronpedia_inference.engine.tokens import TextCodec
 from neuronpedia_inference.errors import StartupError, UnknownPoint
@@ -42,6 +41,7 @@ from neuronpedia_inference.lenses.jacobians import Jacobians, read_jacobians
 from neuronpedia_inference.load_options import without_places
 from neuronpedia_inference.memory import needs_at_start
 from neuronpedia_inference.newcomers import Newcomers
+from neuronpedia_inference.points import Point
 from neuronpedia_inference.provenance import Provenance
 from neuronpedia_inference.room import allocating, check_fits, room_on
 from neuronpedia_inference.saes.catalogue import SaeCatalogue, aliases, resolve

@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from neuronpedia_inference.domain import Source
-from neuronpedia_inference.engine.points import MLP_POST, PATTERN, READABLE, WRITABLE, Point
 from neuronpedia_inference.engine.verdict import Finding, Verdict
 from neuronpedia_inference.kept_vectors import NOT_KEPT
 from neuronpedia_inference.operations import by_name
+from neuronpedia_inference.points import MLP_POST, PATTERN, READABLE, WRITABLE, Point
 
 NOT_STEERED = "this place is only read"
 RECORDED_EDITS = (

@@ -17,10 +17,8 @@ from neuronpedia_inference.costs import NO_GRID, RECORDED_GRID, Costs, Demand
 from neuronpedia_inference.domain import ChatMessage, Lens, Numbers, Sampling, Tokens, Written
 from neuronpedia_inference.edits.plan import Plan
 from neuronpedia_inference.edits.proof import ResolvedEdit, n_numbers
-from neuronpedia_inference.edits.resolve import EditResolver
 from neuronpedia_inference.engine.completions import Completions, Writing
 from neuronpedia_inference.engine.memory import usage
-from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
 from neuronpedia_inference.engine.stops import StopStrings
 from neuronpedia_inference.errors import BUSY, Busy, InvalidRequest, LimitExceeded, NotReady
@@ -30,8 +28,11 @@ from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.pacing import paced
 from neuronpedia_inference.persona import persona_of
+from neuronpedia_inference.points import PATTERN, Point
 from neuronpedia_inference.questions import Question
 from neuronpedia_inference.questions.checks import check_prompts
+from neuronpedia_inference.resolving.edits import EditResolver
+from neuronpedia_inference.resolving.watches import WatchResolver
 from neuronpedia_inference.saes.shelf import Shelf
 from neuronpedia_inference.scheduler.admission import Admission
 from neuronpedia_inference.scheduler.events import TicketEvents
@@ -45,7 +46,6 @@ from neuronpedia_inference.variants import Variant, read_variants
 from neuronpedia_inference.vitals import Load, vitals
 from neuronpedia_inference.watches.plan import WatchPlan
 from neuronpedia_inference.watches.readings import tracing
-from neuronpedia_inference.watches.resolve import WatchResolver
 from neuronpedia_inference.watches.rules import RulePlan
 
 T = TypeVar("T")

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from neuronpedia_inference.domain import Source
-from neuronpedia_inference.edits.gauges import gauge_of
 from neuronpedia_inference.edits.plan import Do, Feature, Fires, Not
 from neuronpedia_inference.edits.rows import FeatureGauge, Gate, RowEdit, Trigger
 from neuronpedia_inference.edits.select import EVERYTHING, Selection
-from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.points import Point
+from neuronpedia_inference.resolving.edits import gauge_of
 from neuronpedia_inference.saes.encode import LoadedSae
 from tests import models
 from tests.models import NearTie

@@ -8,13 +8,9 @@ import torch
 from torch import Tensor
 
 from neuronpedia_inference.edits.rows import Gauge, Norm
-from neuronpedia_inference.saes.feature import CONSTANT_NORM, LAYER_NORM, FeatureWeights
 
 _LAYER_NORM_EPS = 1e-5
 """SAELens's."""
-
-
-NORMS = {"none": Norm.NONE, CONSTANT_NORM: Norm.CONSTANT, LAYER_NORM: Norm.LAYER}
 
 
 def norms(vectors: Tensor) -> Tensor:
@@ -29,18 +25,6 @@ def unit(vector: Tensor) -> Tensor:
     """v/‖v‖ in float32; [width] -> [width]. The norm must not be zero."""
     wide = vector.float()
     return wide / norms(wide)
-
-
-def gauge_of(weights: FeatureWeights, device: torch.device) -> Gauge:
-    """How a feature is read by itself, in the units that activations are told in."""
-    column, zero, one = weights.encoder.float(), torch.zeros(()), torch.ones(())
-    shift = zero if weights.b_dec is None else column @ weights.b_dec.float()
-    scale = one if weights.r_mag is None else weights.r_mag.float().exp()
-    size_bias = weights.bias if weights.b_mag is None else weights.b_mag
-    threshold = zero if weights.threshold is None else weights.threshold
-    parts = (shift, scale, size_bias, weights.bias, threshold)
-    numbers = torch.stack([part.float().to(column.device) for part in parts]).tolist()
-    return Gauge(column.to(device), *numbers, least=0.0, norm=NORMS[weights.normalisation])
 
 
 class GaugeTable:

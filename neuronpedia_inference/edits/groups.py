@@ -11,7 +11,7 @@ from torch import Tensor
 from neuronpedia_inference.edits.gauges import norms, unit
 from neuronpedia_inference.edits.plan import Do, Step
 from neuronpedia_inference.edits.rows import FeatureGauge, Gauge, RowEdit
-from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.points import Point
 
 
 class Kind(Enum):

@@ -14,7 +14,7 @@ from neuronpedia_inference.edits.select import EVERYTHING, Selection
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from neuronpedia_inference.engine.points import Point
+    from neuronpedia_inference.points import Point
 
 
 class Norm(IntEnum):

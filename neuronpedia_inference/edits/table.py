@@ -28,7 +28,7 @@ from neuronpedia_inference.edits.gauges import GaugeTable, norms
 from neuronpedia_inference.edits.groups import Cell, Group, Kind, Move, groups_of, length_of
 from neuronpedia_inference.edits.plan import N_TOLD, STAYS
 from neuronpedia_inference.edits.rows import RowEdit
-from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.points import Point
 
 Columns = Sequence[Mapping[RowEdit, int]]
 """Of every row: which column of the weights belongs to an edit."""

@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from neuronpedia_inference.engine.hooks import Edit, Remove
-from neuronpedia_inference.engine.points import PATTERN
+from neuronpedia_inference.points import PATTERN
 
 _NAME = "read-{}"
 _TAKE_MASKS = ("sdpa", "eager")

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from neuronpedia_inference.engine.cache import Inputs
 from neuronpedia_inference.engine.hooks import Edit, StopForwardError, edits
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.tree import Tree
+from neuronpedia_inference.points import Point
 
 Changes = Sequence[tuple[Point, Edit]]
 Places = Sequence[tuple[int, int]]

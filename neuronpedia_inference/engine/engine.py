@@ -17,7 +17,6 @@ from neuronpedia_inference.engine.decoder import Decoder
 from neuronpedia_inference.engine.generation import Lane
 from neuronpedia_inference.engine.linear import torch_products
 from neuronpedia_inference.engine.places import adopt
-from neuronpedia_inference.engine.points import MLP_POST, NORMALIZED, PATTERN, READABLE, WRITABLE, Point
 from neuronpedia_inference.engine.probe import probe
 from neuronpedia_inference.engine.prompts import CapturePass
 from neuronpedia_inference.engine.protocol import Captured, ModelInfo, Reading, RowSpec, Watch, only_read
@@ -27,6 +26,7 @@ from neuronpedia_inference.engine.static import as_cuda_graph
 from neuronpedia_inference.engine.tree import Tree, rms_normalized
 from neuronpedia_inference.engine.verdict import Finding, Verdict, VerdictFile
 from neuronpedia_inference.errors import InvalidRequest, UnknownPoint
+from neuronpedia_inference.points import MLP_POST, NORMALIZED, PATTERN, READABLE, WRITABLE, Point
 from neuronpedia_inference.recent import Recent
 
 

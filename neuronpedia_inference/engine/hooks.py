@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.points import Point
 
 Edit = Callable[[Tensor], Tensor | None]
 """Called with the tensor at a point; what it returns, unless None, takes the tensor's place."""

@@ -19,10 +19,10 @@ from neuronpedia_inference.engine.cache import SLIDING, MaskForm, windows
 from neuronpedia_inference.engine.decoder import Decoder
 from neuronpedia_inference.engine.faults import in_short, trial_failure
 from neuronpedia_inference.engine.generation import Lane, NewRows
-from neuronpedia_inference.engine.points import RESID_POST, Point
 from neuronpedia_inference.engine.prompts import CapturePass
 from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep, only_read
 from neuronpedia_inference.engine.static import Record
+from neuronpedia_inference.points import RESID_POST, Point
 
 _WINDOW = 4
 """Positions, while merging is tried: a text of a few tokens then passes the window."""

@@ -18,7 +18,11 @@ from neuronpedia_inference.edits.rows import RowEdit
 from neuronpedia_inference.engine.agreement import agree, error, overflow
 from neuronpedia_inference.engine.faults import trial_failure
 from neuronpedia_inference.engine.hooks import Edit, edits
-from neuronpedia_inference.engine.points import (
+from neuronpedia_inference.engine.protocol import RowSpec
+from neuronpedia_inference.engine.steered import steering_edits
+from neuronpedia_inference.engine.tree import CANDIDATES, IN, ModuleSide, Tree, rms_normalized
+from neuronpedia_inference.engine.verdict import Finding
+from neuronpedia_inference.points import (
     ATTN_OUT,
     HOOK_Z,
     INSIDE_ATTENTION,
@@ -33,10 +37,6 @@ from neuronpedia_inference.engine.points import (
     WRITABLE,
     Point,
 )
-from neuronpedia_inference.engine.protocol import RowSpec
-from neuronpedia_inference.engine.steered import steering_edits
-from neuronpedia_inference.engine.tree import CANDIDATES, IN, ModuleSide, Tree, rms_normalized
-from neuronpedia_inference.engine.verdict import Finding
 
 N_MEASURED = (4, 8)
 """Prompts, and tokens of each, over which typical norms are taken."""

@@ -18,11 +18,11 @@ from neuronpedia_inference.domain import Numbers
 from neuronpedia_inference.engine.cache import PromptCache
 from neuronpedia_inference.engine.decoder import Decoder, ends
 from neuronpedia_inference.engine.hooks import Capture, edits
-from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.engine.protocol import RowSpec
 from neuronpedia_inference.engine.reads import Reads
 from neuronpedia_inference.engine.steered import steering_edits
 from neuronpedia_inference.engine.where import Span, begun
+from neuronpedia_inference.points import PATTERN, Point
 
 
 class PromptPass:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from neuronpedia_inference.domain import Numbers, Refusal, Sampling
 from neuronpedia_inference.edits.rows import RowEdit, Trigger
-from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.points import Point
 
 if TYPE_CHECKING:
     from torch import Tensor

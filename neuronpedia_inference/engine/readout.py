@@ -17,8 +17,8 @@ from neuronpedia_inference.domain import FeatureValue, TokenEffects
 from neuronpedia_inference.engine.agreement import logits_agree
 from neuronpedia_inference.engine.faults import trial_failure
 from neuronpedia_inference.engine.hooks import edits
-from neuronpedia_inference.engine.points import RESID_POST, Point
 from neuronpedia_inference.engine.tree import Tree
+from neuronpedia_inference.points import RESID_POST, Point
 
 NO_NORM = "TransformerLens does not say which module of this architecture is its final norm"
 NO_DIRECTION = "its decoder row is zero"

@@ -15,8 +15,8 @@ from torch import Tensor
 from neuronpedia_inference.domain import Numbers
 from neuronpedia_inference.edits.record import EditRecord
 from neuronpedia_inference.engine.hooks import Edit
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import Reading, RowSpec
+from neuronpedia_inference.points import Point
 
 
 @dataclass(eq=False)

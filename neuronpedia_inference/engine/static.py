@@ -21,8 +21,8 @@ from neuronpedia_inference.edits.plan import Do
 from neuronpedia_inference.edits.rows import RowEdit
 from neuronpedia_inference.engine.cache import RowCache
 from neuronpedia_inference.engine.hooks import Edit, edits
-from neuronpedia_inference.engine.points import RESID_POST, RESID_PRE, Point
 from neuronpedia_inference.engine.protocol import RowSpec
+from neuronpedia_inference.points import RESID_POST, RESID_PRE, Point
 
 if TYPE_CHECKING:
     from neuronpedia_inference.engine.decoder import Decoder

@@ -11,10 +11,10 @@ from neuronpedia_inference.edits.rows import RowEdit
 from neuronpedia_inference.edits.table import EditTable, Recorder
 from neuronpedia_inference.engine.decoder import Changes
 from neuronpedia_inference.engine.hooks import Edit
-from neuronpedia_inference.engine.points import ATTN_OUT, RESID_MID, RESID_PRE, Point
 from neuronpedia_inference.engine.protocol import RowSpec
 from neuronpedia_inference.engine.reads import Reads
 from neuronpedia_inference.engine.where import Passing, Weights
+from neuronpedia_inference.points import ATTN_OUT, RESID_MID, RESID_PRE, Point
 
 
 def steering_edits(rows: Sequence[RowSpec], passing: Passing | None = None, reads: Reads | None = None) -> Changes:

@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 from neuronpedia_inference.engine.attention import AttentionReader
 from neuronpedia_inference.engine.description import Part, describe
 from neuronpedia_inference.engine.hooks import Edit, Remove
-from neuronpedia_inference.engine.points import (
+from neuronpedia_inference.engine.rotation import Rotation
+from neuronpedia_inference.errors import StartupError
+from neuronpedia_inference.points import (
     ATTN_IN,
     ATTN_OUT,
     HOOK_Z,
@@ -34,8 +36,6 @@ from neuronpedia_inference.engine.points import (
     RESID_PRE,
     Point,
 )
-from neuronpedia_inference.engine.rotation import Rotation
-from neuronpedia_inference.errors import StartupError
 
 IN, OUT = True, False
 BLOCK = ""

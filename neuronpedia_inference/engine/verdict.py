@@ -15,7 +15,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from neuronpedia_inference import kept
-from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.points import Point
 
 FORMAT = 4
 """Changes with the meaning of what is kept."""

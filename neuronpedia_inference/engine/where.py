@@ -21,8 +21,8 @@ from neuronpedia_inference.edits.plan import Both, Condition, Either, Fires
 from neuronpedia_inference.edits.rows import Gate, RowEdit, Trigger
 from neuronpedia_inference.edits.select import Selection
 from neuronpedia_inference.edits.table import Columns
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import RowSpec
+from neuronpedia_inference.points import Point
 
 
 @dataclass(frozen=True, eq=False)

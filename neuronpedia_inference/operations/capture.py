@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from neuronpedia_inference.domain import ChatMessage, Positions, Tokens
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from neuronpedia_inference.operations.edits import checked_plan, selection_of, skips_special_tokens
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.tensors import Arrays
+from neuronpedia_inference.points import Point
 from neuronpedia_inference.questions.states import States
 from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.schemas.capture import CaptureRequest, CaptureResponse, CaptureResult

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from neuronpedia_inference.domain import Numbers
-from neuronpedia_inference.engine.points import RESID_POST, Point
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.rendering import Rows
 from neuronpedia_inference.operations.tensors import Columns, prefix_of
+from neuronpedia_inference.points import RESID_POST, Point
 from neuronpedia_inference.questions.states import HeadPattern, States
 from neuronpedia_inference.schemas.inside import (
     ActivationAttentionRequest,

@@ -10,8 +10,8 @@ import numpy as np
 from neuronpedia_inference.domain import Lens, Numbers, Tokens
 from neuronpedia_inference.edits.plan import Direction, Do, Edit, Plan, Unit
 from neuronpedia_inference.edits.select import Phase, Selection
-from neuronpedia_inference.engine.points import RESID_POST, Point
 from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.points import RESID_POST, Point
 from neuronpedia_inference.schemas.lens import LensPromptRequest, LensSteerToken
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from neuronpedia_inference.domain import ChatMessage, Numbers, Tokens
 from neuronpedia_inference.edits.plan import Plan
-from neuronpedia_inference.engine.points import RESID_POST, Point
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model, persona_here
+from neuronpedia_inference.points import RESID_POST, Point
 from neuronpedia_inference.questions.states import States
 from neuronpedia_inference.schemas.persona import (
     AssistantAxis,

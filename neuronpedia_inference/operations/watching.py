@@ -29,7 +29,7 @@ from neuronpedia_inference.watches.plan import Place, TopRead, Watch, WatchEdits
 from neuronpedia_inference.watches.rules import RulePlan
 
 if TYPE_CHECKING:
-    from neuronpedia_inference.engine.points import Point
+    from neuronpedia_inference.points import Point
     from neuronpedia_inference.runtime import Runtime
 
 _BESIDE: dict[str, set[str]] = {"index": {"source"}, "top_k": {"source"}, "hook": set(), "lens": {"layers", "top_n"}}

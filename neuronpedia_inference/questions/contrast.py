@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from neuronpedia_inference.costs import reduce_bytes
 from neuronpedia_inference.domain import ContrastedFeature, Source, Tokens
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import Captured
 from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.points import Point
 from neuronpedia_inference.questions.checks import check_prompts
 from neuronpedia_inference.questions.features import Steps
 from neuronpedia_inference.questions.question import Places, Weights

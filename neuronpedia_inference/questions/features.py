@@ -23,9 +23,9 @@ from neuronpedia_inference.domain import (
     Tokens,
     TopFeatures,
 )
-from neuronpedia_inference.engine.points import HOOK_V, PATTERN, Point
 from neuronpedia_inference.engine.protocol import Captured
 from neuronpedia_inference.errors import LimitExceeded
+from neuronpedia_inference.points import HOOK_V, PATTERN, Point
 from neuronpedia_inference.questions.checks import check_index, check_prompts, check_vector
 from neuronpedia_inference.questions.question import Places, Weights
 

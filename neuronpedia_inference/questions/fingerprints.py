@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from neuronpedia_inference.domain import FeatureDigest, Numbers, Source, Tokens
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import Captured
+from neuronpedia_inference.points import Point
 from neuronpedia_inference.questions.checks import check_index
 from neuronpedia_inference.questions.features import Steps
 from neuronpedia_inference.questions.question import Places, Weights

@@ -14,9 +14,9 @@ import numpy as np
 
 from neuronpedia_inference.costs import LOGITS_AT_ONCE, score_bytes
 from neuronpedia_inference.domain import Likelihood, Numbers, Tokens
-from neuronpedia_inference.engine.points import RESID_POST, Point
 from neuronpedia_inference.engine.protocol import Captured
 from neuronpedia_inference.errors import EngineFailed, InvalidRequest
+from neuronpedia_inference.points import RESID_POST, Point
 from neuronpedia_inference.questions.checks import check_prompts
 from neuronpedia_inference.questions.features import Steps
 from neuronpedia_inference.questions.question import Places, Weights

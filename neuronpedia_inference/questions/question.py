@@ -7,8 +7,8 @@ from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 from neuronpedia_inference.domain import Source, TokenEffects, Tokens
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import Captured
+from neuronpedia_inference.points import Point
 
 Answer_co = TypeVar("Answer_co", covariant=True)
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from neuronpedia_inference.costs import BLOCK_ELEMENTS, SENDING_BYTES
 from neuronpedia_inference.domain import Attended, Numbers, Positions, Precision, Tokens
-from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.engine.protocol import Captured
 from neuronpedia_inference.errors import EngineFailed, InvalidRequest
+from neuronpedia_inference.points import PATTERN, Point
 from neuronpedia_inference.questions.checks import check_prompts
 from neuronpedia_inference.questions.features import Steps
 from neuronpedia_inference.questions.question import Places, Weights

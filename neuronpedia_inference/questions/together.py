@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from neuronpedia_inference.domain import Tokens
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import Captured
+from neuronpedia_inference.points import Point
 from neuronpedia_inference.questions.features import Steps
 from neuronpedia_inference.questions.question import Places, Question, Weights
 

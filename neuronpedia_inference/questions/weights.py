@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from neuronpedia_inference.domain import FeatureNumbers, FeatureValue, Numbers, Source, TokenEffects, Tokens
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import Captured
+from neuronpedia_inference.points import Point
 from neuronpedia_inference.questions.checks import check_index, check_vector
 from neuronpedia_inference.questions.features import Steps
 from neuronpedia_inference.questions.question import Places, Weights

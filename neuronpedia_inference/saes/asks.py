@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from neuronpedia_inference.domain import CENTRED, UNNORMED
-from neuronpedia_inference.engine.points import (
+from neuronpedia_inference.points import (
     ATTN_IN,
     ATTN_OUT,
     HOOK_V,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from neuronpedia_inference.domain import Source
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.errors import StartupError, UnknownPoint
+from neuronpedia_inference.points import Point
 from neuronpedia_inference.saes import foreign, saelens
 from neuronpedia_inference.saes.asks import asked
 from neuronpedia_inference.saes.convert import converted_folder

@@ -11,9 +11,9 @@ from torch import Tensor
 from neuronpedia_inference.annotations import Found, Searcher, SourceAnnotations
 from neuronpedia_inference.domain import Source, TokenEffects
 from neuronpedia_inference.engine.engine import ModelEngine
-from neuronpedia_inference.engine.points import MLP_POST, ON_THE_STREAM, Point
 from neuronpedia_inference.engine.readout import Readout
 from neuronpedia_inference.errors import InferenceError, InvalidRequest, LimitExceeded, UnknownSource
+from neuronpedia_inference.points import MLP_POST, ON_THE_STREAM, Point
 from neuronpedia_inference.saes.encode import NeuronReader
 from neuronpedia_inference.saes.residency import FreeLease
 from neuronpedia_inference.saes.specs import SourceSpec

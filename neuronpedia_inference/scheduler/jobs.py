@@ -60,7 +60,7 @@ class CaptureWork:
 
     prompts: Sequence[Sequence[int]]
     points: Collection[Any]
-    """engine.points.Point"""
+    """points.Point"""
     reduce: Callable[[list[Any]], Steps]
     """Gets one mapping of point to tensor per prompt."""
     reproducible: bool = False

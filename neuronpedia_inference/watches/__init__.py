@@ -1,2 +1,2 @@
-"""What is read while a text is generated: as a caller asks for it (plan), as a few numbers of each position (readings),
-and with the weights for it (resolve)."""
+"""What is read while a text is generated: as a caller asks for it (plan), and as a few numbers of each position
+(readings)."""

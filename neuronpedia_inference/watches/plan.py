@@ -8,7 +8,7 @@ from itertools import accumulate, chain
 
 from neuronpedia_inference.domain import Lens, Source
 from neuronpedia_inference.edits.plan import N_TOLD
-from neuronpedia_inference.engine.points import RESID_POST, Point
+from neuronpedia_inference.points import RESID_POST, Point
 
 MAX_WATCHES = 64
 """Watches of one request: each costs a little at every step of decoding."""

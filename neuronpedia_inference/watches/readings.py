@@ -11,8 +11,8 @@ from torch import Tensor
 from neuronpedia_inference.costs import BLOCK_ELEMENTS
 from neuronpedia_inference.edits.gauges import GaugeTable, norms, unit
 from neuronpedia_inference.edits.rows import Gauge, RowEdit
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.sampling import LEAST_LOGPROB
+from neuronpedia_inference.points import Point
 from neuronpedia_inference.saes.encode import FeatureReader
 from neuronpedia_inference.saes.feature import Columns, FeatureWeights, normalised
 from neuronpedia_inference.saes.order import merge_topk, stable_topk

@@ -16,10 +16,10 @@ from neuronpedia_inference.engine import tree
 from neuronpedia_inference.engine.cache import MaskForm
 from neuronpedia_inference.engine.description import Part
 from neuronpedia_inference.engine.engine import ModelEngine
-from neuronpedia_inference.engine.points import HOOK_Z, MLP_POST, PATTERN, RESID_MID, WRITABLE, Point
 from neuronpedia_inference.engine.protocol import only_read
 from neuronpedia_inference.engine.solo import SoloLane
 from neuronpedia_inference.errors import StartupError, UnknownPoint
+from neuronpedia_inference.points import HOOK_Z, MLP_POST, PATTERN, RESID_MID, WRITABLE, Point
 from tests import architectures, models
 from tests.engine.engines import engine
 from tests.engine.test_capture import PROMPTS, close

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.errors import UnknownPoint
+from neuronpedia_inference.points import PATTERN, Point
 from tests import models
 from tests.engine.engines import engine
 

@@ -18,9 +18,9 @@ from neuronpedia_inference.edits.select import Selection
 from neuronpedia_inference.engine.cache import RowCache
 from neuronpedia_inference.engine.generation import Lane
 from neuronpedia_inference.engine.memory import free_bytes
-from neuronpedia_inference.engine.points import PATTERN, Point
 from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
 from neuronpedia_inference.operations import by_name, validate
+from neuronpedia_inference.points import PATTERN, Point
 from neuronpedia_inference.questions.checks import check_vector
 from neuronpedia_inference.questions.states import States
 from neuronpedia_inference.web.parsing import parsed

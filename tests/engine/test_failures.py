@@ -23,11 +23,11 @@ from neuronpedia_inference.engine.cache import MaskForm
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.faults import as_inference_error
 from neuronpedia_inference.engine.generation import Lane
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
 from neuronpedia_inference.engine.sampling import Sampler
 from neuronpedia_inference.errors import EngineFailed, InvalidRequest, OutOfMemory
 from neuronpedia_inference.metrics import Metrics
+from neuronpedia_inference.points import Point
 from neuronpedia_inference.scheduler.jobs import CaptureWork, GenerateWork, Steps, Ticket
 from neuronpedia_inference.scheduler.policy import Limits
 from neuronpedia_inference.scheduler.worker import Worker

@@ -13,8 +13,8 @@ from neuronpedia_inference.edits.plan import BY_METHOD, Do
 from neuronpedia_inference.edits.rows import RowEdit
 from neuronpedia_inference.edits.select import Selection
 from neuronpedia_inference.engine.engine import ModelEngine
-from neuronpedia_inference.engine.points import WRITABLE, Point
 from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
+from neuronpedia_inference.points import WRITABLE, Point
 from tests import models
 from tests.engine.engines import engine
 

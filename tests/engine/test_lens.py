@@ -15,12 +15,12 @@ from torch import Tensor
 
 from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.engine.engine import ModelEngine
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import NO_TOKEN, RowId, RowSpec, RowStep
 from neuronpedia_inference.engine.tokens import TextCodec
 from neuronpedia_inference.engine.vocabulary import Vocabulary
 from neuronpedia_inference.errors import NoJacobianLens, StartupError
 from neuronpedia_inference.lenses.jacobians import Jacobians, read_jacobians
+from neuronpedia_inference.points import Point
 from neuronpedia_inference.watches.readings import LensReading
 from tests import models
 from tests.engine.engines import engine

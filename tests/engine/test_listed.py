@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from neuronpedia_inference.engine.points import Point
+from neuronpedia_inference.points import Point
 from neuronpedia_inference.saes import listed
 from neuronpedia_inference.saes.catalogue import known_models, offered
 from neuronpedia_inference.saes.directory import releases

@@ -22,10 +22,10 @@ from neuronpedia_inference.edits.select import Selection
 from neuronpedia_inference.engine.cache import RowCache
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.generation import Lane
-from neuronpedia_inference.engine.points import WRITABLE, Point
 from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
 from neuronpedia_inference.engine.solo import SoloLane
 from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.points import WRITABLE, Point
 from tests import models
 from tests.engine.engines import engine
 from tests.host_reads import HostReads

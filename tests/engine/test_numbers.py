@@ -21,9 +21,9 @@ from neuronpedia_inference import embedded
 from neuronpedia_inference.domain import Sampling, Tokens
 from neuronpedia_inference.edits.plan import Direction, Do, Edit, Feature, Fires, Plan, Unit
 from neuronpedia_inference.embedded.weights import model_folder
-from neuronpedia_inference.engine.points import RESID_POST, WRITABLE, Point
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations import answer, by_name
+from neuronpedia_inference.points import RESID_POST, WRITABLE, Point
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings
 from tests import models

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from neuronpedia_inference.domain import Source
-from neuronpedia_inference.engine.points import READABLE, WRITABLE, Point
 from neuronpedia_inference.errors import UnknownPoint
 from neuronpedia_inference.offers import NO_HEADS, NO_TEMPLATE, NO_TEMPORAL, NOT_STEERED, offered
 from neuronpedia_inference.operations import OPERATIONS
+from neuronpedia_inference.points import READABLE, WRITABLE, Point
 from tests import architectures
 from tests.engine.engines import engine
 

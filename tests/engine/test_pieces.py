@@ -10,8 +10,8 @@ import torch
 
 from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.edits.select import Selection
-from neuronpedia_inference.engine.points import PATTERN, RESID_POST, RESID_PRE, Point
 from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep, only_read
+from neuronpedia_inference.points import PATTERN, RESID_POST, RESID_PRE, Point
 from tests import models
 from tests.engine.engines import engine
 from tests.engine.test_merging import PROMPTS, alone, ids, steered_rows

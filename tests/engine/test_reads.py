@@ -19,10 +19,10 @@ from neuronpedia_inference.edits.rows import RowEdit
 from neuronpedia_inference.engine.cache import MaskForm
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.generation import Lane
-from neuronpedia_inference.engine.points import RESID_MID, RESID_POST, RESID_PRE, WRITABLE, Point
 from neuronpedia_inference.engine.protocol import NO_TOKEN, RowId, RowSpec, RowStep, Watch
 from neuronpedia_inference.engine.solo import SoloLane
 from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.points import RESID_MID, RESID_POST, RESID_PRE, WRITABLE, Point
 from tests import models
 from tests.engine.engines import engine
 from tests.engine.test_failures import FailsAt

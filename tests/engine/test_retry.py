@@ -17,9 +17,9 @@ from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.edits.plan import N_TOLD, Do, Feature, Fires
 from neuronpedia_inference.engine.cache import MaskForm, RowCache
 from neuronpedia_inference.engine.generation import Lane
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import NO_TOKEN, Retry, RowId, RowSpec, RowStep, Watch
 from neuronpedia_inference.engine.solo import SoloLane
+from neuronpedia_inference.points import Point
 from neuronpedia_inference.watches.readings import ColumnsReading
 from neuronpedia_inference.watches.rules import TextRule
 from tests import architectures, models

@@ -18,9 +18,9 @@ from neuronpedia_inference.edits.select import Selection
 from neuronpedia_inference.engine.cache import MaskForm
 from neuronpedia_inference.engine.engine import n_bytes
 from neuronpedia_inference.engine.generation import Lane
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import NO_TOKEN, RowId, RowSpec, RowStep
 from neuronpedia_inference.metrics import Metrics
+from neuronpedia_inference.points import Point
 from neuronpedia_inference.recent import Recent
 from neuronpedia_inference.scheduler.jobs import CaptureWork, Steps
 from neuronpedia_inference.scheduler.policy import Limits

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from neuronpedia_inference.domain import Positions, Tokens
-from neuronpedia_inference.engine.points import PATTERN, RESID_POST, Point
 from neuronpedia_inference.errors import EngineFailed, InvalidRequest, UnknownPoint
+from neuronpedia_inference.points import PATTERN, RESID_POST, Point
 from neuronpedia_inference.questions.states import HeadPattern, States
 from tests import architectures, models
 from tests.engine.engines import engine

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from neuronpedia_inference.engine.engine import ModelEngine
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.verdict import VerdictFile
+from neuronpedia_inference.points import Point
 from tests import models
 from tests.engine.engines import engine
 from tests.engine.test_merging import alone, ids, staggered, steered_rows

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuronpedia_inference.domain import Sampling, Source
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import NO_TOKEN, Reading, RowSpec
 from neuronpedia_inference.engine.readout import NOT_ITS_LOGITS, Readout, why_not_read_out
+from neuronpedia_inference.points import Point
 from neuronpedia_inference.saes.encode import NeuronReader
 from neuronpedia_inference.saes.together import Together
 from neuronpedia_inference.watches.plan import (

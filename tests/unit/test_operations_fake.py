@@ -46,12 +46,12 @@ from neuronpedia_inference.domain import (
     Written,
 )
 from neuronpedia_inference.edits.plan import Plan
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownSource
 from neuronpedia_inference.kept_vectors import KeptVectors
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.operations import answer, by_name
 from neuronpedia_inference.persona import Persona
+from neuronpedia_inference.points import Point
 from neuronpedia_inference.questions import (
     Active,
     EncoderColumn,

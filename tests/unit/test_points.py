@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from neuronpedia_inference.engine.points import READABLE, Point
 from neuronpedia_inference.errors import UnknownPoint
+from neuronpedia_inference.points import READABLE, Point
 
 
 @pytest.mark.parametrize("place", READABLE)

@@ -1,7 +1,7 @@
 """Names of places inside the model. TransformerLens spelling is understood here and nowhere else.
 
-A point is a layer and a place in it. Most places are the input or output of one of the model's own modules
-(`tree.py` says which); two are computed from others: the RMS-normalised residual stream before the norm's gain, which
+A point is a layer and a place in it. Most places are the input or output of one of the model's own modules, as
+`engine/tree.py` says; two are computed from others: the RMS-normalised residual stream before the norm's gain, which
 GemmaScope transcoders read.
 """
 

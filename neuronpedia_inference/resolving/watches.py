@@ -12,10 +12,10 @@ from torch import Tensor
 
 from neuronpedia_inference.domain import Lens, Source
 from neuronpedia_inference.engine.engine import ModelEngine
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import Reading
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownPoint
 from neuronpedia_inference.lenses.jacobians import Jacobians
+from neuronpedia_inference.points import Point
 from neuronpedia_inference.questions.checks import check_index
 from neuronpedia_inference.saes.encode import FeatureReader, NeuronReader
 from neuronpedia_inference.saes.feature import FeatureWeights

@@ -1,4 +1,4 @@
-"""From a plan of plain numbers to tensors at points, refusing what cannot be honoured before anything runs."""
+"""From a plan of edits to tensors at points, refusing what cannot be honoured before anything runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from neuronpedia_inference.domain import MAX_STEERS, Tokens
 from neuronpedia_inference.edits.doses import largest_dose, needs_maximum
 from neuronpedia_inference.edits.doses import needs_norm as needs_norm_of
-from neuronpedia_inference.edits.gauges import gauge_of, norms, unit
+from neuronpedia_inference.edits.gauges import norms, unit
 from neuronpedia_inference.edits.plan import (
     Condition,
     Direction,
@@ -28,13 +28,14 @@ from neuronpedia_inference.edits.plan import (
     fires_in,
 )
 from neuronpedia_inference.edits.proof import ResolvedEdit
-from neuronpedia_inference.edits.rows import FeatureGauge, Gate, Norm, RowEdit, Trigger
+from neuronpedia_inference.edits.rows import FeatureGauge, Gate, Gauge, Norm, RowEdit, Trigger
 from neuronpedia_inference.edits.select import EVERYTHING, Selection, ordinary, without_special_of_prompt
 from neuronpedia_inference.engine.engine import ModelEngine
-from neuronpedia_inference.engine.points import Point
 from neuronpedia_inference.engine.protocol import only_read
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
+from neuronpedia_inference.points import Point
 from neuronpedia_inference.questions.checks import check_index, check_vector
+from neuronpedia_inference.saes.feature import CONSTANT_NORM, LAYER_NORM, FeatureWeights
 from neuronpedia_inference.saes.shelf import Shelf
 from neuronpedia_inference.scheduler.jobs import Steps
 
@@ -43,6 +44,8 @@ NO_DOSE_KNOWN = (
     "or warn."
 )
 NO_MAXIMUM_KNOWN = "Give an absolute amount, or the server maxima by LABELS_DIR."
+
+_NORMS = {"none": Norm.NONE, CONSTANT_NORM: Norm.CONSTANT, LAYER_NORM: Norm.LAYER}
 
 
 class EditResolver:
@@ -326,6 +329,18 @@ class EditResolver:
         norm = float(norms(vector))
         if not math.isfinite(norm) or (edit.needs_direction and norm == 0):
             raise InvalidRequest(f"The steering vector at {hook!r} has the norm {norm:g} and no direction.")
+
+
+def gauge_of(weights: FeatureWeights, device: torch.device) -> Gauge:
+    """How a feature is read by itself, in the units that activations are told in."""
+    column, zero, one = weights.encoder.float(), torch.zeros(()), torch.ones(())
+    shift = zero if weights.b_dec is None else column @ weights.b_dec.float()
+    scale = one if weights.r_mag is None else weights.r_mag.float().exp()
+    size_bias = weights.bias if weights.b_mag is None else weights.b_mag
+    threshold = zero if weights.threshold is None else weights.threshold
+    parts = (shift, scale, size_bias, weights.bias, threshold)
+    numbers = torch.stack([part.float().to(column.device) for part in parts]).tolist()
+    return Gauge(column.to(device), *numbers, least=0.0, norm=_NORMS[weights.normalisation])
 
 
 def _length(edit: Edit) -> float:

@@ -1,0 +1,1 @@
+"""From plans of plain numbers to tensors at points, refusing what cannot be honoured before anything runs."""
