@@ -17,6 +17,7 @@ from typing import Any
 from neuronpedia_inference.client.captures import Captured
 from neuronpedia_inference.client.control_vectors import ControlVector
 from neuronpedia_inference.client.corpus import read_corpus
+from neuronpedia_inference.client.lens_grid import LensGrid
 from neuronpedia_inference.client.results import (
     ActiveFeature,
     Contrast,
@@ -45,6 +46,7 @@ __all__ = [
     "FeatureName",
     "Features",
     "FoundFeature",
+    "LensGrid",
     "Result",
     "Scores",
     "SearchResults",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from neuronpedia_inference.client.captures import Captured, read_captured
+from neuronpedia_inference.client.lens_grid import LensGrid
 from neuronpedia_inference.client.replays import Replay, body_of, compared, receipt_in
 from neuronpedia_inference.client.results import (
     Contrast,
@@ -19,6 +20,8 @@ from neuronpedia_inference.client.results import (
 from neuronpedia_inference.client.steering import FeatureName, OfFeature, Steering, Vector
 from neuronpedia_inference.client.swept import Scored, Scores, Sweep, SweepCell
 from neuronpedia_inference.client.written import Steered
+from neuronpedia_inference.errors import InvalidRequest, did_you_mean
+from neuronpedia_inference.schemas.lens import LensPromptRequest
 from neuronpedia_inference.schemas.vectors import as_base64
 
 Answer = Mapping[str, Any]
@@ -146,6 +149,22 @@ def _scores(answer: Answer, prompt: str, continuations: Sequence[str]) -> Scores
         return Scored(text, **known, tokens=tuple(result["tokens"]), logprobs=tuple(result["logprobs"]))
 
     return Scores(prompt, tuple(one(*pair) for pair in zip(continuations, answer["results"], strict=True)))
+
+
+def lens(prompt: str | Messages, type: str | Sequence[str], model: str, **fields: Any) -> Call[LensGrid]:
+    """model: the one that is asked. Raises InvalidRequest for a field that the operation does not have: its route
+    would ignore it."""
+    known = [
+        name for name in LensPromptRequest.model_fields if name not in ("model", "type", "prompt", "chat", "stream")
+    ]
+    for name in fields:
+        if name not in known:
+            near = did_you_mean(name, known) or f" There are {', '.join(known)}."
+            raise InvalidRequest(f"lens: there is no field {name!r}.{near}")
+    asked = {"prompt": prompt} if isinstance(prompt, str) else {"chat": [dict(message) for message in prompt]}
+    types = [type] if isinstance(type, str) else list(type)
+    body = {"model": model, "type": types, **asked, "stream": False, **_given(fields)}
+    return Call("lens_prompt", body, LensGrid.of)
 
 
 def _watch(one: OfFeature | Answer | str) -> dict[str, Any] | str:

@@ -10,6 +10,8 @@ STRIP = "font-family:ui-monospace,monospace;line-height:2;white-space:pre-wrap;w
 TABLE = "border-collapse:collapse;font-size:0.92em"
 CELL = "padding:0.25em 0.7em;text-align:left;vertical-align:top;border-bottom:1px solid rgba(128,128,128,0.3)"
 WARM = (249, 115, 22)
+STRONG = 0.7
+"""The share of that colour from which letters on it are black, whatever the page's own are."""
 SHOWN = {"\n": "⏎", "\t": "⇥"}
 
 
@@ -34,20 +36,41 @@ def strip(tokens: Sequence[str], values: Sequence[float], most: float | None = N
 
 def _token(token: str, value: float, most: float) -> str:
     share = min(max(value, 0.0) / most, 1.0) if most > 0 else 0.0
-    shown = escape("".join(SHOWN.get(char, char) for char in token))
     if share == 0:
-        return f"<span>{shown}</span>"
-    named = token.strip() or repr(token)
-    said = escape(f"{named}: {value:.4g}", quote=True)
-    colour = ",".join(map(str, WARM))
-    style = f"background:rgba({colour},{0.12 + 0.78 * share:.2f});border-radius:3px"
-    return f'<span tabindex="0" title="{said}" aria-label="{said}" style="{style}">{shown}</span>'
+        return f"<span>{escape(visible(token))}</span>"
+    return marked(token, share, f"{token.strip() or repr(token)}: {value:.4g}")
+
+
+def visible(token: str) -> str:
+    """A token on one line: line breaks and tabs as signs."""
+    return "".join(SHOWN.get(char, char) for char in token)
+
+
+def marked(token: str, share: float, said: str) -> str:
+    """A token coloured by a share from 0 to 1; `said` is told under the pointer, and to whoever reaches it by Tab."""
+    alpha = 0.12 + 0.78 * share
+    style = f"background:rgba({','.join(map(str, WARM))},{alpha:.2f});border-radius:3px"
+    style += ";color:#000" if alpha >= STRONG else ""
+    told = escape(said, quote=True)
+    return f'<span tabindex="0" title="{told}" aria-label="{told}" style="{style}">{escape(visible(token))}</span>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Cells are HTML already: see `text`."""
     top = "".join(f'<th scope="col" style="{CELL}">{escape(name)}</th>' for name in head)
     body = "".join(f"<tr>{''.join(f'<td style={_quoted(CELL)}>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<table style="{TABLE}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def grid(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """A table whose rows have names, close together, in the letters of strips. Cells are HTML already."""
+    close = f"{STRIP};line-height:1.6;padding:0.1em 0.4em;text-align:left;white-space:pre"
+    top = "".join(f'<th scope="col" style="{close}">{escape(name)}</th>' for name in head)
+    body = "".join(
+        f'<tr><th scope="row" style="{close}">{escape(name)}</th>'
+        f"{''.join(f'<td style={_quoted(close)}>{cell}</td>' for cell in cells)}</tr>"
+        for name, cells in rows
+    )
     return f'<table style="{TABLE}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
 
 

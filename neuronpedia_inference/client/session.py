@@ -11,6 +11,7 @@ from neuronpedia_inference.client import calls
 from neuronpedia_inference.client.calls import Call, Messages, TensorCall
 from neuronpedia_inference.client.captures import Captured, difference, in_parts
 from neuronpedia_inference.client.corpus import Say, corpus, quiet
+from neuronpedia_inference.client.lens_grid import LensGrid
 from neuronpedia_inference.client.replays import Replay
 from neuronpedia_inference.client.results import (
     Contrast,
@@ -139,6 +140,12 @@ class Client:
     ) -> Scores:
         """How likely the model finds continuations, steered or plain."""
         return self._ask(calls.score(prompt, continuations, steering, **fields))
+
+    def lens(self, prompt: str | Messages, type: str | Sequence[str] = "LOGIT_LENS", **fields: Any) -> LensGrid:
+        """What the model would say next behind each of its blocks, at every token: by the logit lens, by
+        `"JACOBIAN_LENS"`, or by both. `layers=[10, 20]` for some blocks, `num_completion_tokens=4` to write on."""
+        model = self.capabilities()["model"]
+        return self._ask(calls.lens(prompt, type, model, **fields))
 
     def corpus(self, texts: Iterable[str], to: str | Path, *, say: Say = quiet, **fields: Any) -> int:
         """The features of every text, a line each in the file `to`, which is gone on with where it was left.
@@ -292,6 +299,12 @@ class AsyncClient:
     ) -> Scores:
         """How likely the model finds continuations, steered or plain."""
         return await self._ask(calls.score(prompt, continuations, steering, **fields))
+
+    async def lens(self, prompt: str | Messages, type: str | Sequence[str] = "LOGIT_LENS", **fields: Any) -> LensGrid:
+        """What the model would say next behind each of its blocks, at every token: by the logit lens, by
+        `"JACOBIAN_LENS"`, or by both. `layers=[10, 20]` for some blocks, `num_completion_tokens=4` to write on."""
+        model = (await self.capabilities())["model"]
+        return await self._ask(calls.lens(prompt, type, model, **fields))
 
     async def corpus(self, texts: Iterable[str], to: str | Path, *, say: Say = quiet, **fields: Any) -> int:
         """The features of every text, a line each in the file `to`, which is gone on with where it was left.

@@ -49,6 +49,51 @@ def _chunks(tokens: Sequence[tuple[str, float]], width: int) -> Iterator[list[tu
         yield line
 
 
+class Grid:
+    """Tokens across, rows with names down; each cell is a text with a share from 0 to 1: as colour, and as a bar behind
+    it. Where it is too narrow for all tokens, one part follows below the other."""
+
+    CELL = 12
+    """Characters of a cell at most."""
+
+    def __init__(self, head: Sequence[str], rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> None:
+        self._head, self._rows = head, rows
+        self._widths = [
+            min(max(cell_len(visible(text)) for text in (name, *(row[place][0] for _, row in rows))), self.CELL)
+            for place, name in enumerate(head)
+        ]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        name_width = max((cell_len(name) for name, _ in self._rows), default=0)
+        for places in self._parts(options.max_width - name_width):
+            yield Text.assemble(
+                " " * name_width, *(self._cell(place, self._head[place], "bold", " ") for place in places)
+            )
+            for name, row in self._rows:
+                cells = [self._shared(place, *row[place]) for place in places]
+                yield Text.assemble((name.rjust(name_width), "dim"), *cells)
+
+    def _parts(self, width: int) -> Iterator[list[int]]:
+        part: list[int] = []
+        used = 0
+        for place, own in enumerate(self._widths):
+            if part and used + own + 3 > width:
+                yield part
+                part, used = [], 0
+            part.append(place)
+            used += own + 3
+        if part:
+            yield part
+
+    def _shared(self, place: int, text: str, share: float) -> Text:
+        return self._cell(place, text, f"black on {rgb(share)}", level(share))
+
+    def _cell(self, place: int, text: str, style: str, bar: str) -> Text:
+        shown = Text(visible(text), style)
+        shown.truncate(self._widths[place], overflow="ellipsis", pad=True)
+        return Text.assemble("  ", shown, bar)
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str | Text]], *, wide: int = -1) -> Table:
     """wide: place of the column that takes what is left."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")

@@ -12,8 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
+import numpy as np
 import pytest
-from served import SECRET, SOURCE, Serve, Served, Wrapped, small_settings
+from served import MODEL, SECRET, SOURCE, Serve, Served, Wrapped, small_settings
 
 import neuronpedia_inference as ni
 from neuronpedia_inference import embedded
@@ -35,6 +37,8 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 TEXT = "The judge told the court that the law was clear."
 ECONOMY = ni.FeatureName(SOURCE, 1113)
 PROMPT = "The most important thing is"
+ROUNDED = 1.01e-4
+"""Probabilities are told with 4 decimals; sums in another order move them by far less than one of these."""
 
 
 class Shared(Wrapped):
@@ -71,6 +75,8 @@ ASKS: dict[str, Callable[[Any], Any]] = {
     "steer a chat": lambda m: m.steer([{"role": "user", "content": "Hi"}], ECONOMY @ 70, max_new_tokens=3),
     "sweep": lambda m: m.sweep(PROMPT, ECONOMY, [20, 70], max_new_tokens=4),
     "sweep of steerings": lambda m: m.sweep([PROMPT], [ECONOMY.clamp(1), ECONOMY], [30, 60], max_new_tokens=3),
+    "lens": lambda m: m.lens(PROMPT, layers=[10, 20], top_n=3, num_completion_tokens=2, temperature=0),
+    "lens of a chat": lambda m: m.lens([{"role": "user", "content": "Hi"}], ["JACOBIAN_LENS", "LOGIT_LENS"], top_n=1),
     "score": lambda m: m.score(PROMPT, [" love.", " money"], ECONOMY @ 60),
 }
 
@@ -123,6 +129,30 @@ def test_a_clamped_feature_has_its_number_and_one_that_is_not_reached_has_its_ow
     n_prompt = len(clamped.steered.watch.tokens) - len(clamped.steered.tokens)
     assert read.after[:n_prompt] == read.before[:n_prompt], "the prompt is as it was"
     assert min(read.after[n_prompt:]) > 20 > max(read.before[n_prompt:])
+
+
+def test_a_lens_gives_what_the_route_gives(over_http: Client, http: httpx.Client) -> None:
+    grid = over_http.lens(PROMPT, ["LOGIT_LENS", "JACOBIAN_LENS"], top_n=2, num_completion_tokens=2, temperature=0)
+    body = {"model": MODEL, "type": ["LOGIT_LENS", "JACOBIAN_LENS"], "prompt": PROMPT, "top_n": 2}
+    body |= {"num_completion_tokens": 2, "temperature": 0, "stream": False}
+    answer = http.post("/v1/lens/prompt", json=body).json()
+    assert [one.token for one in grid] == [one["token"] for one in answer["tokens"]]
+    assert [one.is_generated for one in grid][-3:] == [False, True, True]
+    assert grid.completion == "".join(one.token for one in grid if one.is_generated)
+    assert grid.layers["LOGIT_LENS"] == tuple(range(30))
+    for place, lens in enumerate(grid.layers):
+        wanted = [one["results"][place]["top_probs"] for one in answer["tokens"]]
+        assert grid.numpy(lens) == pytest.approx(np.array(wanted), abs=ROUNDED)
+    said = grid[-3].results[0].top_tokens[-1][0]
+    assert said == grid[-2].token, "behind the last block is what it then writes"
+
+
+def test_a_lens_is_asked_of_the_served_model_by_its_name(serve: Serve, runtime: Runtime) -> None:
+    strict = small_settings(strict_model=True)
+    with ni.connect(serve(strict, lambda: Wrapped(runtime, settings=strict)).url) as client:
+        assert len(client.lens("A cat", layers=[3])) == 3
+        with pytest.raises(InvalidRequest, match="This server serves"):
+            client._transport.ask("lens_prompt", {"model": "another", "type": ["LOGIT_LENS"], "prompt": "A cat"})  # pyright: ignore
 
 
 def test_a_stream_ends_with_the_whole(over_http: Client, in_process: Client, server: Served) -> None:

@@ -15,8 +15,9 @@ from rich.console import Console
 
 import neuronpedia_inference as ni
 from neuronpedia_inference.client import AsyncClient, Client, Result
-from neuronpedia_inference.client.calls import features, steer
+from neuronpedia_inference.client.calls import features, lens, steer
 from neuronpedia_inference.client.failures import failure, failure_from_text
+from neuronpedia_inference.client.lens_grid import DRAWN, LensGrid, LensReading, LensToken
 from neuronpedia_inference.client.results import (
     ActiveFeature,
     Context,
@@ -50,6 +51,17 @@ WATCHED = Watched(
         WatchValues({"source": "s", "top_k": 1}, ([{"index": 3, "value": 1.0}],) * 5),
     ),
 )
+
+
+def read_out(place: int, *shares: float) -> LensToken:
+    """A token behind which two lenses read, one of them in as many blocks as there are shares."""
+    words, rest = ((" next", " http"),), ((0.25, 0.0),)
+    each = tuple((share, 0.01) for share in shares)
+    readings = (LensReading("LOGIT_LENS", words * len(each), each), LensReading("JACOBIAN_LENS", words, rest))
+    return LensToken(f" token{place} http\n", place, place, place > 2, readings)
+
+
+LENS = LensGrid({"LOGIT_LENS": (3, 7), "JACOBIAN_LENS": (7,)}, tuple(read_out(n, 0.5, 1.0) for n in range(40)), " so")
 
 RESULTS: list[Result] = [
     Features(
@@ -91,6 +103,7 @@ RESULTS: list[Result] = [
         (SweepCell(" plain", seed=1, logprob_per_token=-1.0, repetition=0.0),),
         (10.0, None),
     ),
+    LENS,
     Scores("I think", (Scored(" so http", -3.0, -1.5, True, (" so", " http"), (-1.0, -2.0)),)),
 ]
 
@@ -299,6 +312,54 @@ def test_an_answer_of_another_shape_is_told() -> None:
 
 def test_fields_that_a_newer_service_adds_do_no_harm() -> None:
     assert Contrast.read({"a": [], "b": [], "n_dense": 0, "new": 1}) == Contrast((), (), 0)
+
+
+# The lens
+
+
+def test_a_lens_draws_the_last_tokens_and_holds_all() -> None:
+    page = Strict()
+    page.feed(LENS._repr_html_())
+    assert f"the last {DRAWN} of 40 tokens" in page.said
+    assert len(page.focusable) == DRAWN * 3, "every value can be reached"
+    assert [spot["title"] for spot in page.focusable[:DRAWN]] == [" next 100.0%,  http 1.0%"] * DRAWN, "the last block"
+    assert "token7 http⏎" not in page.said
+    assert "token8 http⏎" in page.said
+    assert len(LENS.cells()) == 40 * 3 * 2
+
+
+@pytest.mark.parametrize("width", [30, 60, 200])
+def test_a_lens_in_a_terminal_has_every_token_that_is_drawn_once(width: int) -> None:
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(LENS)
+    lines = captured.get().splitlines()
+    assert max(map(len, lines)) <= width
+    heads = re.findall(r"token\d+", "\n".join(line for line in lines if "token" in line))
+    assert heads == [f"token{place}" for place in range(8, 40)] * 2
+    assert any(line.startswith("7  next") and "█" in line for line in lines)
+
+
+def test_a_lens_is_an_array_of_one_of_its_lenses() -> None:
+    assert LENS.numpy("LOGIT_LENS").shape == (40, 2, 2)
+    assert LENS.numpy("JACOBIAN_LENS")[3].tolist() == [[0.25, 0.0]]
+    with pytest.raises(ValueError, match="lens: name one of LOGIT_LENS, JACOBIAN_LENS, not None"):
+        LENS.numpy()
+
+
+def test_what_the_lens_route_would_ignore_is_refused() -> None:
+    assert lens("a", "LOGIT_LENS", "m", layers=[3], top_n=None).body == {
+        "model": "m",
+        "type": ["LOGIT_LENS"],
+        "prompt": "a",
+        "stream": False,
+        "layers": [3],
+    }
+    assert lens([{"role": "user", "content": "hi"}], ["LOGIT_LENS"], "m").body["chat"][0]["content"] == "hi"
+    with pytest.raises(InvalidRequest, match=r"lens: there is no field 'top_k'. Did you mean"):
+        lens("a", "LOGIT_LENS", "m", top_k=3)
+    with pytest.raises(InvalidRequest, match="there is no field 'stream'"):
+        lens("a", "LOGIT_LENS", "m", stream=True)
 
 
 # Errors
