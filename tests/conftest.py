@@ -1,5 +1,6 @@
-"""Settings of the whole test run: a cache folder of its own, interrupts that arrive, variables that libraries read at
-import, no time limits of Hypothesis's own, and no error answered that docs/errors.md does not have."""
+"""Settings of the whole test run: a cache folder of its own, no settings of the machine, interrupts that arrive,
+variables of libraries that are read at import, no time limits of Hypothesis's own. Every test begins as in a fresh
+process, and no error is answered that docs/errors.md does not have."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from neuronpedia_inference.embedded.weights import CACHE_VARIABLE, default_cache
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.web.answers import Problem
 from tests.documented import documented_errors
+from tests.fresh import forget_settings, freshen
 
 PREFIX = "neuronpedia-inference-tests-"
 
@@ -27,6 +29,7 @@ PREFIX = "neuronpedia-inference-tests-"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+forget_settings()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,6 +54,22 @@ def own_cache() -> Path:
 
 CACHE = own_cache()
 os.environ[CACHE_VARIABLE] = str(CACHE)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No `.env` reaches the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("cwd"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_process() -> Iterator[None]:
+    """Whatever ran before, fixtures of the whole run and of a file among it."""
+    freshen()
+    yield
+    freshen()
 
 
 @pytest.fixture(scope="session")

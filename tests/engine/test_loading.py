@@ -5,24 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from neuronpedia_inference import loading
 from neuronpedia_inference.embedded.weights import CACHE_VARIABLE
 from neuronpedia_inference.engine import linear
 from neuronpedia_inference.settings import Settings
 from tests import models
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_products_are_timed_once_for_a_kind_of_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

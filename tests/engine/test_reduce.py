@@ -45,14 +45,6 @@ from tests.allocation import allocated_at_the_peak
 from tests.steps import result_of
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven features at a time, so that every result is merged from many blocks."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -63,12 +62,10 @@ WAYS: list[dict[str, Any]] = [
 @contextmanager
 def served(folder: Path) -> Iterator[tuple[Client, Runtime]]:
     """A model and SAEs that lie in a folder."""
-    before = torch.get_num_threads()
     settings = Settings.read(model_id=str(folder / "model"), local_sae_dir=folder / "saes", num_threads=1)
     runtime = Runtime.load(settings)
     with Client(InProcess(runtime)) as client:
         yield client, runtime
-    torch.set_num_threads(before)
 
 
 def made(folder: Path) -> Path:

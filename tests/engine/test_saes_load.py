@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,6 @@ def _saelens() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SAELens imports a deprecated module of TransformerLens
         importlib.import_module("sae_lens")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(kind: str, *, seed: int = 0, hook: str | None = "blocks.3.hook_resid_post", **options: Any) -> Any:

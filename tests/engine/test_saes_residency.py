@@ -7,7 +7,6 @@ import random
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -363,14 +362,6 @@ def written(folder: Path, n_saes: int, **options: Any) -> tuple[list[SourceSpec]
 
 def activations() -> Tensor:
     return 2 * torch.randn(7, D_IN, generator=torch.Generator().manual_seed(99))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def on_another(master: FeatureReader, device: str) -> FeatureReader:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,7 +56,6 @@ def write_sae(folder: Path, kind: str, hook: str) -> None:
 
 @contextmanager
 def loaded(folder: Path, family: str) -> Iterator[Runtime]:
-    before = torch.get_num_threads()
     models.save(family, folder / "model")
     write_sae(folder / "saes" / "1-res-tiny", "jumprelu", "blocks.1.hook_resid_post")
     write_sae(folder / "saes" / "0-gated-tiny", "gated", "blocks.0.hook_resid_pre")
@@ -65,7 +63,6 @@ def loaded(folder: Path, family: str) -> Iterator[Runtime]:
     runtime = Runtime.load(settings)
     yield runtime
     runtime.close()
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -213,14 +210,11 @@ def test_the_command_prints_a_report_and_ends_in_a_code(
 ) -> None:
     model, saes = models.save("llama", tmp_path / "model"), tmp_path / "saes"
     write_sae(saes / "1-res-tiny", "jumprelu", "blocks.1.hook_resid_post")
-    before, handlers = torch.get_num_threads(), logging.getLogger().handlers[:]
     options = ["--model-id", str(model), "--set", f"LOCAL_SAE_DIR={saes}", "--set", "NUM_THREADS=1"]
     with monkeypatch.context() as patch:
         if fault is not None:
             fault(patch, None)  # pyright: ignore[reportArgumentType]
         ran = CliRunner().invoke(app, ["verify", *options, *(["--json"] if as_json else [])])
-    torch.set_num_threads(before)
-    logging.getLogger().handlers[:] = handlers
     assert ran.exit_code == (0 if fault is None else 1), ran.output
     if as_json:
         told = json.loads(ran.stdout)

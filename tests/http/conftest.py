@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,36 +10,11 @@ import httpx
 import pytest
 from served import SECRET, Serve, Served, running, small_settings
 
-from neuronpedia_inference.observability import PACKAGE
 from neuronpedia_inference.runtime import Runtime
-from neuronpedia_inference.settings import Settings, variable
-
-
-@pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """A command that ran in this process logs to what was its standard error, which is closed behind it."""
-    ours = logging.getLogger(PACKAGE)
-    level = ours.level
-    yield
-    root = logging.getLogger()
-    root.handlers = [one for one in root.handlers if one.get_name() != PACKAGE]
-    ours.setLevel(level)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No setting of the machine, and no `.env`, reaches the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        for field in Settings.model_fields:
-            if field == "local_sae_dir":
-                continue
-            patch.delenv(variable(field), raising=False)
-        patch.chdir(tmp_path_factory.mktemp("cwd"))
-        yield
 
 
 @pytest.fixture(scope="session")
-def runtime(clean_environment: None) -> Iterator[Runtime]:
+def runtime(empty_folder: None) -> Iterator[Runtime]:
     with warnings.catch_warnings():
         # The model libraries warn about themselves while they are imported.
         warnings.simplefilter("ignore")

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import logging
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -27,15 +25,6 @@ from neuronpedia_inference.web.server import listen
 
 TOKENIZE = json.dumps({"model": MODEL, "text": TEXT})
 ESCAPE = "\x1b["
-
-
-@pytest.fixture(autouse=True)
-def restored_logging() -> Iterator[None]:
-    """Commands send log lines to the standard error of the moment, which ends with the test."""
-    root = logging.getLogger()
-    before = root.handlers[:]
-    yield
-    root.handlers[:] = before
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

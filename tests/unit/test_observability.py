@@ -81,16 +81,6 @@ def test_a_token_nobody_told_us_of_is_redacted() -> None:
     assert Redactor(["", "ab"]).text("abc") == f"{STARS}c"
 
 
-@pytest.fixture
-def restored_logging() -> Iterator[None]:
-    root, package = logging.getLogger(), logging.getLogger("neuronpedia_inference")
-    before = root.handlers[:], root.level, package.level
-    yield
-    root.handlers[:], root.level, package.level = before
-    logging.Logger.manager._clear_cache()  # pyright: ignore[reportAttributeAccessIssue]  (levels are cached)
-
-
-@pytest.mark.usefixtures("restored_logging")
 def test_json_lines(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     start_logging(settings)
     start_logging(settings)
@@ -117,7 +107,6 @@ def test_json_lines(settings: Settings, capsys: pytest.CaptureFixture[str]) -> N
     assert f"ValueError: bad {STARS}" in lines[1]["traceback"]
 
 
-@pytest.mark.usefixtures("restored_logging")
 def test_text_lines(capsys: pytest.CaptureFixture[str]) -> None:
     start_logging(Settings.read(secret=SECRET, log_level="warning"))
     log = logging.getLogger("neuronpedia_inference.web")

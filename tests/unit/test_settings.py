@@ -13,9 +13,7 @@ from neuronpedia_inference.settings import EMBEDDED_MODEL_ID, Settings, given_na
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for field in Settings.model_fields:
-        monkeypatch.delenv(variable(field), raising=False)
+def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
