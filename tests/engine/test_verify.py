@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 from neuronpedia_inference.checks import Report, self_test, verify
 from neuronpedia_inference.checks.report import Check
 from neuronpedia_inference.cli import app
-from neuronpedia_inference.edits import resolve, rows, table
+from neuronpedia_inference.edits import rows, table
 from neuronpedia_inference.edits.plan import Do, Plan, Step
 from neuronpedia_inference.engine import completions, engine, generation, prompts
 from neuronpedia_inference.errors import StartupError
+from neuronpedia_inference.resolving import edits
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings
 from tests import models
@@ -102,12 +103,12 @@ Break = Callable[[pytest.MonkeyPatch, Runtime], None]
 
 
 def stronger(patch: pytest.MonkeyPatch, _: Runtime) -> None:
-    right = resolve.EditResolver.resolve
+    right = edits.EditResolver.resolve
 
     def strong(self: Any, plan: Plan) -> Any:
         return right(self, replace(plan, edits=tuple(replace(edit, amount=1.01 * edit.amount) for edit in plan.edits)))
 
-    patch.setattr(resolve.EditResolver, "resolve", strong)
+    patch.setattr(edits.EditResolver, "resolve", strong)
 
 
 def dropped(patch: pytest.MonkeyPatch, _: Runtime) -> None:
