@@ -3,7 +3,7 @@
 generation   the pass over its prompt, and 512 + 400 × log-probabilities for every new token on its way to the caller,
              those that rules may take back among them (back × times), and 96 for every number of the vectors that came
              with it and every number that is read while it runs; the reduction of the largest source that is read
-             whole for that; and for a lens 24 × logits of as many positions as a block has room for, with
+             whole for that; and for a lens 12 × logits of as many positions as 2²³ have room for, with
              Jacobians 4 × d_model × (d_model + 2 × tokens) more
              edits     48 × d_model + 32 × prompt tokens for each, and 24 × d_model × prompt tokens where there are any:
                        their vectors in two tables, numbers and weights by position, and states in float32. Each
@@ -55,6 +55,8 @@ BLOCK_ELEMENTS = 2**22
 """Activations computed at once: 16 MiB in float32."""
 LOGITS_AT_ONCE = 2**20
 """Logits made at once where tokens are scored, in about the time of a step: 4 MiB in float32."""
+READ_OUT_AT_ONCE = 2**23
+"""Logits of a lens made at once: for each block as few passes over the unembedding as there are such parts."""
 COPIED_NUMBERS = 2**22
 """Weights of a gated encoder that are scaled at once."""
 TOP_BYTES, RANKED_BYTES, ACTIVE_BYTES = 64, 40, 48
@@ -62,6 +64,8 @@ TOP_BYTES, RANKED_BYTES, ACTIVE_BYTES = 64, 40, 48
 LOGIT_BYTES, SCORED_BYTES = 24, 16
 """Of a logit that is made: in the model's precision and in float32, capped, and while it is summed up; and of a number
 that is told of tokens."""
+READ_OUT_BYTES = 12
+"""Of a logit of a lens: in the model's precision and in float32, which may have to be put together."""
 SENDING_BYTES = 2**18
 """Of the pieces of an answer that are on their way."""
 
@@ -200,7 +204,7 @@ class Costs:
         told = n_rows * n_new_tokens * (TOKEN_BYTES + n_logprobs * LOGPROB_BYTES) + n_read * NUMBER_BYTES
         n_vocab = self.model.vocab_size
         read = max((peak_bytes(source, tokens) for source in read_whole), default=0)
-        read += 24 * min(tokens * n_vocab, max(BLOCK_ELEMENTS, n_vocab)) if reads_out else 0
+        read += READ_OUT_BYTES * min(tokens * n_vocab, max(READ_OUT_AT_ONCE, n_vocab)) if reads_out else 0
         read += 4 * self.model.d_model * (self.model.d_model + 2 * tokens) if jacobians else 0
         edited = self._edited([n_prompt_tokens] * n_rows, n_edits, n_numbers)
         taken = told + read + edited + self._pass([n_prompt_tokens] * n_rows, pattern=pattern)

@@ -34,7 +34,7 @@ class Readout:
     tree: Tree
 
     def __call__(self, resid: Tensor) -> Tensor:
-        """[pos, d_model] -> logits [pos, vocab], float32"""
+        """[pos, d_model] -> logits [pos, vocab], float32, a tensor of its own"""
         norm: Any = self.tree.final_norm
         head: Any = self.tree.model.get_output_embeddings()
         # Not called, but their `forward`: hooks of the pass under way are not meant for what is only looked at.
@@ -42,9 +42,9 @@ class Readout:
         for name in (*_FACTORS, *_DIVISORS):
             number = self._number(name)
             if number is not None:
-                logits = logits * number if name in _FACTORS else logits / number
+                logits = logits.mul_(number) if name in _FACTORS else logits.div_(number)
         cap = self._number("final_logit_softcapping")
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def _number(self, name: str) -> float | None:
         config: Any = self.tree.model.config

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neuronpedia_inference.costs import BLOCK_ELEMENTS
+from neuronpedia_inference.costs import BLOCK_ELEMENTS, LOGITS_AT_ONCE, READ_OUT_AT_ONCE
 from neuronpedia_inference.edits.gauges import GaugeTable, norms, unit
 from neuronpedia_inference.edits.rows import Gauge, RowEdit
 from neuronpedia_inference.engine.sampling import LEAST_LOGPROB
 from neuronpedia_inference.points import Point
 from neuronpedia_inference.saes.encode import FeatureReader
 from neuronpedia_inference.saes.feature import Columns, FeatureWeights, normalised
-from neuronpedia_inference.saes.order import merge_topk, stable_topk
+from neuronpedia_inference.saes.order import any_topk, merge_topk, stable_topk
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,37 +99,49 @@ class LensReading:
         n: int,
         *,
         jacobian: Tensor | None = None,
-        left_out: Tensor | None = None,
+        handicap: Tensor | None = None,
         keeps_first: bool = False,
     ) -> None:
         """`readout`: [pos, d_model] -> logits [pos, vocab], float32, a tensor of its own. jacobian: [d_model, d_model],
-        applied before it. left_out: [vocab] of bool. keeps_first: the likeliest token comes first, left out or not."""
+        applied before it. handicap: [vocab], float32: 0, or -inf of a token that is left out. keeps_first: the
+        likeliest token comes first, left out or not."""
         self.n_numbers = 2 * n
-        self.key: Hashable = ("lens", n, jacobian is not None, left_out is not None, keeps_first)
+        self.key: Hashable = ("lens", n, jacobian is not None, handicap is not None, keeps_first)
         self._readout = readout
         self._jacobian = jacobian
-        self._left_out = left_out
+        self._handicap = handicap
         self._keeps_first = keeps_first
-        self._at_once = max(1, BLOCK_ELEMENTS // vocab_size)
+        self._at_once = max(1, READ_OUT_AT_ONCE // vocab_size)
         self._n = n
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if self._jacobian is not None:
             hidden = (hidden.float() @ self._jacobian.float().T).to(hidden.dtype)
-        return torch.cat([self._likeliest(self._readout(piece)) for piece in hidden.split(self._at_once)])
+        n_pieces = -(-len(hidden) // self._at_once)
+        return torch.cat([self._likeliest(self._readout(piece)) for piece in hidden.tensor_split(n_pieces)])
 
     def _likeliest(self, logits: Tensor) -> Tensor:
-        total = logits.logsumexp(-1, keepdim=True)
+        total = _log_totals(logits)
         largest, first = logits.max(-1, keepdim=True) if self._keeps_first else (None, None)
-        if self._left_out is not None:
-            logits = logits.masked_fill_(self._left_out, -torch.inf)
+        if self._handicap is not None:
+            logits = logits.add_(self._handicap)
         if first is not None:
             logits = logits.scatter_(-1, first, torch.inf)
-        values, ids = logits.topk(self._n)
+        values, ids = any_topk(logits, self._n)
         if largest is not None:
             values = torch.cat([largest, values[:, 1:]], dim=-1)
         logprobs = (values - total).clamp(min=LEAST_LOGPROB)
         return torch.cat([ids.float(), logprobs], dim=1)
+
+
+def _log_totals(logits: Tensor) -> Tensor:
+    """[pos, vocab] -> [pos, 1], the logarithm of the sum of their exponentials.
+
+    `logsumexp` takes twice as long, and what it makes on the way is fetched from memory again and again.
+    """
+    at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    behind = [part.log_softmax(-1).amax(-1, keepdim=True) for part in logits.split(at_once)]
+    return logits.amax(-1, keepdim=True) - torch.cat(behind)
 
 
 class EditsReading:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import pickle
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from neuronpedia_inference.costs import READ_OUT_AT_ONCE, READ_OUT_BYTES
 from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.engine.engine import ModelEngine
 from neuronpedia_inference.engine.protocol import NO_TOKEN, RowId, RowSpec, RowStep
+from neuronpedia_inference.engine.readout import Readout
 from neuronpedia_inference.engine.tokens import TextCodec
+from neuronpedia_inference.engine.tree import Tree
 from neuronpedia_inference.engine.vocabulary import Vocabulary
 from neuronpedia_inference.errors import NoJacobianLens, StartupError
 from neuronpedia_inference.lenses.jacobians import Jacobians, read_jacobians
 from neuronpedia_inference.points import Point
 from neuronpedia_inference.watches.readings import LensReading
 from tests import models
+from tests.allocation import allocated_at_the_peak
 from tests.engine.engines import engine
 from tests.engine.test_merging import PROMPTS
 from tests.steps import result_of
@@ -30,6 +36,7 @@ from tests.steps import result_of
 WIDTH, N = 32, 4
 JACOBIAN = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(3))
 LEFT_OUT = torch.arange(models.VOCAB_SIZE) % 3 > 0
+HANDICAP = torch.zeros(models.VOCAB_SIZE).masked_fill(LEFT_OUT, -torch.inf)
 SHARE = 1e-4
 
 
@@ -51,7 +58,7 @@ def logits_by_hand(family: str, hidden: Tensor) -> Tensor:
 def test_a_lens_through_a_jacobian_tells_words_and_the_likeliest(family: str, first: bool) -> None:
     hidden = models.read(models.model(family), family, PROMPTS[0], 1, "hook_resid_post")
     with torch.no_grad():
-        found = reading(engine(family), jacobian=JACOBIAN.half(), left_out=LEFT_OUT, keeps_first=first)(hidden)
+        found = reading(engine(family), jacobian=JACOBIAN.half(), handicap=HANDICAP, keeps_first=first)(hidden)
     logits = logits_by_hand(family, hidden @ JACOBIAN.half().float().T)
     ranked = logits.masked_fill(LEFT_OUT, -torch.inf)
     if first:
@@ -63,6 +70,39 @@ def test_a_lens_through_a_jacobian_tells_words_and_the_likeliest(family: str, fi
     assert bool(LEFT_OUT[ids[:, 0]].any()) is first
     if first:
         assert torch.equal(found[:, 0].long(), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("n_positions", [1, 9, 10, 11, 23])
+def test_many_positions_are_read_in_even_parts(n_positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neuronpedia_inference.watches.readings.READ_OUT_AT_ONCE", 10 * models.VOCAB_SIZE)
+    built, parts = engine("llama"), list[int]()
+
+    def readout(piece: Tensor) -> Tensor:
+        parts.append(len(piece))
+        return built.readout(piece)
+
+    hidden = torch.randn(n_positions, WIDTH, generator=torch.Generator().manual_seed(n_positions))
+    with torch.no_grad():
+        found = LensReading(readout, models.VOCAB_SIZE, N)(hidden)
+        wanted = logits_by_hand("llama", hidden).log_softmax(-1).topk(N)
+    assert sum(parts) == n_positions
+    assert len(parts) == math.ceil(n_positions / 10)
+    assert max(parts) - min(parts) <= 1
+    assert torch.equal(found[:, :N].long(), wanted.indices)
+    torch.testing.assert_close(found[:, N:], wanted.values, rtol=SHARE, atol=SHARE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_reading_out_stays_within_what_is_admitted(family: str, dtype: torch.dtype) -> None:
+    """In gemma2 logits are capped."""
+    net: Any = deepcopy(models.model(family))
+    tree = Tree(net.to(dtype))
+    hidden = torch.randn(4000, WIDTH, dtype=dtype)
+    n_vocab = models.VOCAB_SIZE
+    lens = LensReading(Readout(tree), n_vocab, N, handicap=HANDICAP, keeps_first=True)
+    admitted = READ_OUT_BYTES * min(len(hidden) * n_vocab, READ_OUT_AT_ONCE)
+    assert allocated_at_the_peak(lambda: lens(hidden)) <= admitted + hidden.nbytes
 
 
 def steps_of(built: ModelEngine, rows: list[RowSpec], n_steps: int) -> list[list[RowStep]]:

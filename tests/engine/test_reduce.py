@@ -33,7 +33,7 @@ from neuronpedia_inference.domain import RankedFeature, Ranking, Source
 from neuronpedia_inference.errors import EngineFailed
 from neuronpedia_inference.saes import reduce
 from neuronpedia_inference.saes.encode import FeatureReader, LoadedSae, NeuronReader
-from neuronpedia_inference.saes.order import merge_topk, stable_topk
+from neuronpedia_inference.saes.order import any_topk, merge_topk, stable_topk
 from neuronpedia_inference.saes.reduce import (
     FeatureRanker,
     active_features,
@@ -80,6 +80,28 @@ class TestStableTopK:
         expected = x.sort(dim=1, descending=True, stable=True)
         assert torch.equal(values, expected.values[:, :9])
         assert torch.equal(indices, expected.indices[:, :9])
+
+    @pytest.mark.parametrize(("n", "k"), [(512, 1), (1000, 1), (3001, 5), (4096, 8)])
+    @pytest.mark.parametrize("shape", [(), (7,), (2, 3)])
+    def test_long_rows_are_looked_at_by_blocks(self, shape: tuple[int, ...], n: int, k: int) -> None:
+        """Ties within blocks, between them, and behind the last whole one."""
+        x = sparse(math.prod(shape), n, seed=n).view(*shape, n)
+        x[..., -1] = x.max()
+        expected = x.sort(dim=-1, descending=True, stable=True)
+        values, indices = stable_topk(x, k)
+        assert torch.equal(values, expected.values[..., :k])
+        assert torch.equal(indices, expected.indices[..., :k])
+        values, indices = any_topk(x, k)
+        assert torch.equal(values, expected.values[..., :k])
+        assert torch.equal(x.gather(-1, indices), values)
+        assert all(len(set(row)) == k for row in indices.view(-1, k).tolist())
+
+    def test_a_number_that_is_none_comes_out_of_long_rows(self) -> None:
+        x = torch.randn(2, 4096, generator=torch.Generator().manual_seed(0))
+        x[1, 3000] = math.nan
+        values, indices = any_topk(x, 4)
+        assert values.isnan().any(dim=1).tolist() == [False, True]
+        assert indices[1, 0] == 3000
 
     def test_merging_halves_equals_the_whole(self) -> None:
         x = sparse(20, 50, seed=2)
