@@ -16,7 +16,8 @@ all of them  1.2 × slots × columns × cache bytes of a position: rows of diffe
 capture      tokens × width of every point × bytes, the pass over its prompts, edits as above, the reduction, its
              results, and 256 KiB for the pieces of the answer that are on their way to the caller
 reduction    one prompt and one source at a time, in float32 and in blocks of features: 6 × block + 16 × pos × width
-             bytes; 8 × pos × F more for architectures that compare features (TopK and others), 16 MiB more for gated
+             bytes; 8 × pos × F more for architectures that compare features (TopK and others), 16 MiB more for gated,
+             40 × pos × F and 12 × heads × pos² for temporal
              block     4 bytes × min(pos × F, max(2²², 256 × pos)), of F features at pos positions
 score        a capture behind the last block; 24 × logits of as many positions as 2²⁰ have room for, and 16 for every
              number of the answer
@@ -154,9 +155,10 @@ def peak_bytes(source: Source, n_positions: int) -> int:
     """Memory that reducing one prompt takes at the most, its results aside."""
     every = n_positions * source.n_features
     block = min(every, max(BLOCK_ELEMENTS, 256 * n_positions))
-    compared = 0 if source.is_read_by_column else 8 * every
+    compared = 0 if source.is_read_by_column else (40 if source.is_temporal else 8) * every
+    attended = 12 * source.n_heads * n_positions * n_positions
     copied = 4 * COPIED_NUMBERS if source.architecture == "gated" else 0
-    return 24 * block + 16 * n_positions * source.width + compared + copied
+    return 24 * block + 16 * n_positions * source.width + compared + copied + attended
 
 
 def reduce_bytes(prompts: Sequence[Tokens], sources: Sequence[Source]) -> int:

@@ -32,6 +32,8 @@ READ_BY_COLUMN = frozenset(
     }
 )
 """SAELens architectures whose features do not depend on each other."""
+TEMPORAL = "temporal"
+"""The SAELens architecture whose encoder attends to earlier positions (arXiv 2511.01836)."""
 
 
 CENTRED = "centred writing weights: its encoder's columns are centred instead, which reads the same"
@@ -122,6 +124,8 @@ class Source:
     """Hook point where its decoder rows live, of a transcoder whose configuration says so."""
     has_dfa: bool = False
     """True for attention-output SAEs on hook_z: direct feature attribution is served."""
+    n_heads: int = 0
+    """Of its own attention, where it is temporal."""
     asks: tuple[str, ...] = ()
     """What its configuration asks of the model beside a hook, and what becomes of that."""
 
@@ -141,6 +145,18 @@ class Source:
     def is_read_by_column(self) -> bool:
         """Whether a feature is computed without all the others, so that memory is a block's and not the source's."""
         return self.is_neurons or self.architecture in READ_BY_COLUMN
+
+    @property
+    def is_temporal(self) -> bool:
+        """A position's features depend on earlier positions, so that it encodes texts as a whole."""
+        return self.architecture == TEMPORAL
+
+    @property
+    def unread_alone_because(self) -> str:
+        """Why a feature cannot be read by itself at one position; empty if it can."""
+        if self.is_temporal:
+            return "its encoder attends to earlier tokens"
+        return "" if self.is_read_by_column else "its features are compared with each other"
 
     @property
     def is_transcoder(self) -> bool:

@@ -19,7 +19,7 @@ RECORDED_EDITS = (
 NO_TEMPLATE = "the tokenizer has no chat template; CHATML_FALLBACK=1 uses ChatML"
 NO_HEADS = "no source that is served reads what attention heads give (attn.hook_z)"
 NO_PERSONA = "no persona axes are served for this model; PERSONA_DIR gives them"
-NO_TEMPORAL = "it is for temporal SAEs, and none can be served"
+NO_TEMPORAL = "it is for temporal SAEs, and none of those that are served is one"
 _WITHOUT_SAES = ("activation_single", "activation_single_batch", "activation_raw", "activation_attention")
 
 Layers = Mapping[str, Any]
@@ -73,8 +73,8 @@ def edits(verdict: Verdict, sources: Collection[Source]) -> dict[str, Any]:
 
 
 def _why_not_set(source: Source) -> str:
-    if not source.is_read_by_column:
-        return f"{source.architecture}: features are compared with each other"
+    if source.unread_alone_because:
+        return f"{source.architecture}: {source.unread_alone_because}"
     if source.is_transcoder and not source.hook_out:
         return f"{source.architecture}: it does not say where it writes"
     return ""
@@ -133,7 +133,7 @@ def refused_endpoints(
     because = {name: no_features if _needs_features(name) else "" for name in by_name}
     because["lens_logit"] = because["lens_prompt"] = verdict.no_lens_because
     because["lens_jacobian"] = verdict.no_lens_because or no_jacobians
-    because["util_similarity_matrix_pred"] = NO_TEMPORAL
+    because["util_similarity_matrix_pred"] = "" if any(one.is_temporal for one in sources) else NO_TEMPORAL
     because["activation_attention"] = _none_can(verdict, PATTERN)
     because["persona_monitor"] = "" if has_persona and chat else NO_PERSONA if not has_persona else NO_TEMPLATE
     because["put_vectors"] = "" if keeps_vectors else NOT_KEPT

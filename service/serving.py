@@ -270,6 +270,11 @@ class Serving:
         return await self._answer("util_sae_topk_by_decoder_cossim", body, fields)
 
     @modal.method()
+    async def util_similarity_matrix_pred(self, body: Body | None = None, **fields: Any) -> Answer:
+        """How alike the predictions of a temporal SAE are for the tokens of a text."""
+        return await self._answer("util_similarity_matrix_pred", body, fields)
+
+    @modal.method()
     async def activation_attention(self, body: Body | None = None, **fields: Any) -> Answer:
         """Where one attention head looks."""
         return await self._answer("activation_attention", body, fields)

@@ -40,7 +40,11 @@ from neuronpedia_inference.operations.sweep import SWEEP
 from neuronpedia_inference.operations.tensors import apart, tensor_pieces
 from neuronpedia_inference.operations.tokenize import TOKENIZE
 from neuronpedia_inference.operations.top_k import ACTIVATION_TOPK_BY_TOKEN, ACTIVATION_TOPK_BY_TOKEN_BATCH
-from neuronpedia_inference.operations.vectors import UTIL_SAE_TOPK_BY_DECODER_COSSIM, UTIL_SAE_VECTOR
+from neuronpedia_inference.operations.vectors import (
+    UTIL_SAE_TOPK_BY_DECODER_COSSIM,
+    UTIL_SAE_VECTOR,
+    UTIL_SIMILARITY_MATRIX_PRED,
+)
 from neuronpedia_inference.pacing import paced, paced_items
 from neuronpedia_inference.scheduler.stay import Stay
 from neuronpedia_inference.schemas.common import Wire, lists_of_objects
@@ -76,6 +80,7 @@ OPERATIONS: tuple[Operation[Any], ...] = (
     TOKENIZE,
     UTIL_SAE_VECTOR,
     UTIL_SAE_TOPK_BY_DECODER_COSSIM,
+    UTIL_SIMILARITY_MATRIX_PRED,
     ACTIVATION_ATTENTION,
     ACTIVATION_RAW,
     APPLY_CHAT_TEMPLATE,
@@ -280,8 +285,8 @@ async def _text(operation: Operation[Any], spelling: Spelling, reply: Wire) -> b
 
 
 def _spelling(operation: Operation[Any], body: Body) -> Spelling:
-    """The request's own where one of its fields has two words; else the operation's. Lines have one spelling."""
-    if operation.dialect == "ndjson":
+    """The request's own where one of its fields has two words and is mirrored; else the operation's."""
+    if not operation.mirrors:
         return operation.casing
     keys = body.model_fields_set if isinstance(body, Wire) else body.keys()
     names = [name for name in operation.request.model_fields if to_camel(name) != name]

@@ -154,4 +154,5 @@ LENS_PROMPT = Operation(
     run=lens_prompt,
     stream=lens_prompt_frames,
     dialect="ndjson",
+    mirrors=False,
 )

@@ -43,7 +43,9 @@ class Operation(Generic[Req]):
     method: Literal["POST", "PUT", "GET"] = "POST"
     """GET: fields are parts of the path or of the query, and there is no body."""
     casing: Literal["snake", "camel", "both"] = "snake"
-    """Spelling of the answer when the request's keys do not show one."""
+    """Spelling of the answer when the request's keys do not show one, or it does not mirror them."""
+    mirrors: bool = True
+    """Whether the answer follows the spelling of the request's keys."""
     has_tensors: bool = False
     """Whether the answer may be a file of tensors."""
     from_tensors: Callable[[Mapping[str, Numbers]], dict[str, Any]] | None = None

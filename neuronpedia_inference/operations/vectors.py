@@ -1,15 +1,16 @@
-"""util/sae-vector and util/sae-topk-by-decoder-cossim: vectors of an SAE."""
+"""util/sae-vector, util/sae-topk-by-decoder-cossim, util/similarity-matrix-pred: an SAE's vectors, and how alike."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from neuronpedia_inference.domain import Source
-from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from neuronpedia_inference.operations.kept_vectors import numbers_of
 from neuronpedia_inference.operations.operation import Operation
-from neuronpedia_inference.operations.prompts import check_model
-from neuronpedia_inference.questions import EncoderColumn, NearestRows
+from neuronpedia_inference.operations.prompts import check_model, tokenize_prompts
+from neuronpedia_inference.operations.rendering import Rows
+from neuronpedia_inference.questions import EncoderColumn, NearestRows, PredictedSimilarity
 from neuronpedia_inference.schemas.common import NPFeature
 from neuronpedia_inference.schemas.util import (
     UtilSaeTopkByDecoderCossimFeature,
@@ -17,6 +18,8 @@ from neuronpedia_inference.schemas.util import (
     UtilSaeTopkByDecoderCossimResponse,
     UtilSaeVectorRequest,
     UtilSaeVectorResponse,
+    UtilSimilarityMatrixPredRequest,
+    UtilSimilarityMatrixPredResponse,
 )
 
 if TYPE_CHECKING:
@@ -58,6 +61,25 @@ async def util_sae_topk_by_decoder_cossim(
     )
 
 
+async def util_similarity_matrix_pred(
+    request: UtilSimilarityMatrixPredRequest, rt: Runtime
+) -> UtilSimilarityMatrixPredResponse:
+    """Raises UnknownSource, InvalidRequest for an SAE that is not temporal and for an empty text, LimitExceeded."""
+    check_model(request.model_id, rt)
+    source = rt.shelf.source(request.source_id)
+    [tokens] = tokenize_prompts(rt, [request.text], "natural")
+    n, most = len(tokens), rt.settings.max_result_values
+    if n * n > most:
+        raise LimitExceeded(
+            f"{n} tokens make a matrix of {n * n} numbers, the most in one answer is {most}. Send a shorter text, or "
+            "raise MAX_RESULT_VALUES."
+        )
+    cosines = (await rt.ask(PredictedSimilarity(tokens, source)))[1:, 1:]
+    return UtilSimilarityMatrixPredResponse.model_construct(
+        similarity_matrix=Rows(len(cosines), lambda row: cosines[row].tolist()), tokens=list(tokens.strings[1:])
+    )
+
+
 def _sae(name: str, rt: Runtime) -> Source:
     source = rt.shelf.source(name)
     if source.is_neurons:
@@ -80,4 +102,13 @@ UTIL_SAE_TOPK_BY_DECODER_COSSIM = Operation(
     response=UtilSaeTopkByDecoderCossimResponse,
     summary="Features whose decoder rows are nearest to a feature's row or to a vector",
     run=util_sae_topk_by_decoder_cossim,
+)
+UTIL_SIMILARITY_MATRIX_PRED = Operation(
+    name="util_similarity_matrix_pred",
+    path="/v1/util/similarity-matrix-pred",
+    request=UtilSimilarityMatrixPredRequest,
+    response=UtilSimilarityMatrixPredResponse,
+    summary="How alike the predictions of a temporal SAE are for the tokens of a text",
+    run=util_similarity_matrix_pred,
+    mirrors=False,
 )

@@ -3,7 +3,14 @@
 A question's answer has one entry per prompt, in full-prompt coordinates, nothing masked unless asked for.
 """
 
-from neuronpedia_inference.questions.features import Active, OneFeature, Projection, Strongest, TopPerToken
+from neuronpedia_inference.questions.features import (
+    Active,
+    OneFeature,
+    PredictedSimilarity,
+    Projection,
+    Strongest,
+    TopPerToken,
+)
 from neuronpedia_inference.questions.question import Question
 from neuronpedia_inference.questions.weights import EncoderColumn, NearestRows, Weighed
 
@@ -12,6 +19,7 @@ __all__ = [
     "EncoderColumn",
     "NearestRows",
     "OneFeature",
+    "PredictedSimilarity",
     "Projection",
     "Question",
     "Strongest",

@@ -24,7 +24,7 @@ from neuronpedia_inference.domain import (
     TopFeatures,
 )
 from neuronpedia_inference.engine.protocol import Captured
-from neuronpedia_inference.errors import LimitExceeded
+from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from neuronpedia_inference.points import HOOK_V, PATTERN, Point
 from neuronpedia_inference.questions.checks import check_index, check_prompts, check_vector
 from neuronpedia_inference.questions.question import Places, Weights
@@ -32,6 +32,9 @@ from neuronpedia_inference.questions.question import Places, Weights
 if TYPE_CHECKING:
     from neuronpedia_inference.saes.encode import FeatureReader
     from neuronpedia_inference.saes.feature import OneReader
+
+PREDICTED_BYTES = 12
+"""Of what is predicted of a feature at a position: itself, its unit length, and one for the work."""
 
 T = TypeVar("T")
 Steps = Generator[Future[Any] | None, Any, T]
@@ -104,6 +107,42 @@ class Projection:
         yield None
         point = Point.parse(self.hook)
         return [reduce.projections(seen[point], self.vector, point.name) for seen in captured]
+
+
+@dataclass(frozen=True)
+class PredictedSimilarity:
+    """How alike a temporal SAE's predictions for two tokens are: cosines [pos, pos] (contract 4.4)."""
+
+    prompt: Tokens
+    source: Source
+
+    @property
+    def prompts(self) -> Sequence[Tokens]:
+        return (self.prompt,)
+
+    @property
+    def points(self) -> set[Point]:
+        return {_point(self.source)}
+
+    @property
+    def n_bytes(self) -> int:
+        n = len(self.prompt)
+        return reduce_bytes(self.prompts, [self.source]) + PREDICTED_BYTES * n * self.source.n_features + 8 * n * n
+
+    def check(self, places: Places, vocab_size: int) -> None:
+        check_prompts(self.prompts, vocab_size)
+        if not self.source.is_temporal:
+            raise InvalidRequest(
+                f"SAE architecture is not temporal: {self.source.name!r} is of the kind {self.source.architecture}, "
+                "which predicts nothing. Name a temporal SAE's source."
+            )
+
+    def reduce(self, captured: Sequence[Captured], weights: Weights) -> Steps[Numbers]:
+        from neuronpedia_inference.saes import reduce
+
+        [seen] = captured
+        with (yield weights.request(self.source)) as reader:
+            return reduce.predicted_similarity(reader, seen[_point(self.source)])
 
 
 @dataclass(frozen=True)

@@ -281,9 +281,8 @@ class EditResolver:
             )
         if edit.reads_feature and not source.is_read_by_column:
             raise InvalidRequest(
-                f"Source {source.name!r} is a {source.architecture}, whose features are compared with each other: "
-                f"do {edit.do.value!r} would have to compute all of them at every token, which is not served. "
-                "`add` is."
+                f"Source {source.name!r} is of the kind {source.architecture}: {source.unread_alone_because}, so "
+                f"do {edit.do.value!r} would have to compute all of it at every token, which is not served. `add` is."
             )
         reads, writes = self._points(feature)
         self._engine.check(reads)

@@ -126,6 +126,11 @@ class WatchResolver:
     def _source(self, name: str) -> Source:
         source = self._shelf.source(name)
         self._point(source.hook)
+        if source.is_temporal:
+            raise InvalidRequest(
+                f"Source {name!r} cannot be watched while a text is written: {source.unread_alone_because}, which are "
+                "not at hand then. Ask for its activations on the finished text."
+            )
         return source
 
     def _point(self, hook: str) -> Point:

@@ -49,8 +49,9 @@ def text_means(reader: FeatureReader, xs: Sequence[Tensor], counted: Sequence[Te
     means = torch.zeros(len(xs), n_features)
     n_fired = torch.zeros(len(xs), n_features)
     for text, (x, counts) in enumerate(zip(xs, counted, strict=True)):
-        rows = x[counts.to(x.device)]
-        for first, acts in reader.blocks(rows, block_of(rows)):
+        for first, every in reader.blocks(x, block_of(x)):  # of the whole text, for some attend to earlier tokens
+            acts = every[counts.to(every.device)]
+            del every
             require_finite(acts, reader)
             columns = slice(first, first + acts.shape[1])
             means[text, columns] = acts.mean(dim=0).cpu()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuronpedia_inference.domain import Source
+from neuronpedia_inference.domain import TEMPORAL, Source
 from neuronpedia_inference.errors import StartupError, UnknownPoint
 from neuronpedia_inference.points import Point
 from neuronpedia_inference.saes import foreign, saelens
@@ -51,9 +51,7 @@ class Described:
     @property
     def n_bytes(self) -> int:
         """What all of it takes in memory."""
-        config = self.config
-        shapes = shapes_of(config.architecture(), config.d_in, config.d_sae, getattr(config, "d_out", config.d_in))
-        return sum(map(prod, shapes.values())) * getattr(torch, self.dtype).itemsize
+        return sum(map(prod, shapes_of(self.config).values())) * getattr(torch, self.dtype).itemsize
 
     @property
     def files(self) -> dict[Path, Version]:
@@ -125,7 +123,8 @@ def config_of(spec: SourceSpec, files: Files, folder: Path | None) -> Any:
 
 def folds_norms(config: Any) -> bool:
     """Whether decoder rows get unit norm and activations the old one: where that leaves the choice of features."""
-    return config.architecture() != "matching_pursuit" and getattr(config, "rescale_acts_by_decoder_norm", True)
+    is_folded = config.architecture() not in ("matching_pursuit", TEMPORAL)
+    return is_folded and getattr(config, "rescale_acts_by_decoder_norm", True)
 
 
 def check_architecture(spec: SourceSpec, architecture: str) -> None:
@@ -151,7 +150,7 @@ def source_of(spec: SourceSpec, config: Any) -> Source:
         asks = asked(metadata, Point.parse(hook).place, config.architecture())
     except (ValueError, UnknownPoint) as exc:
         raise StartupError(f"SAE {spec.name!r}: {exc}; EXCLUDE_SAE leaves it out.") from None
-    if config.normalize_activations not in NORMALISATIONS:
+    if config.normalize_activations not in NORMALISATIONS and not _scales_by_itself(config):
         raise StartupError(f"SAE {spec.name!r}: {config.normalize_activations!r} of its input is not folded in.")
     return Source(
         name=spec.name,
@@ -163,8 +162,14 @@ def source_of(spec: SourceSpec, config: Any) -> Source:
         architecture=_architecture(spec, config),
         hook_out=metadata.get("hook_name_out"),
         has_dfa=hook.endswith("hook_z") and _reads_attention(spec, metadata.get("neuronpedia_id")),
+        n_heads=getattr(config, "n_heads", 0),
         asks=asks,
     )
+
+
+def _scales_by_itself(config: Any) -> bool:
+    """Whether its input is multiplied by a factor that its own configuration has."""
+    return config.architecture() == TEMPORAL and config.normalize_activations == "constant_scalar_rescale"
 
 
 def _architecture(spec: SourceSpec, config: Any) -> str:
@@ -222,7 +227,7 @@ def _layout(spec: SourceSpec, files: Files, folder: Path | None, config: Any) ->
     try:
         layout = folder_layout(folder) if folder is not None else _hub_layout(spec, files)
         if layout is not None:
-            layout.check(config.architecture(), config.d_in, config.d_sae, getattr(config, "d_out", config.d_in))
+            layout.check(config)
         return layout
     except (OSError, ValueError, KeyError, TypeError) as exc:
         where = folder / WEIGHTS_NAME if folder is not None else spec.address

@@ -1,7 +1,8 @@
 """Reading features from a hook's tensor: one interface for SAEs and for a layer's MLP neurons.
 
 What SAELens's `encode` answers is the reference. Where each feature depends on its own encoder column alone,
-only the columns asked for are computed. TopK and matching pursuit compare features, and need all of them.
+only the columns asked for are computed. TopK and matching pursuit compare features, and need all of them; temporal SAEs
+attend to earlier positions, and need all of a text too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _ROWS_AT_ONCE = 8192
 
 
 class FeatureReader(OneReader, Protocol):
-    """Features of one source. `x` is one prompt's hook tensor [pos, width]; activations are float32."""
+    """Features of one source. `x` is one prompt's whole hook tensor [pos, width]; activations are float32."""
 
     @property
     def steerable(self) -> bool:
@@ -85,7 +86,14 @@ class LoadedSae:
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        return self.module.encode(x.to(self.module.device)).float()
+        x = x.to(self.module.device)
+        return (self.module.encode(x[None])[0] if self.source.is_temporal else self.module.encode(x)).float()
+
+    @torch.no_grad()
+    def predicted(self, x: Tensor) -> Tensor:
+        """What a temporal SAE expects at each position from those before: [pos, width] -> [pos, n_features], float32"""
+        assert self.source.is_temporal, self.source
+        return self.module.encode_with_predictions(x.to(self.module.device)[None])[1][0].float()
 
     def encode_feature(self, x: Tensor, index: int) -> Tensor:
         return self.encode_features(x, (index,))[:, 0]
@@ -115,7 +123,7 @@ class LoadedSae:
         return self._copy(self.module.W_dec[index])
 
     def encoder_column(self, index: int) -> Tensor:
-        return self._copy(self.module.W_enc[:, index])
+        return self._copy(self._encoder[:, index])
 
     def feature(self, index: int) -> FeatureWeights:
         module, config = self.module, self.module.cfg
@@ -125,7 +133,7 @@ class LoadedSae:
         return FeatureWeights(
             source=self.source,
             index=index,
-            encoder=_own(module.W_enc[:, index]),
+            encoder=_own(self._encoder[:, index]),
             bias=module.W_dec.new_zeros(()) if bias is None else _own(bias[index]),
             decoder=None if self.source.architecture == ACROSS_LAYERS else _own(module.W_dec[index]),
             b_dec=_own(module.b_dec) if takes_off else None,
@@ -156,6 +164,11 @@ class LoadedSae:
     def free(self) -> None:
         # Forgetting the module is not enough: it may hold functions that hold it, until the next garbage collection.
         self.module.to(device="meta")
+
+    @property
+    def _encoder(self) -> Tensor:
+        """[width, feature]; of tied weights the decoder's."""
+        return self.module.W_enc if hasattr(self.module, "W_enc") else self.module.W_dec.T
 
     def _input(self, x: Tensor) -> Tensor:
         """Cast, normalise and shift as the SAE's configuration says: [pos, width] -> [pos, width]."""

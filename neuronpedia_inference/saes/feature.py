@@ -5,7 +5,8 @@ less b_dec where the SAE takes it off; q = e·x̂ for an encoder's column e.
     jumprelu    relu(q + b_enc) where q + b_enc > θ, else 0               Rajamanoharan et al., arXiv 2407.14435
     gated       relu(exp(r)·q + b_mag) where q + b_gate > 0, else 0       Rajamanoharan et al., arXiv 2404.16014
 
-TopK and matching pursuit compare features: theirs have columns and rows, but none can be read by itself.
+TopK and matching pursuit compare features, and temporal SAEs attend to earlier positions: theirs have columns and rows,
+but none can be read by itself.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from neuronpedia_inference.domain import Source
+from neuronpedia_inference.domain import TEMPORAL, Source
 from neuronpedia_inference.errors import InvalidRequest
 
 LAYER_NORM, CONSTANT_NORM = "layer_norm", "constant_norm_rescale"
@@ -91,7 +92,7 @@ class FeatureWeights:
     b_mag: Tensor | None = None
     """[], of a gated SAE"""
     normalisation: str = "none"
-    """One of NORMALISATIONS."""
+    """One of NORMALISATIONS where features are read alone."""
 
     def encode(self, x: Tensor) -> Tensor:
         """[pos, width] -> [pos], float32, as the whole SAE does on x's device. Only where features are read alone."""
@@ -121,7 +122,7 @@ class FeatureWeights:
     @property
     def offsets(self) -> tuple[float | None, float | None]:
         """b_enc and the threshold of JumpReLU, None where the kind of SAE has no such number."""
-        has_bias = self.source.architecture not in ("gated", "matching_pursuit")
+        has_bias = self.source.architecture not in ("gated", "matching_pursuit", TEMPORAL)
         return float(self.bias) if has_bias else None, None if self.threshold is None else float(self.threshold)
 
     @property

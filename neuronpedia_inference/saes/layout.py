@@ -76,9 +76,12 @@ class Layout:
         """The least precision that holds all of them."""
         return reduce(torch.promote_types, (part.stored.dtype for part in self.parts.values()))
 
-    def check(self, kind: str, d_in: int, d_sae: int, d_out: int) -> None:
-        """Raises ValueError where a tensor is missing or has another shape than the configuration says."""
-        wanted = shapes_of(kind, d_in, d_sae, d_out)
+    def check(self, config: Any) -> None:
+        """Raises ValueError where a tensor is missing or has another shape than the configuration says.
+
+        config: with SAELens's names.
+        """
+        wanted = shapes_of(config)
         if self.threshold is not None:
             del wanted["threshold"]
         for name, shape in wanted.items():

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from neuronpedia_inference.saes.kinds import SCALED_BY_NORMS
+from neuronpedia_inference.saes.kinds import ATTENTION, SCALED_BY_NORMS
 from neuronpedia_inference.saes.layout import Layout, Part
 from neuronpedia_inference.saes.specs import WEIGHTS_NAME
 from neuronpedia_inference.saes.stored import tensors_in
@@ -15,6 +15,7 @@ from neuronpedia_inference.saes.stored import tensors_in
 KNOWN = {"W_enc", "W_dec", "W_skip", "b_dec", "r_mag", *SCALED_BY_NORMS}
 _GEMMA = {"w_enc": "W_enc", "w_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
 _LINEAR = {"encoder.bias": "b_enc", "decoder.bias": "b_dec"}
+_TEMPORAL = {"D": "W_dec", "E": "W_enc", "b": "b_dec"}
 _TURNED = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
 
 
@@ -45,11 +46,14 @@ def original_layout(loader: str, snapshot: Path, path: str, scale: float | None)
             return _sparsify(snapshot / path / "sae.safetensors")
         case "mntss_clt_layer_transcoder":
             return _one_layer(snapshot, path)
+        case "temporal":
+            found = tensors_in(snapshot / path / "latest_ckpt.safetensors")
+            return _known({_TEMPORAL.get(name, name): Part(stored) for name, stored in found.items()})
     return None
 
 
 def _known(parts: dict[str, Part]) -> Layout | None:
-    return Layout(parts) if parts.keys() <= KNOWN else None
+    return Layout(parts) if all(name in KNOWN or name.startswith(ATTENTION) for name in parts) else None
 
 
 def _gemma(file: Path) -> Layout:

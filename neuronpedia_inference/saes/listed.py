@@ -10,19 +10,23 @@ import re
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
+from neuronpedia_inference.domain import TEMPORAL
 from neuronpedia_inference.saes.directory import Release, releases
 
 EMBEDDING = "e"
 """Stands for the layer in the name of an SAE that reads the embeddings."""
 
-TEMPORAL = "its encoder attends to earlier tokens, and positions are encoded one by one here"
 EMBEDDED_TOKENS = "it reads hook_embed, the embeddings before they are scaled, which is no place in a block"
-REFUSALS = (TEMPORAL, EMBEDDED_TOKENS)
+REFUSALS = (EMBEDDED_TOKENS,)
 """Every reason for which an SAE of the directory is not served."""
 ACROSS_LAYERS = (
     "activations only: its decoder writes to every later layer, so it has no rows to compare or to steer with"
 )
-REASONS = (*REFUSALS, ACROSS_LAYERS)
+WHOLE_TEXTS = (
+    "of whole texts only: its encoder attends to earlier tokens, so its features are not watched while a text is "
+    "written, and not set to a value"
+)
+REASONS = (*REFUSALS, ACROSS_LAYERS, WHOLE_TEXTS)
 """Why all of an SAE, or a part, is not served."""
 
 _TRUE_MODEL = {"gemma-scope-9b-it-res": "gemma-2-9b-it"}
@@ -51,7 +55,7 @@ _KINDS = {
     "gemma_2_transcoder": "jumprelu_transcoder",
     "mwhanna_transcoder": "transcoder",
     "mntss_clt_layer_transcoder": "cross_layer_transcoder",
-    "temporal": "temporal",
+    "temporal": TEMPORAL,
 }
 _KIND_IN_NAME = {"topk": "topk", "gated": "gated", "standard": "standard", "matryoshka": "jumprelu"}
 _SUBLAYERS = {"a": "hook_attn_out", "m": "hook_mlp_out", "r": "hook_resid_post"}
@@ -91,14 +95,12 @@ class ListedSae:
     @property
     def refused(self) -> str | None:
         """Why it cannot be served, one of `REFUSALS`."""
-        if self.kind == "temporal":
-            return TEMPORAL
         return EMBEDDED_TOKENS if self.hook == "hook_embed" else None
 
     @property
     def limited(self) -> str | None:
         """What of it is not served."""
-        return ACROSS_LAYERS if self.kind == "cross_layer_transcoder" else None
+        return {"cross_layer_transcoder": ACROSS_LAYERS, TEMPORAL: WHOLE_TEXTS}.get(self.kind)
 
     @property
     def reads_residual(self) -> bool:

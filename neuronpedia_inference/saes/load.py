@@ -82,7 +82,8 @@ def _copy(master: LoadedSae, device: str) -> LoadedSae:
     else:
         config = deepcopy(master.module.cfg)
         config.device = "meta"
-        module = type(master.module)(config)
+        with torch.device("meta"):
+            module = type(master.module)(config)
     module.load_state_dict(_weights_on(device, master), assign=True)
     module.to(device=device)
     return LoadedSae(master.source, _only_read(module))

@@ -125,4 +125,4 @@ def load_plain(cfg: PlainConfig, file: Path, dtype: str) -> PlainSae | None:
 
 
 def _shapes(cfg: PlainConfig) -> dict[str, tuple[int, ...]]:
-    return shapes_of(cfg.kind, cfg.d_in, cfg.d_sae, cfg.d_in)
+    return shapes_of(cfg)

@@ -16,7 +16,7 @@ from torch import Tensor
 from neuronpedia_inference.costs import BLOCK_ELEMENTS
 from neuronpedia_inference.domain import ActiveFeatures, Dfa, Numbers, RankedFeatures, Ranking, TopFeatures
 from neuronpedia_inference.errors import EngineFailed, InvalidRequest
-from neuronpedia_inference.saes.encode import FeatureReader
+from neuronpedia_inference.saes.encode import FeatureReader, LoadedSae
 from neuronpedia_inference.saes.feature import OneReader
 from neuronpedia_inference.saes.order import merge_topk, stable_topk
 
@@ -44,6 +44,18 @@ def projections(hidden: Tensor, vector: Sequence[float] | Numbers, hook: str) ->
             raise InvalidRequest(f"The vector is too large: its product with {hook} is not finite.")
         raise EngineFailed(f"The model gave a value that is not finite at {hook!r}.")
     return on_host(values)
+
+
+def predicted_similarity(reader: LoadedSae, x: Tensor) -> Numbers:
+    """Cosines of what a temporal SAE predicts at two positions, less the mean over all: [pos, width] -> [pos, pos].
+
+    0 where a prediction is the mean.
+    """
+    predicted = reader.predicted(x)
+    require_finite(predicted, reader)
+    predicted -= predicted.mean(dim=0)
+    unit = torch.nn.functional.normalize(predicted, dim=1)
+    return on_host(unit @ unit.T)
 
 
 def top_features(reader: FeatureReader, x: Tensor, k: int) -> Pauses[TopFeatures]:

@@ -61,6 +61,32 @@ class UtilSaeTopkByDecoderCossimRequest(Wire):
     )
 
 
+class UtilSimilarityMatrixPredRequest(Wire):
+    """How alike the predictions of a temporal SAE are for the tokens of a text."""
+
+    model_id: ModelName
+    source_id: SourceName
+    index: int | None = Field(default=None, description="Ignored: the matrix is of all features together.")
+    text: str = Field(description="Text to run through the model.")
+
+    model_config = ConfigDict(
+        strict=False,
+        json_schema_extra=examples(
+            {"model_id": "gemma-2-2b", "source_id": "12-temporal-res", "index": 0, "text": "The cat sat on the mat."}
+        ),
+    )
+
+
+class UtilSimilarityMatrixPredResponse(Reply):
+    """Of every two tokens but the first, which nothing is before."""
+
+    similarity_matrix: list[list[float]] = Field(
+        description="[token, token]: cosines of the features that the SAE predicts at the tokens from those before "
+        "them, less their mean over the text; symmetric."
+    )
+    tokens: list[str] = Field(description="The tokens of rows and columns as text; position 0 is left out.")
+
+
 class UtilSaeTopkByDecoderCossimFeature(Reply):
     """A feature of the searched source."""
 

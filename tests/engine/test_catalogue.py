@@ -12,7 +12,7 @@ import pytest
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.saes import directory
 from neuronpedia_inference.saes.catalogue import OfferedSet, SaeCatalogue, aliases, known_models, offered, resolve
-from neuronpedia_inference.saes.listed import EMBEDDED_TOKENS, TEMPORAL, of_model
+from neuronpedia_inference.saes.listed import EMBEDDED_TOKENS, of_model
 from neuronpedia_inference.saes.names import lookup_order
 from neuronpedia_inference.settings import Settings
 
@@ -293,7 +293,7 @@ class TestAddresses:
 class TestWhatIsNotServed:
     @pytest.mark.parametrize(
         ("word", "why"),
-        [("temporal-res", TEMPORAL), ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", EMBEDDED_TOKENS)],
+        [("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", EMBEDDED_TOKENS)],
     )
     def test_is_listed_and_refused_with_the_reason(self, word: str, why: str) -> None:
         assert f"is not served: {why}; EXCLUDE_SAE leaves it out." in refused(model_id="gemma-2-2b", sae_sets=[word])

@@ -45,9 +45,9 @@ def test_a_walk_over_all_entries() -> None:
 
 def test_the_counts() -> None:
     saes = every()
-    assert Counter(sae.refused for sae in saes) == {None: 13846, listed.EMBEDDED_TOKENS: 8, listed.TEMPORAL: 3}
+    assert Counter(sae.refused for sae in saes) == {None: 13849, listed.EMBEDDED_TOKENS: 8}
     assert {sae.refused for sae in saes} - {None} == set(REFUSALS)
-    assert Counter(sae.limited for sae in saes) == {None: 13831, listed.ACROSS_LAYERS: 26}
+    assert Counter(sae.limited for sae in saes) == {None: 13828, listed.ACROSS_LAYERS: 26, listed.WHOLE_TEXTS: 3}
     assert Counter(sae.neuronpedia_id is not None for sae in saes) == {True: 2439, False: 11418}
 
 

@@ -100,17 +100,26 @@ def test_what_a_model_cannot_do_has_its_reason(
     assert "activation_single" not in reasons, "a vector needs no source"
 
 
+def test_the_similarity_of_predictions_needs_a_temporal_sae() -> None:
+    for sources, is_there in (([sae(0)], False), ([sae(0), replace(sae(1), architecture="temporal")], True)):
+        told = offered(engine("llama").verdict, sources, chat=True)
+        assert told["endpoints"]["util_similarity_matrix_pred"] is is_there
+        assert ("util_similarity_matrix_pred" in told["endpoints_off_because"]) is not is_there
+
+
 def test_whose_features_can_be_set_is_told_with_the_reasons() -> None:
     sources = [
         sae(0),
         replace(sae(1), name="1-topk", architecture="topk"),
+        replace(sae(1), name="1-temporal", architecture="temporal"),
         replace(sae(1), name="1-skip", architecture="skip_transcoder"),
         replace(sae(1), name="1-tc", architecture="transcoder", hook_out="blocks.1.hook_mlp_out"),
     ]
     told = offered(engine("llama").verdict, sources, chat=True)["edits"]
     assert told["sources"] == [sources[0].name, "1-tc"]
     assert told["refused"] == {
-        "topk: features are compared with each other": ["1-topk"],
+        "topk: its features are compared with each other": ["1-topk"],
+        "temporal: its encoder attends to earlier tokens": ["1-temporal"],
         "skip_transcoder: it does not say where it writes": ["1-skip"],
     }
     assert told["unrecorded_because"] == engine("llama").graphs_off_because

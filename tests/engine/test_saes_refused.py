@@ -15,7 +15,7 @@ from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.saes.catalogue import CONFIG_NAME, WEIGHTS_NAME, SourceSpec, hub_location
 from neuronpedia_inference.saes.files import Files
 from neuronpedia_inference.saes.originals import loaders_of
-from tests.engine.test_saes_load import D_IN, build, close, load, saved
+from tests.engine.test_saes_load import build, close, load, saved
 
 
 class TestRefusals:
@@ -30,13 +30,6 @@ class TestRefusals:
     def edit(self, spec: SourceSpec, **changes: Any) -> None:
         path = (spec.folder or Path()) / CONFIG_NAME
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    def test_temporal(self, tmp_path: Path) -> None:
-        from sae_lens import TemporalSAE, TemporalSAEConfig
-
-        module = TemporalSAE(TemporalSAEConfig(d_in=D_IN, d_sae=64, n_heads=2, bottleneck_factor=2))
-        module.cfg.metadata.hook_name = "blocks.3.hook_resid_post"
-        assert "'temporal', which is not served" in self.refused(saved(tmp_path, module))
 
     def test_unheard_of_architecture(self, tmp_path: Path) -> None:
         spec = saved(tmp_path, build("standard"))
@@ -172,12 +165,4 @@ class TestDirectory:
 
         monkeypatch.setattr(SAE, "from_pretrained", from_pretrained)
         with pytest.raises(StartupError, match=r"^SAE '12-res-jb': 'gpt2-small-res-jb/.*no route to host$"):
-            load(self.spec)
-
-    def test_temporal_is_refused_after_the_download(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from sae_lens import SAE, TemporalSAE, TemporalSAEConfig
-
-        module = TemporalSAE(TemporalSAEConfig(d_in=D_IN, d_sae=64, n_heads=2, bottleneck_factor=2))
-        monkeypatch.setattr(SAE, "from_pretrained", lambda *args, **kwargs: module)
-        with pytest.raises(StartupError, match="temporal"):
             load(self.spec)

@@ -193,9 +193,9 @@ def test_models_marks_the_base_and_says_what_is_not_served() -> None:
     from neuronpedia_inference.saes.listed import REASONS
 
     by_set = {row["set"]: row for row in rows("models", "gemma-2-2b-it")}
-    assert by_set["temporal-res"]["refused"] == f"1: {REASONS[0]}"
+    assert by_set["temporal-res"]["limited"] == f"1: {REASONS[2]}"
     assert by_set["temporal-res"]["of"] == "gemma-2-2b"
-    assert by_set["clt-hp"]["limited"] == f"26: {REASONS[2]}"
+    assert by_set["clt-hp"]["limited"] == f"26: {REASONS[1]}"
     assert [name for name, row in by_set.items() if row["default"]] == ["gemmascope-res-16k"]
     assert by_set["gemmascope-res-16k"]["canonical"] == "yes"
     assert not by_set["gemma-scope-2b-pt-res__width_16k-average_l0_10"]["canonical"]
@@ -211,7 +211,7 @@ def test_models_in_all_gives_every_sae_of_the_directory_once() -> None:
     assert len(saes) == len(every)
     assert {(sae["release"], sae["sae_id"]) for sae in saes} == every
     assert all({"name", "hook", "width", "kind", "bytes"} <= sae.keys() for sae in saes)
-    assert sum("refused" in sae for sae in saes) == 11
+    assert sum("refused" in sae for sae in saes) == 8
     piped = rows("models", "--all")
     assert {(row["release"], row["sae_id"]) for row in piped} == every
 

@@ -381,7 +381,6 @@ def test_too_much_that_fires_is_counted_and_refused(runtime: Runtime, monkeypatc
     "path",
     [
         "/v1/lens",
-        "/v1/util/similarity-matrix-pred",
         "/v1/tokenize/",
         "/nothing",
     ],

@@ -73,6 +73,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "tokenize": {"model": "tiny", "text": "one"},
     "util_sae_vector": {"model": "tiny", "source": "1-res", "index": 1},
     "util_sae_topk_by_decoder_cossim": COSSIM,
+    "util_similarity_matrix_pred": {"model_id": "tiny", "source_id": "1-res", "text": "one two three"},
     "activation_attention": {"prompt": "one two", "model": "tiny", "layer": 1, "head": 0},
     "activation_raw": {"prompts": ["one two"], "layers": [1], "hook_point": "residual_stream", "model": "tiny"},
     "apply_chat_template": {"messages": [{"role": "user", "content": "hi"}], "add_generation_prompt": True},
@@ -98,7 +99,7 @@ OPENAI = ("chat_completions", "completions", "models", "model")
 OUR_OWN = ("activations", "top_k", "steer", "search", "feature", "contrast", "capture", "put_vectors", "score", "sweep")
 BESIDE = (
     *("activation_attention", "activation_raw", "apply_chat_template", "lens_prompt", "steer_health"),
-    "persona_monitor",
+    *("persona_monitor", "util_similarity_matrix_pred"),
 )
 """Routes of the wire that the published client has no method for."""
 WIRE = [name for name in BODIES if name not in (*OUR_OWN, *BESIDE, *OPENAI)]
@@ -142,7 +143,7 @@ def test_the_client_has_a_method_for_every_wire_operation():
 
 
 def test_names_paths_and_summaries_are_there_once():
-    assert len({operation.path for operation in OPERATIONS}) == len(OPERATIONS) == len(by_name) == 32
+    assert len({operation.path for operation in OPERATIONS}) == len(OPERATIONS) == len(by_name) == 33
     for operation in OPERATIONS:
         assert operation.path.startswith("/v1/")
         assert operation.summary[0].isupper()
@@ -183,7 +184,7 @@ def test_a_camel_case_request_gets_camel_case(name: str):
     answer = ask(name, body)
     plain = ask(name, BODIES[name])
     snake, camels = words(keys(answer))
-    if name in {*BOTH, "lens_prompt"} or body == BODIES[name]:  # or nothing in it shows a spelling
+    if name in BOTH or not by_name[name].mirrors or body == BODIES[name]:  # or nothing in it shows a spelling
         assert answer == plain
     elif "steer" in name:
         assert snake == {"top_logprobs"}
@@ -272,7 +273,7 @@ def said_of(name: str, body: dict[str, Any]) -> dict[str, Any]:
     reply = asyncio.run(operation.run(validate(operation, body), fake))  # pyright: ignore[reportArgumentType]
     multiword = {field: to_camel(field) for field in operation.request.model_fields if field != to_camel(field)}
     spelling = "snake" if multiword.keys() & body.keys() else operation.casing
-    spelling = "camel" if {*multiword.values()} & body.keys() and operation.dialect == "sse" else spelling
+    spelling = "camel" if {*multiword.values()} & body.keys() and operation.mirrors else spelling
     return whole(realised(reply), spelling, "steer_completion" in name)
 
 

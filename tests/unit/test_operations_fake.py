@@ -57,6 +57,7 @@ from neuronpedia_inference.questions import (
     EncoderColumn,
     NearestRows,
     OneFeature,
+    PredictedSimilarity,
     Projection,
     Strongest,
     TopPerToken,
@@ -302,6 +303,8 @@ class FakeRuntime:
         match question:
             case Likelihoods():
                 return [_likelihood(len(text) - n, question.n_top) for text, n in question.scored]
+            case PredictedSimilarity():
+                return np.eye(len(question.prompt))
             case HeadPattern():
                 ones = np.arange(len(question.prompt))
                 return Attended(ones, ones, 1 / (1 + ones), 0.5)
