@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo page-images test test-quick test-long lint check serve docs bench soak siege start stalls deploy fix
+.PHONY: help demo notebooks page-images test test-quick test-long lint check serve docs bench soak siege start stalls deploy fix
 
 help:  ## List these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -44,6 +44,9 @@ docs: $(VENV)/ready  ## Write the generated documentation
 
 page-images: $(VENV)/ready  ## Take the pictures of docs/page.md, with Chromium
 	PAGE_IMAGES=$(CURDIR)/docs/images $(BIN)/python -m pytest -q tests/http/test_page.py
+
+notebooks: $(VENV)/ready  ## Run the notebooks of examples/ and write what their cells show
+	$(BIN)/python scripts/run_notebooks.py
 
 fix: $(VENV)/ready  ## Format, and mend what the linter can
 	$(BIN)/ruff check --fix --quiet . || true

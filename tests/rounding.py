@@ -10,11 +10,13 @@ times that, relative to the largest logit.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
 CLOSE = 1e-4
 APART = 1e-5
+DECIMAL = re.compile(r"\d+\.\d+")
 LARGEST_LOGIT = 50.0
 """Of the embedded model, rounded up."""
 
@@ -25,6 +27,23 @@ def differences(one: Any, other: Any) -> list[str]:
     Floats may differ by CLOSE of the largest float in either answer.
     """
     return list(_differences(one, other, "answer", max((abs(x) for x in _floats([one, other])), default=0.0)))
+
+
+def drawn_differences(one: str, other: str) -> list[str]:
+    """Where two texts with numbers in them differ by more than rounding; everything but decimals must be equal.
+
+    Decimals may differ by CLOSE of themselves, and by one in the last place written.
+    """
+    if DECIMAL.sub("#", one) != DECIMAL.sub("#", other):
+        place = next((n for n, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
+        return [f"{one[max(0, place - 80) : place + 80]!r} and {other[max(0, place - 80) : place + 80]!r}"]
+    pairs = zip(DECIMAL.findall(one), DECIMAL.findall(other), strict=True)
+    return [f"{mine} and {theirs}" for mine, theirs in pairs if not _is_written_alike(mine, theirs)]
+
+
+def _is_written_alike(one: str, other: str) -> bool:
+    last_place = 10.0 ** -min(len(text.partition(".")[2]) for text in (one, other))
+    return math.isclose(float(one), float(other), rel_tol=CLOSE, abs_tol=1.01 * last_place)
 
 
 def begins(expected: str, logprobs: list[dict[str, Any]]) -> bool:

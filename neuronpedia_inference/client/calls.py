@@ -164,7 +164,8 @@ def lens(prompt: str | Messages, type: str | Sequence[str], model: str, **fields
     asked = {"prompt": prompt} if isinstance(prompt, str) else {"chat": [dict(message) for message in prompt]}
     types = [type] if isinstance(type, str) else list(type)
     body = {"model": model, "type": types, **asked, "stream": False, **_given(fields)}
-    return Call("lens_prompt", body, LensGrid.of)
+    text = prompt if isinstance(prompt, str) and "input_token_ids" not in fields else None
+    return Call("lens_prompt", body, lambda answer: LensGrid.of(answer, text))
 
 
 def _watch(one: OfFeature | Answer | str) -> dict[str, Any] | str:

@@ -10,7 +10,7 @@ STRIP = "font-family:ui-monospace,monospace;line-height:2;white-space:pre-wrap;w
 TABLE = "border-collapse:collapse;font-size:0.92em"
 CELL = "padding:0.25em 0.7em;text-align:left;vertical-align:top;border-bottom:1px solid rgba(128,128,128,0.3)"
 WARM = (249, 115, 22)
-STRONG = 0.7
+STRONG = 0.74
 """The share of that colour from which letters on it are black, whatever the page's own are."""
 SHOWN = {"\n": "⏎", "\t": "⇥"}
 
@@ -77,6 +77,11 @@ def grid(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
 def text(value: object) -> str:
     """Plain text as a cell, its line breaks kept."""
     return f'<span style="white-space:pre-wrap">{escape(str(value))}</span>'
+
+
+def name(value: str) -> str:
+    """A name as a cell: it stays whole."""
+    return f'<span style="white-space:nowrap">{escape(value)}</span>'
 
 
 def number(value: float | None) -> str:

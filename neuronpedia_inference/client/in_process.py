@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from neuronpedia_inference.client.transports import Answer, Body
+from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations import answer, answer_events, answer_pieces, by_name
 from neuronpedia_inference.settings import Settings
 
@@ -65,6 +66,9 @@ class InProcess:
             self._runtime.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._loop.is_closed():
+            work.close()
+            raise InvalidRequest("this client is closed; load() makes another")
         future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

@@ -54,14 +54,17 @@ class LensGrid(Result):
     tokens: tuple[LensToken, ...]
     completion: str = ""
     """What was generated."""
+    has_bos: bool = False
+    """Whether the first token is one that nobody wrote; it is not drawn."""
 
     @classmethod
-    def of(cls, answer: Mapping[str, Any]) -> LensGrid:
-        """As the service answers it. Raises ValueError for another shape."""
-        meta, done = answer["meta"], answer["done"]
-        return cls.read(
-            {"layers": meta["layers_by_type"], "tokens": answer["tokens"], "completion": done["completion"]}
-        )
+    def of(cls, answer: Mapping[str, Any], prompt: str | None) -> LensGrid:
+        """As the service answers it; prompt: None of a chat. Raises ValueError for another shape."""
+        meta, tokens = answer["meta"], answer["tokens"]
+        first = tokens[0] if tokens and tokens[0]["position"] == 0 and meta["prepend_bos"] else None
+        has_bos = first is not None and prompt is not None and not prompt.startswith(first["token"])
+        told = {"layers": meta["layers_by_type"], "tokens": tokens, "completion": answer["done"]["completion"]}
+        return cls.read(told, has_bos=has_bos)
 
     def __repr__(self) -> str:
         lenses = ", ".join(f"{name} behind {len(layers)} blocks" for name, layers in self.layers.items())
@@ -111,12 +114,11 @@ class LensGrid(Result):
         ]
 
     def _note(self) -> str:
-        n_hidden = len(self.tokens) - len(self._drawn())
-        hidden = f", the last {DRAWN} of {len(self.tokens)} tokens" if n_hidden else ""
+        hidden = f", the last {DRAWN} of {len(self.tokens)} tokens" if len(self._drawn()) == DRAWN else ""
         return f"the likeliest next token behind each block, by its probability{hidden}"
 
     def _drawn(self) -> Sequence[LensToken]:
-        return self.tokens[-DRAWN:]
+        return self.tokens[int(self.has_bos) :][-DRAWN:]
 
     def __rich__(self) -> RenderableType:
         draw, parts = terminal(), []

@@ -83,7 +83,8 @@ class Result:
     def __rich__(self) -> RenderableType:
         rows = self.cells()
         head = list(rows[0]) if rows else []
-        return terminal().table(head, [[_said(cell) for cell in row.values()] for row in rows])
+        draw = terminal()
+        return draw.table(head, [[draw.visible(_said(cell), keep_space=True) for cell in row.values()] for row in rows])
 
     def _repr_html_(self) -> str:
         rows = self.cells()
@@ -193,7 +194,7 @@ class Feature(Result, OfFeature):
     def _repr_html_(self) -> str:
         strips = [[html.strip(one.tokens, one.values, self.max), html.text(one.origin or "")] for one in self.contexts]
         near = [
-            [html.text(one.name), html.text(one.label or ""), html.number(one.cosine_similarity)]
+            [html.name(one.name), html.text(one.label or ""), html.number(one.cosine_similarity)]
             for one in self.neighbours
         ]
         return html.page(
@@ -252,7 +253,7 @@ class SearchResults(Result):
     def _repr_html_(self) -> str:
         rows = [
             [
-                html.text(one.name),
+                html.name(one.name),
                 html.text(one.label or ""),
                 html.number(one.score),
                 html.number(one.density),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -52,7 +53,7 @@ class Edit:
         return cls(**(told | lists))
 
     def __str__(self) -> str:
-        size = self.vector[:20] if isinstance(self.vector, str) else f"vector[{len(self.vector or ())}]"
+        size = named(self.vector or ())
         of = self.feature or f"{size} at {self.hook}"
         if self.do == ADD:
             told = f"{of} @ {self.amount:g}"
@@ -149,6 +150,11 @@ def held(vector: Sequence[float] | str) -> tuple[float, ...] | str:
     return vector if isinstance(vector, str) else tuple(map(float, vector))
 
 
+def named(vector: Sequence[float] | str) -> str:
+    """A vector in a few letters: its length, or the beginning of its digest."""
+    return vector[:20] if isinstance(vector, str) else f"vector[{len(vector)}]"
+
+
 def sent(vector: tuple[float, ...] | str) -> list[float] | str:
     """Of a vector what a request says."""
     return vector if isinstance(vector, str) else list(vector)
@@ -179,13 +185,17 @@ class When:
         return When({**self.said, "for": how_long})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Vector:
     """A direction of your own at a hook, `Vector(numbers, "blocks.15.hook_resid_post") @ 3`."""
 
     vector: Sequence[float] | str
     """Numbers; or, as text, the digest that `keep` gives."""
     hook: str
+
+    def __repr__(self) -> str:
+        norm = "" if isinstance(self.vector, str) else f", norm {math.hypot(*self.vector):.4g}"
+        return f"Vector({named(self.vector)} at {self.hook}{norm})"
 
     def __matmul__(self, strength: float) -> Steering:
         return self._do(ADD, strength)

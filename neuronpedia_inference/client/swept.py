@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from neuronpedia_inference.client import html
-from neuronpedia_inference.client.results import Cells, Result
+from neuronpedia_inference.client.results import Cells, Result, terminal
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 AS_ANSWERED = ("text", "prompt", "steering", "strength", "seed", "finish_reason")
 
@@ -73,24 +76,39 @@ class Sweep(Result):
             "text": one.text,
         }
 
+    def __rich__(self) -> RenderableType:
+        draw, parts = terminal(), [terminal().heading(repr(self))]
+        for name, head, rows in self._grids():
+            shown = [[draw.visible(cell, keep_space=True) for cell in row] for row in rows]
+            parts += [draw.heading(name), draw.table(head, shown)]
+        return draw.group(*parts)
+
     def _repr_html_(self) -> str:
-        """A grid for every steering: strengths down, prompts and seeds across; what is suggested is bold."""
         parts = [html.heading(repr(self))]
+        for name, head, rows in self._grids():
+            parts += [html.heading(name), html.table(head, [[html.text(cell) for cell in row] for row in rows])]
+        return html.page(*parts)
+
+    def _grids(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+        """For every steering its name, head and rows: strengths down, prompts and seeds across."""
         for place, name in enumerate(self.steerings):
             own = [one for one in self.texts if one.steering == place]
             columns = list(dict.fromkeys((one.prompt, one.seed) for one in own))
             best = self.suggested[place] if place < len(self.suggested) else None
-            rows = [self._across("plain", self.default, columns)]
+            rows = [_across("plain", self.default, columns)]
             for strength in dict.fromkeys(one.strength for one in own):
                 label = f"{strength:g}" + (" (suggested)" if strength == best else "")
-                rows.append(self._across(label, [one for one in own if one.strength == strength], columns))
-            head = ["strength", *(f"{self.prompts[prompt]} · seed {seed}" for prompt, seed in columns)]
-            parts += [html.heading(name), html.table(head, rows)]
-        return html.page(*parts)
+                rows.append(_across(label, [one for one in own if one.strength == strength], columns))
+            yield name, ["strength", *(self._column(*column) for column in columns)], rows
 
-    def _across(self, label: str, texts: Sequence[SweepCell], columns: Sequence[tuple[int, int]]) -> list[str]:
-        by_column = {(one.prompt, one.seed): one.text for one in texts}
-        return [html.text(label), *(html.text(by_column.get(column, "")) for column in columns)]
+    def _column(self, prompt: int, seed: int) -> str:
+        has_seeds = len({one.seed for one in self.texts}) > 1
+        return self.prompts[prompt] + (f" · seed {seed}" if has_seeds else "")
+
+
+def _across(label: str, texts: Sequence[SweepCell], columns: Sequence[tuple[int, int]]) -> list[str]:
+    by_column = {(one.prompt, one.seed): one.text for one in texts}
+    return [label, *(by_column.get(column, "").strip() for column in columns)]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import json
 import re
@@ -140,6 +139,9 @@ def test_a_lens_gives_what_the_route_gives(over_http: Client, http: httpx.Client
     assert [one.is_generated for one in grid][-3:] == [False, True, True]
     assert grid.completion == "".join(one.token for one in grid if one.is_generated)
     assert grid.layers["LOGIT_LENS"] == tuple(range(30))
+    assert grid.has_bos
+    assert not over_http.lens(PROMPT, layers=[3], prepend_bos=False).has_bos
+    assert not over_http.lens([{"role": "user", "content": "Hi"}], layers=[3]).has_bos, "the template wrote it"
     for place, lens in enumerate(grid.layers):
         wanted = [one["results"][place]["top_probs"] for one in answer["tokens"]]
         assert grid.numpy(lens) == pytest.approx(np.array(wanted), abs=ROUNDED)
@@ -273,6 +275,14 @@ def test_patience_ends(serve: Serve) -> None:
         client.search("moon")
 
 
+def test_a_client_that_is_closed_says_so(runtime: Runtime) -> None:
+    shared: Any = Shared(runtime)
+    client = Client(InProcess(shared))
+    client.close()
+    with pytest.raises(InvalidRequest, match="this client is closed"):
+        client.search("moon")
+
+
 def test_nobody_there_is_told() -> None:
     with (
         ni.connect("http://127.0.0.1:1") as client,
@@ -310,50 +320,3 @@ def test_the_readme_s_example_gives_the_same_objects_on_every_way(
     assert capsys.readouterr().out == said
     assert len(inside) >= 4
     assert inside["both"].steered.text != inside["both"].default.text
-
-
-# The notebook
-
-
-def run(name: str, client: Client) -> tuple[dict[str, Any], list[str]]:
-    """What the cells of a notebook assign, and what they draw."""
-    notebook = json.loads((README.parent / "examples" / name).read_text(encoding="utf-8"))
-    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert all(not cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code")
-    space: dict[str, Any] = {}
-    drawn = [shown for cell in cells if (shown := _shown(cell, space, client)) is not None]
-    assert all("http" not in html.lower() for html in drawn)
-    return space, drawn
-
-
-def test_the_notebook_runs_from_top_to_bottom_and_draws_itself(in_process: Client) -> None:
-    space, drawn = run("laptop.ipynb", in_process)
-    assert len(drawn) >= 7
-    both = space["both"]
-    assert "econom" in both.steered.text
-    assert "econom" not in both.default.text
-    assert [cell.text for cell in space["sweep"]] != [both.default.text] * 4
-
-
-def test_the_notebook_of_research_does_what_it_says(in_process: Client) -> None:
-    space, drawn = run("research.ipynb", in_process)
-    assert len(drawn) >= 6
-    clamped, conditioned = space["clamped"], space["conditioned"]
-    assert clamped.steered.text != clamped.default.text == conditioned.steered.text
-    armies = [value for text, value in space["share"].items() if text in space["armies"]]
-    others = [value for text, value in space["share"].items() if text in space["others"]]
-    assert min(armies) > 0
-    assert sum(armies) / len(armies) > 3 * sum(others) / len(others)
-
-
-def _shown(cell: str, space: dict[str, Any], client: Client) -> str | None:
-    """Run a cell as a notebook does: its last line, if it is an expression, is drawn."""
-    given = SimpleNamespace(**{name: getattr(ni, name) for name in ni.__all__})
-    given.load = lambda: Client(client._transport)
-    body = ast.parse(cell.replace("import neuronpedia_inference as ni\n", "").replace("m.close()", "None"))
-    space.setdefault("ni", given)
-    last = body.body.pop() if body.body and isinstance(body.body[-1], ast.Expr) else None
-    exec(compile(body, "cell", "exec"), space)
-    value = None if last is None else eval(compile(ast.Expression(last.value), "cell", "eval"), space)  # type: ignore
-    draw = getattr(value, "_repr_html_", None)
-    return None if draw is None else draw()

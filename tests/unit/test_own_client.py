@@ -273,6 +273,31 @@ def test_a_result_is_a_table(result: Result) -> None:
     assert [*table.columns] == [*result.cells()[0]]
 
 
+def test_a_sweep_in_a_terminal_has_strengths_down_and_says_which_is_suggested() -> None:
+    sweep = next(result for result in RESULTS if isinstance(result, Sweep))
+    console = Console(width=60, color_system=None)
+    with console.capture() as captured:
+        console.print(sweep)
+    rows = [" ".join(line.split()) for line in captured.get().splitlines()]
+    assert [row for row in rows if row.startswith(("plain", "10", "20"))] == [
+        "10-res-4k/1608",
+        "plain plain",
+        "10 (suggested) a",
+        "plain plain",
+        "20 b",
+    ]
+    assert "strength I think http" in rows, "one seed is not told"
+    more = replace(sweep, texts=(*sweep.texts, replace(sweep.texts[0], seed=2, text=" c")))
+    assert "I think http · seed 2" in more._repr_html_().replace("&#116;", "t")
+
+
+def test_a_vector_prints_in_one_line() -> None:
+    assert (
+        repr(Vector([3.0, -4.0], "blocks.1.hook_resid_post")) == "Vector(vector[2] at blocks.1.hook_resid_post, norm 5)"
+    )
+    assert repr(Vector("vec:" + "a" * 64, "h")) == "Vector(vec:aaaaaaaaaaaaaaaa at h)"
+
+
 def test_a_watched_feature_is_a_strip_without_the_token_that_nobody_wrote() -> None:
     steered: Any = next(result for result in RESULTS if isinstance(result, Steered))
     page = Strict()
@@ -326,6 +351,10 @@ def test_a_lens_draws_the_last_tokens_and_holds_all() -> None:
     assert "token7 http⏎" not in page.said
     assert "token8 http⏎" in page.said
     assert len(LENS.cells()) == 40 * 3 * 2
+    few = replace(LENS, tokens=LENS.tokens[:4], has_bos=True)
+    assert "token0" not in few._repr_html_()
+    assert "token1" in few._repr_html_()
+    assert len(few) == 4
 
 
 @pytest.mark.parametrize("width", [30, 60, 200])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.rounding import begins, differences, same_choices
+from tests.rounding import begins, differences, drawn_differences, same_choices
 
 ANSWER: dict[str, Any] = {"tokens": ["a", "b"], "rows": [{"index": 7, "values": [0.0, 34.0]}]}
 
@@ -25,6 +25,22 @@ ANSWER: dict[str, Any] = {"tokens": ["a", "b"], "rows": [{"index": 7, "values": 
 )
 def test_answers(rows: list[Any], is_same: bool) -> None:
     assert (differences(ANSWER, {**ANSWER, "rows": rows}) == []) == is_same
+
+
+@pytest.mark.parametrize(
+    ("text", "is_same"),
+    [
+        ("<td>34.02 of 7</td>", True),
+        ("<td>34.01 of 7</td>", True),
+        ("<td>34.0 of 7</td>", True),
+        ("<td>34.04 of 7</td>", False),
+        ("<td>34.02 of 8</td>", False),
+        ("<td>34 of 7</td>", False),
+        ("<th>34.02 of 7</td>", False),
+    ],
+)
+def test_what_is_drawn(text: str, is_same: bool) -> None:
+    assert (drawn_differences("<td>34.02 of 7</td>", text) == []) == is_same
 
 
 def choice(token: str, gap: float) -> dict[str, Any]:
