@@ -1,7 +1,8 @@
 """Persona axes: directions along which the messages of a chat are measured, fitted beforehand and kept in a folder.
 
-`persona.json`     layer, titles (one per axis, as answers name them), names (short ones, for steering), is_scaled, and
-                   floors: per axis the value of h·v̂ below which the published use caps, or null.
+`persona.json`     layer, titles (one per axis, as answers name them), names (short ones, for steering), is_scaled,
+                   floors: per axis the value of h·v̂ below which the published use caps, or null; and, where chats are
+                   to be read so, blanks_system_message (false): what a leading system message says is left out.
 `persona.safetensors`   `mean` [d_model] and `axes` [n, d_model].
 
 A message's value on axis k is axes[k] · x, where x is the mean of the residual stream behind `layer` over the tokens
@@ -41,6 +42,8 @@ class Persona:
     """[d_model]"""
     axes: Numbers
     """[axis, d_model]"""
+    blanks_system_message: bool = False
+    """Whether a leading system message is rendered with empty content."""
 
     @classmethod
     def load(cls, folder: Path, n_layers: int, d_model: int) -> Self:
@@ -53,9 +56,10 @@ class Persona:
                 titles=tuple(map(str, facts["titles"])),
                 names=tuple(map(str, facts["names"])),
                 floors=tuple(None if one is None else float(one) for one in facts["floors"]),
-                is_scaled=bool(facts["is_scaled"]),
+                is_scaled=_flag(facts, "is_scaled"),
                 mean=tensors["mean"].astype(np.float32),
                 axes=tensors["axes"].astype(np.float32),
+                blanks_system_message="blanks_system_message" in facts and _flag(facts, "blanks_system_message"),
             )
         except UNREADABLE as exc:
             raise StartupError(f"PERSONA_DIR: {str(folder)!r} cannot be read: {exc!r}") from None
@@ -91,7 +95,18 @@ class Persona:
             {"name": name, "title": title, "floor": floor}
             for name, title, floor in zip(self.names, self.titles, self.floors, strict=True)
         ]
-        return {"layer": self.layer, "hook": self.hook, "axes": axes}
+        return {
+            "layer": self.layer,
+            "hook": self.hook,
+            "axes": axes,
+            "blanks_system_message": self.blanks_system_message,
+        }
+
+
+def _flag(facts: dict[str, Any], name: str) -> bool:
+    if not isinstance(facts[name], bool):
+        raise TypeError(f"{name} is {facts[name]!r}, and not true or false")
+    return facts[name]
 
 
 def persona_of(settings: Settings, model: ModelInfo) -> Persona | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from neuronpedia_inference.domain import ChatMessage, Numbers, Tokens
@@ -19,12 +20,13 @@ from neuronpedia_inference.schemas.persona import (
     PersonaMonitorResponse,
     PersonaTurn,
 )
-from neuronpedia_inference.schemas.steer import NPSteerType
+from neuronpedia_inference.schemas.steer import NPSteerChatMessage, NPSteerType
 
 if TYPE_CHECKING:
+    from neuronpedia_inference.persona import Persona
     from neuronpedia_inference.runtime import Runtime
 
-ASSISTANT = "assistant"
+ASSISTANT, SYSTEM = "assistant", "system"
 SNIPPET = 120
 """Characters of a message that are told."""
 CLOSING = 64
@@ -42,7 +44,7 @@ async def persona_monitor(request: PersonaMonitorRequest, rt: Runtime) -> Person
     if not request.conversation:
         raise InvalidRequest("conversation: at least one message is required")
     messages = [ChatMessage(one.role, one.content) for one in request.conversation]
-    means = await message_means(messages, persona.layer, rt)
+    means = await message_means(messages, persona, rt)
     return PersonaMonitorResponse(
         pc_titles=list(persona.titles),
         turns=[
@@ -58,11 +60,9 @@ async def assistant_axis(
     """Of one output. n_prompt: tokens of the chat before its answer; plan: what has steered that."""
     persona = persona_here(rt)
     limit = n_prompt + rt.settings.max_tokens + CLOSING
-    plain = await message_means(messages, persona.layer, rt, limit=limit)
+    plain = await message_means(messages, persona, rt, limit=limit)
     steered = (
-        None
-        if plan is None
-        else await message_means(messages, persona.layer, rt, limit=limit, plan=plan, n_prompt=n_prompt)
+        None if plan is None else await message_means(messages, persona, rt, limit=limit, plan=plan, n_prompt=n_prompt)
     )
     turns = [
         AssistantAxisTurn(
@@ -80,22 +80,31 @@ def longest(prompt: Tokens, n_new: int, rt: Runtime) -> States:
     return _states(prompt.longer(n_new + CLOSING), persona_here(rt).layer, rt)
 
 
+def as_read(said: Sequence[NPSteerChatMessage], persona: Persona) -> list[NPSteerChatMessage]:
+    """A chat as it is rendered where its place on the axes is told: without what a leading system message says, where
+    the axes were fitted so."""
+    is_blanked = persona.blanks_system_message and bool(said) and said[0].role == SYSTEM
+    return [said[0].model_copy(update={"content": ""}), *said[1:]] if is_blanked else list(said)
+
+
 async def message_means(
     messages: Sequence[ChatMessage],
-    layer: int,
+    persona: Persona,
     rt: Runtime,
     *,
     limit: int = 0,
     plan: Plan | None = None,
     n_prompt: int = 0,
 ) -> list[Numbers]:
-    """Of every message of the assistant's the mean behind a layer over its tokens: [d_model].
+    """Of every message of the assistant's the mean over its tokens where the axes measure: [d_model].
 
     limit: tokens of the chat; 0 is TOKEN_LIMIT.
     """
+    if persona.blanks_system_message and messages[0].role == SYSTEM:
+        messages = [replace(messages[0], content=""), *messages[1:]]
     chat = await rt.apply_chat_template(messages, generation_prompt=False, options={}, limit=limit)
     generated = () if plan is None else (max(0, len(chat.tokens) - n_prompt),)
-    question = _states(chat.tokens, layer, rt)
+    question = _states(chat.tokens, persona.layer, rt)
     [states] = await rt.ask(question, plan, generated)
     [point] = question.points
     found: list[Numbers] = []

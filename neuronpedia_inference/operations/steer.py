@@ -17,8 +17,8 @@ from neuronpedia_inference.operations.chat import open_reasoning, read_answer, w
 from neuronpedia_inference.operations.dosing import Doses
 from neuronpedia_inference.operations.kept_vectors import numbers_of
 from neuronpedia_inference.operations.operation import Events, Operation, last
-from neuronpedia_inference.operations.persona import assistant_axis, longest
-from neuronpedia_inference.operations.prompts import check_model
+from neuronpedia_inference.operations.persona import as_read, assistant_axis, longest
+from neuronpedia_inference.operations.prompts import check_model, persona_here
 from neuronpedia_inference.operations.story import ENDS_S, Story, Transcript
 from neuronpedia_inference.operations.watching import Watched
 from neuronpedia_inference.schemas.persona import AssistantAxis
@@ -79,15 +79,16 @@ async def _complete_chat(
 ) -> AsyncIterator[SteerCompletionChatResponse]:
     plan = _plan(request, rt, skip_special_tokens=not request.steer_special_tokens)
     tells_axes = request.is_assistant_axis and rt.persona is not None
+    said = as_read(request.prompt, persona_here(rt)) if tells_axes else request.prompt
     ahead = partial(longest, n_new=request.n_completion_tokens, rt=rt)
     wanted = Completion(
-        turns(request.prompt),
+        turns(said),
         _plans(request, plan),
         sampling_of(request),
         then=ahead if tells_axes else None,
         named=plan,
     )
-    chat, story = await chat_story(request.prompt, wanted, rt, stream=stream)
+    chat, story = await chat_story(said, wanted, rt, stream=stream)
     if tells_axes:
         return WithAxis(story, lambda _: _chats(request, chat, story.rows), partial(_axes, request, chat, story, rt))
     return Events(story, lambda _: _chats(request, chat, story.rows))

@@ -152,7 +152,8 @@ class SteerCompletionChatRequest(SteerFields):
     is_assistant_axis: bool | None = Field(
         default=False,
         description="Also tell where the assistant's messages lie on the persona axes, in `assistant_axis` of the last "
-        "event; nothing is told where none are served.",
+        "event; nothing is told where none are served. Axes that were fitted so have the content of a leading system "
+        "message left out of the chat, and `chat_template` shows it without.",
     )
 
     model_config = ConfigDict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,6 +114,64 @@ def test_it_is_told_in_the_room_of_what_was_written(
     assert "event: error" not in answer.text
 
 
+BLANKED = [{"role": "system", "content": ""}, *CHAT[1:]]
+
+
+@pytest.fixture
+def blanking(runtime: Runtime, serve: Serve) -> Iterator[httpx.Client]:
+    """Of a server whose axes were fitted without what system messages say."""
+    assert runtime.persona is not None
+    persona = replace(runtime.persona, blanks_system_message=True)
+    with serve(small_settings(), lambda: Wrapped(runtime, persona=persona)).client() as client:
+        yield client
+
+
+def answered_by_hand(chat: list[dict[str, str]], n_new: int) -> tuple[str, str]:
+    """The chat as Hugging Face's template has it, and its greedy answer."""
+    net: Any = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_folder())
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    written = net.generate(ids, max_new_tokens=n_new, do_sample=False)[0, ids.shape[1] :]
+    return text, tokenizer.decode(written)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_leading_system_message_is_left_out_where_the_axes_were_fitted_so(
+    blanking: httpx.Client, stream: bool
+) -> None:
+    if stream:
+        with blanking.stream("POST", "/v1/steer/completion-chat", json=asked(stream=True)) as response:
+            lines = [line for line in response.iter_lines() if line.startswith("data: ")]
+        told = json.loads(lines[-1][6:])
+    else:
+        told = blanking.post("/v1/steer/completion-chat", json=asked()).json()
+    text, written = answered_by_hand(BLANKED, 5)
+    assert told["input"] == {"raw": text, "chat_template": BLANKED}
+    plain = next(one for one in told["outputs"] if one["type"] == "DEFAULT")
+    assert plain["raw"] == text + written
+    assert plain["chat_template"][:-1] == BLANKED
+    [axis] = [one for one in told["assistant_axis"] if one["type"] == "DEFAULT"]
+    values = [turn["pc_values"][TITLE] for turn in axis["turns"]]
+    close = 2e-3 * float(TENSORS_HERE["mean"].norm())
+    assert values == pytest.approx(by_hand(plain["chat_template"]), abs=close)
+    assert abs(values[0] - by_hand(CHAT)[0]) > 2 * close, "what is said to the model would be noticed"
+
+
+def test_it_is_left_out_of_what_is_monitored_and_of_nothing_else(blanking: httpx.Client) -> None:
+    close = 2e-3 * float(TENSORS_HERE["mean"].norm())
+    for chat, read in ((CHAT, BLANKED), (CHAT[1:], CHAT[1:]), ([*CHAT[1:3], CHAT[0]], [*CHAT[1:3], CHAT[0]])):
+        [turn] = monitored(blanking, chat)["turns"]
+        assert turn["pc_values"][TITLE] == pytest.approx(by_hand(read)[0], abs=close)
+    told = blanking.post("/v1/steer/completion-chat", json=asked(is_assistant_axis=False)).json()
+    assert told["input"] == {"raw": answered_by_hand(CHAT, 1)[0], "chat_template": CHAT}
+
+
+def test_without_that_word_the_system_message_is_read(http: httpx.Client) -> None:
+    told = http.post("/v1/steer/completion-chat", json=asked(n_completion_tokens=1)).json()
+    assert told["input"] == {"raw": answered_by_hand(CHAT, 1)[0], "chat_template": CHAT}
+
+
 def test_an_axis_is_a_vector_by_its_name(http: httpx.Client) -> None:
     def text(vector: Any, amount: float) -> dict[str, Any]:
         edits = [{"do": "floor", "vector": vector, "hook": HOOK, "amount": amount}]
@@ -175,6 +234,14 @@ def test_a_folder_by_the_model_s_name_and_what_is_no_persona(tmp_path: Path) -> 
     with pytest.raises(StartupError, match="cannot be read"):
         found(tmp_path)
     save_file(TENSORS_HERE, own / TENSORS)
+    for wrong in ({"blanks_system_message": "no"}, {"is_scaled": 1}):
+        (own / FACTS).write_text(json.dumps({**FACTS_HERE, **wrong}), encoding="utf-8")
+        with pytest.raises(StartupError, match=f"{next(iter(wrong))} is .*, and not true or false"):
+            found(tmp_path)
+    for said in ({}, {"blanks_system_message": True}):
+        (own / FACTS).write_text(json.dumps({**FACTS_HERE, "is_scaled": True, **said}), encoding="utf-8")
+        assert found(tmp_path).blanks_system_message is bool(said)
+        assert found(tmp_path).describe()["blanks_system_message"] is bool(said), "capabilities say it"
     state = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
     centred = state - TENSORS_HERE["mean"]
     expected = float(TENSORS_HERE["axes"][0] @ (centred / centred.norm()))
