@@ -111,6 +111,7 @@ class HeadPattern:
 
     def reduce(self, captured: Sequence[Captured], weights: Weights) -> Steps[Attended]:
         from neuronpedia_inference.saes.order import stable_topk
+        from neuronpedia_inference.saes.reduce import extremes
 
         [point], [seen] = self.points, captured
         if self.head >= len(seen[point]):
@@ -122,7 +123,7 @@ class HeadPattern:
         at_once = max(1, BLOCK_ELEMENTS // n)
         for first in range(0, n, at_once):
             rows = pattern[first : first + at_once].float()
-            if not bool(rows.isfinite().all()):
+            if not bool(extremes(rows).isfinite().all()):
                 raise _not_finite(point)
             behind = rows[max(0, 1 - first) :, 1:]
             largest = max(largest, float(behind.max())) if behind.numel() else largest
@@ -142,13 +143,18 @@ def _shown(weights: Numbers, keys: Numbers, first: int) -> tuple[Numbers, Number
 
 
 def _on_host(values: Tensor, point: Point, precision: Precision) -> Numbers:
-    if not bool(values.isfinite().all()):
+    from neuronpedia_inference.saes.reduce import extremes, on_host
+
+    ends = extremes(values)
+    if not bool(ends.isfinite().all()):
         raise _not_finite(point)
     if precision == "float16":
-        values = values.half()
-        if not bool(values.isfinite().all()):
+        if not bool(ends.half().isfinite().all()):
             raise InvalidRequest(f"dtype: numbers at {point.name!r} are too large for float16. Ask for float32.")
-    return values.detach().cpu().contiguous().numpy()
+        values = values.half()
+    found = on_host(values)
+    found.flags.writeable = False  # what is kept of the text for others may lie there
+    return found
 
 
 def _not_finite(point: Point) -> EngineFailed:

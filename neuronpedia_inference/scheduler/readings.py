@@ -160,12 +160,17 @@ class Readings:
         for row, captured in found.items():
             for point, tensor in captured.items():
                 if not (row.edits or point.is_inside_attention):
-                    self._engine.recent.put((row.prompt_ids, point), tensor.clone, tensor.nbytes)
+                    self._engine.recent.put((row.prompt_ids, point), partial(_alone, tensor), tensor.nbytes)
 
     def _add_reduction(self, job: Job, shared: Mapping[RowSpec, Captured]) -> None:
         """One job's answer, from what was captured for all."""
         own = [shared[row] for row in self._rows(job)]
         self._turns.add(job, _work(job).reduce(own), partial(self._ends.answer, job))
+
+
+def _alone(tensor: Any) -> Any:
+    """It, where nothing else lies in its memory; else a copy, so that what lies beside it may go."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _work(job: Job) -> CaptureWork:

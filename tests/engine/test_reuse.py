@@ -153,6 +153,30 @@ def test_no_token_changes_whatever_is_kept_and_the_budget_holds(
         assert recent.held_bytes == sum(n_bytes(recent.get(key)) for key in list(recent))
 
 
+def test_what_is_kept_of_a_text_holds_no_other_and_is_not_copied_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    built, point = engine("llama"), Point(1, "hook_resid_post")
+    monkeypatch.setattr(built, "recent", recent := Recent(BUDGET, n_bytes))
+    worker = Worker(built, Limits(), n_threads=1, max_wait_s=None, metrics=Metrics())
+
+    def reduce(captured: list[Any]) -> Steps:
+        yield None
+        return [seen[point] for seen in captured]
+
+    def read(*prompts: Sequence[int]) -> list[torch.Tensor]:
+        return worker.submit(CaptureWork(prompts, [point], reduce)).future.result(60)
+
+    try:
+        short, _ = read(PROMPT[:9], PROMPT)
+        [alone] = read(PROMPT[:7])
+    finally:
+        worker.close()
+    kept: dict[Any, Any] = {text: recent.get((text, point)) for text in (PROMPT[:7], PROMPT[:9], PROMPT)}
+    assert all(one.untyped_storage().nbytes() == one.nbytes for one in kept.values())
+    assert kept[PROMPT[:7]].data_ptr() == alone.data_ptr(), "it had all of its memory for itself"
+    assert torch.equal(kept[PROMPT[:9]], short)
+    assert kept[PROMPT[:9]].data_ptr() != short.data_ptr(), "it lay beside the longer one"
+
+
 def test_a_second_feature_of_a_text_needs_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     built = engine("llama")
     passes: list[int] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -41,6 +41,11 @@ def answered(question: Any, family: str) -> Any:
     with torch.inference_mode():
         captured = built.capture([prompt.ids for prompt in question.prompts], question.points)
         return ended(question.reduce(captured, None))
+
+
+def reduced(question: Any, hidden: Mapping[Point, torch.Tensor]) -> Any:
+    """Of one prompt; no weights are asked for."""
+    return ended(question.reduce([hidden], None))
 
 
 def ended(steps: Generator[Any, Any, T]) -> T:
@@ -111,7 +116,7 @@ def test_vectors_at_all_positions_at_the_last_and_their_mean(family: str) -> Non
                 assert states[point].dtype == np.float32
                 assert states[point].shape == expected.shape
                 close = 1e-4 * float(hidden[point].abs().max())
-                assert torch.from_numpy(states[point]) == pytest.approx(expected, abs=close)
+                assert states[point] == pytest.approx(expected.numpy(), abs=close)
 
 
 def test_a_mean_needs_a_token_that_is_not_special() -> None:
@@ -124,4 +129,31 @@ def test_what_is_not_finite_is_no_answer() -> None:
     broken = {point: torch.full((5, 4), torch.inf), Point(1, PATTERN): torch.full((2, 5, 5), torch.nan)}
     for question in (States([prompt], [point], "last", 4), HeadPattern(prompt, 1, 0)):
         with pytest.raises(EngineFailed, match=r"not finite at 'blocks\.1\."):
-            ended(question.reduce([broken], None))  # pyright: ignore[reportArgumentType]  (no weights are asked for)
+            reduced(question, broken)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_one_number_that_is_not_finite_is_found_among_many(bad: float, precision: Any) -> None:
+    prompt, point = tokens(range(300)), Point(1, RESID_POST)
+    hidden = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
+    question = States([prompt], [point], "all", hidden.numel(), precision)
+    found = reduced(question, {point: hidden})[0][point]
+    assert (found.shape, found.flags.writeable) == ((300, 32), False)
+    hidden[177, 5] = bad
+    with pytest.raises(EngineFailed, match=r"not finite at 'blocks\.1\."):
+        reduced(question, {point: hidden})
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_numbers_that_half_precision_has_not_are_refused(sign: int) -> None:
+    """Up to 65,519 numbers are rounded to 65,504, the largest that it has."""
+    prompt, point = tokens(PROMPTS[0]), Point(1, RESID_POST)
+    hidden = torch.zeros(len(prompt), 32)
+    hidden[2, 3] = sign * 65_519
+    question = States([prompt], [point], "all", hidden.numel(), "float16")
+    [states] = reduced(question, {point: hidden})
+    assert (states[point].dtype, states[point][2, 3]) == (np.float16, sign * 65_504)
+    hidden[2, 3] = sign * 65_520
+    with pytest.raises(InvalidRequest, match="too large for float16"):
+        reduced(question, {point: hidden})
