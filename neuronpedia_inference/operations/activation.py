@@ -169,7 +169,7 @@ async def _all(request: RankingFields, prompts: Sequence[str], rt: Runtime) -> l
                 len(found),
                 lambda row, found=found: _ranked(found[row]),
                 {f"{prefix_of(number, len(prompts))}values": found.values},
-                lambda row, found=found: _ranked(found[row]).model_copy(update={"values": []}),
+                lambda row, found=found: _ranked(found[row], bare=True),
             ),
             tokens=list(tokens.strings),
         )
@@ -234,11 +234,12 @@ def _check_sort_indexes(indexes: Sequence[int], batch: Sequence[Tokens]) -> None
             )
 
 
-def _ranked(row: RankedFeature) -> ActivationAllFeature:
+def _ranked(row: RankedFeature, *, bare: bool = False) -> ActivationAllFeature:
+    """bare: without its values."""
     return ActivationAllFeature(
         source=row.source,
         index=row.index,
-        values=row.values.tolist(),
+        values=[] if bare else row.values.tolist(),
         max_value=row.max_value,
         max_value_index=row.max_value_index,
         sum_values=row.sum_values,

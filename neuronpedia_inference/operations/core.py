@@ -37,7 +37,7 @@ from neuronpedia_inference.operations.rendering import Spelling, json_pieces, pl
 from neuronpedia_inference.operations.score import SCORE
 from neuronpedia_inference.operations.steer import STEER_COMPLETION, STEER_COMPLETION_CHAT
 from neuronpedia_inference.operations.sweep import SWEEP
-from neuronpedia_inference.operations.tensors import apart, tensor_pieces
+from neuronpedia_inference.operations.tensors import apart, tensor_file
 from neuronpedia_inference.operations.tokenize import TOKENIZE
 from neuronpedia_inference.operations.top_k import ACTIVATION_TOPK_BY_TOKEN, ACTIVATION_TOPK_BY_TOKEN_BATCH
 from neuronpedia_inference.operations.vectors import (
@@ -204,14 +204,16 @@ async def answer_pieces(
         count = if_refused.enter_context(runtime.metrics.request(operation.name))
         with Stay() as stay:
             request = await validate_in_turns(operation, body)
+            spelling = _spelling(operation, body)
             if accepts_tensors and operation.has_tensors and getattr(request, "format", None) is None:
                 request = request.model_copy(update={"format": "safetensors"})
             reply = await operation.run(request, runtime)
+            is_file = _is_of_tensors(operation, request)
+            file = await paced(tensor_file(*apart(reply), spelling)) if is_file else None
         if_refused.pop_all()
-    spelling = _spelling(operation, body)
-    if _is_of_tensors(operation, request):
-        counted = _Counted(paced_items(tensor_pieces(*apart(reply), spelling)), _itself, count, stay)
-        counted.media_type = MEDIA_TYPE
+    if file is not None:
+        counted = _Counted(paced_items(file), _itself, count, stay)
+        counted.media_type, counted.n_bytes = MEDIA_TYPE, file.n_bytes
         return counted
     return _Counted(paced_items(json_pieces(reply, spelling, omit_null=operation.omits_null)), _itself, count, stay)
 

@@ -80,6 +80,8 @@ class Events(AsyncIterator[Out], Generic[In, Out]):
 
     media_type = "application/json"
     """Of all its pieces together, where they are bytes of one answer."""
+    n_bytes: int | None = None
+    """Of all its pieces together, where that is known before they are made."""
 
     def __init__(self, source: AsyncIterator[In], turn: Callable[[In], Out]) -> None:
         self._source = source

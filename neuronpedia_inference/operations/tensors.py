@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,21 +88,41 @@ def _without(value: Any, named: dict[str, Numbers]) -> Any:
     return value
 
 
-def tensor_pieces(arrays: Mapping[str, Numbers], about: BaseModel, spelling: Spelling) -> Iterator[bytes]:
-    """A file of tensors in C order: header, then the bytes of one after the other.
+class TensorFile:
+    """A file of tensors in C order: header, then the bytes of one after the other, made as it is iterated over."""
 
-    about: everything else that is to be said, which becomes JSON under `answer` in the metadata.
+    def __init__(self, head: bytes, arrays: Sequence[Numbers]) -> None:
+        self._head = head
+        self._arrays = arrays
+        self.n_bytes = len(head) + sum(array.nbytes for array in arrays)
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._head
+        for array in self._arrays:
+            content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            for first in range(0, len(content), PIECE_BYTES):
+                yield bytes(content[first : first + PIECE_BYTES])
+
+
+def tensor_file(
+    arrays: Mapping[str, Numbers], about: BaseModel, spelling: Spelling
+) -> Generator[None, None, TensorFile]:
+    """With a yield between small steps of the work: the header has to be whole before anything of it can leave.
+
+    about: everything else that is to be said, which becomes JSON under `answer` in the metadata. Raises EngineFailed if
+    a number in it is not finite.
     """
-    said = b"".join(json_pieces(about, spelling, omit_null=False)).decode()
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "answer": said}}
+    parts = ['{"__metadata__":{"format":"pt","answer":"']
+    for piece in json_pieces(about, spelling, omit_null=False):
+        parts.append(json.dumps(piece.decode())[1:-1])
+        yield
+    parts.append('"}')
     end = 0
     for name, array in arrays.items():
         start, end = end, end + array.nbytes
-        header[name] = {"dtype": KINDS[str(array.dtype)], "shape": list(array.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+        where = {"dtype": KINDS[str(array.dtype)], "shape": array.shape, "data_offsets": (start, end)}
+        parts.append(f",{json.dumps(name)}:{json.dumps(where, separators=(',', ':'))}")
+        yield
+    text = "".join((*parts, "}")).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for array in arrays.values():
-        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        for first in range(0, len(content), PIECE_BYTES):
-            yield bytes(content[first : first + PIECE_BYTES])
+    return TensorFile(len(text).to_bytes(8, "little") + text, [*arrays.values()])

@@ -36,8 +36,9 @@ class PiecedAnswer(Response):
         """Headers leave when the first two pieces are there: a failure before has its own status."""
         first = await anext(self._pieces)
         following = await anext(self._pieces, None)
-        if following is None:
-            self.headers["content-length"] = str(len(first))
+        n_bytes = len(first) if following is None else self._pieces.n_bytes
+        if n_bytes is not None:
+            self.headers["content-length"] = str(n_bytes)
         else:
             del self.headers["content-length"]
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

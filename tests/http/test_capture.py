@@ -131,6 +131,7 @@ def test_tensors_are_the_numbers_of_the_json(http: httpx.Client, prompt: Any, as
     wish: dict[str, Any] = {"json": {**body, "format": "safetensors"}} if asked == "field" else {"json": body}
     answer = http.post("/v1/capture", headers={"Accept": SAFETENSORS} if asked == "header" else {}, **wish)
     assert (answer.status_code, answer.headers["content-type"]) == (200, SAFETENSORS)
+    assert int(answer.headers["content-length"]) == len(answer.content)
     found = load(answer.content)
     expected = {
         (f"{place}/" if isinstance(prompt, list) else "") + point: torch.tensor(rows)

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 from typing import Any
 
 import httpx
@@ -87,6 +88,22 @@ def test_several_pieces_arrive_in_order_and_whole() -> None:
         answer = httpx.get(url, timeout=PATIENCE_S)
     assert "content-length" not in answer.headers
     assert answer.content == 100 * PIECE
+    assert pieces.closed.is_set()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_how_long_an_answer_is_leaves_first_where_it_is_known(fails: bool) -> None:
+    """So a caller knows how much is to come, and that it is not all where the connection ends before."""
+    pieces = Pieces(100, fails=fails)
+    pieces.n_bytes = 100 * len(PIECE)
+    content = bytearray()
+    with on_a_port(sending(pieces), PATIENCE_S) as (_, url), httpx.stream("GET", url, timeout=PATIENCE_S) as answer:
+        assert answer.headers["content-length"] == str(pieces.n_bytes)
+        assert "transfer-encoding" not in answer.headers
+        with pytest.raises(httpx.RemoteProtocolError, match="without sending complete") if fails else nullcontext():
+            for piece in answer.iter_raw():
+                content += piece
+    assert bytes(content) == (98 if fails else 100) * PIECE, "a piece leaves when the next is there"
     assert pieces.closed.is_set()
 
 
