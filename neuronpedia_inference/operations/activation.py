@@ -43,12 +43,14 @@ from neuronpedia_inference.schemas.activation import (
     FeatureOrVector,
     RankingFields,
 )
+from neuronpedia_inference.schemas.common import SeveralPrompts
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
 DEFAULT_NUM_RESULTS = 25
 PAIR_RULE = "Invalid request data: exactly one of layer/index or vector must be provided"
+Found = tuple[Tokens, FeatureActivations]
 INDEX = re.compile(r"[0-9]{1,18}", re.ASCII)
 
 
@@ -83,7 +85,7 @@ async def activation_source(request: ActivationSourceRequest, rt: Runtime) -> Ac
     return ActivationSourceResponse.model_construct(
         results=[
             ActivationSourceResult.model_construct(
-                tokens=list(tokens.strings), activeFeatures=_pairs(active, prefix_of(number, len(prompts)))
+                tokens=list(tokens.strings), activeFeatures=_pairs(active, prefix_of(number, is_listed=True))
             )
             for number, (tokens, active) in enumerate(zip(prompts, found, strict=True))
         ]
@@ -97,10 +99,16 @@ async def _single(request: FeatureOrVector, prompts: Sequence[str], rt: Runtime)
     if by_feature == by_vector:
         raise InvalidRequest(PAIR_RULE)
     if request.source is not None and request.index is not None:
-        return await _feature(rt.shelf.source(request.source), _index(request.index), prompts, rt)
-    assert request.hook is not None, request
-    assert request.vector is not None, request
-    return await _projection(request.hook, numbers_of(request.vector, rt), prompts, rt)
+        found, start = await _feature(rt.shelf.source(request.source), _index(request.index), prompts, rt)
+    else:
+        assert request.hook is not None, request
+        assert request.vector is not None, request
+        found, start = await _projection(request.hook, numbers_of(request.vector, rt), prompts, rt), 0
+    is_listed = isinstance(request, SeveralPrompts)
+    return [
+        _result(tokens, one, start, prefix_of(number, is_listed=is_listed))
+        for number, (tokens, one) in enumerate(found)
+    ]
 
 
 def _index(text: str) -> int:
@@ -109,29 +117,20 @@ def _index(text: str) -> int:
     return int(text)
 
 
-async def _feature(source: Source, index: int, prompts: Sequence[str], rt: Runtime) -> list[ActivationSingleResponse]:
-    """A BOS token in front is left out for SAEs; neurons keep it."""
+async def _feature(source: Source, index: int, prompts: Sequence[str], rt: Runtime) -> tuple[list[Found], int]:
+    """And where results begin: a BOS token in front is left out for SAEs; neurons keep it."""
     batch = tokenize_prompts(rt, prompts, "once", allow_empty=False)
     start = 1 if batch[0].has_bos and not source.is_neurons else 0
     if any(len(tokens) <= start for tokens in batch):
         raise InvalidRequest("Prompt is empty")
-    found = await rt.ask(OneFeature(batch, source, index, dfa_from=start))
-    return [
-        _result(tokens, one, start, prefix_of(number, len(batch)))
-        for number, (tokens, one) in enumerate(zip(batch, found, strict=True))
-    ]
+    return list(zip(batch, await rt.ask(OneFeature(batch, source, index, dfa_from=start)), strict=True)), start
 
 
-async def _projection(
-    hook: str, vector: Sequence[float] | Numbers, prompts: Sequence[str], rt: Runtime
-) -> list[ActivationSingleResponse]:
+async def _projection(hook: str, vector: Sequence[float] | Numbers, prompts: Sequence[str], rt: Runtime) -> list[Found]:
     """Nothing is left out or masked."""
     batch = tokenize_prompts(rt, prompts, "natural", allow_empty=False)
     found = await rt.ask(Projection(batch, hook, vector))
-    return [
-        _result(tokens, FeatureActivations(values), 0, prefix_of(number, len(batch)))
-        for number, (tokens, values) in enumerate(zip(batch, found, strict=True))
-    ]
+    return [(tokens, FeatureActivations(values)) for tokens, values in zip(batch, found, strict=True)]
 
 
 def _result(tokens: Tokens, found: FeatureActivations, start: int, prefix: str) -> ActivationSingleResponse:
@@ -163,12 +162,13 @@ def dfa_fields(dfa: Dfa | None, start: int = 0) -> dict[str, Any]:
 
 
 async def _all(request: RankingFields, prompts: Sequence[str], rt: Runtime) -> list[ActivationAllResponse]:
+    is_listed = isinstance(request, SeveralPrompts)
     return [
         ActivationAllResponse.model_construct(
             activations=Columns(
                 len(found),
                 lambda row, found=found: _ranked(found[row]),
-                {f"{prefix_of(number, len(prompts))}values": found.values},
+                {f"{prefix_of(number, is_listed=is_listed)}values": found.values},
                 lambda row, found=found: _ranked(found[row], bare=True),
             ),
             tokens=list(tokens.strings),

@@ -11,7 +11,7 @@ from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from neuronpedia_inference.operations.edits import checked_plan, selection_of, skips_special_tokens
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model
-from neuronpedia_inference.operations.tensors import Arrays
+from neuronpedia_inference.operations.tensors import Arrays, prefix_of
 from neuronpedia_inference.points import Point
 from neuronpedia_inference.questions.states import States
 from neuronpedia_inference.reproducible import reproducibly
@@ -32,7 +32,7 @@ async def capture(request: CaptureRequest, rt: Runtime) -> CaptureResponse:
         check_model(request.model, rt)
     points = {name: Point.parse(name) for name in request.points}
     width = sum(rt.width(point) for point in points.values())
-    batch, is_several = _batch(request, rt)
+    batch, is_listed = _batch(request, rt)
     places = [_places(request.positions, tokens, number) for number, tokens in enumerate(batch)]
     n_rows = len(batch) if request.positions == "mean" else sum(map(len, places))
     most = rt.settings.max_result_values * (SMALLER if request.format == "safetensors" else 1)
@@ -42,7 +42,7 @@ async def capture(request: CaptureRequest, rt: Runtime) -> CaptureResponse:
             f"one answer is {most} ({SMALLER} times MAX_RESULT_VALUES with `format: safetensors`). Read fewer points, "
             "send shorter texts, or raise MAX_RESULT_VALUES."
         )
-    is_chat = not isinstance(request.prompt, str) and not is_several
+    is_chat = not isinstance(request.prompt, str) and not is_listed
     skips = skips_special_tokens(request, is_chat=is_chat)
     plan = await checked_plan(request, rt, skip_special_tokens=skips)
     positions = places if isinstance(request.positions, Selection) else request.positions
@@ -52,7 +52,8 @@ async def capture(request: CaptureRequest, rt: Runtime) -> CaptureResponse:
     results = []
     for number, (tokens, states) in enumerate(zip(batch, found, strict=True)):
         arrays = {name: states[point] for name, point in points.items()}
-        results.append(_result(tokens, places[number], Arrays(arrays, prefix=f"{number}/" if is_several else "")))
+        prefix = prefix_of(number, is_listed=is_listed)
+        results.append(_result(tokens, places[number], Arrays(arrays, prefix=prefix)))
     return CaptureResponse.model_construct(positions=request.positions, dtype=request.dtype, results=results)
 
 

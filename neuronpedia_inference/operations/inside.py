@@ -72,7 +72,7 @@ async def raw(request: ActivationRawRequest, rt: Runtime) -> ActivationRawRespon
     is_short = rt.model.dtype != "float32"
 
     def by_point(place: int) -> dict[str, Numbers]:
-        prefix = prefix_of(place, len(batch))
+        prefix = prefix_of(place, is_listed=True)
         return {prefix + point.name: found[place][point] for point in points}
 
     def result(place: int) -> RawResult:

@@ -66,9 +66,9 @@ def _rows(array: Numbers) -> Rows[list[float]]:
     return Rows(len(array), lambda row: array[row].tolist())
 
 
-def prefix_of(number: int, n_texts: int) -> str:
-    """Of the names of one text's tensors among so many, counted from 0: nothing where there is one by itself."""
-    return f"{number}/" if n_texts > 1 else ""
+def prefix_of(number: int, *, is_listed: bool) -> str:
+    """Of the names of one text's tensors: its number from 0 where texts came as a list, of one too; else nothing."""
+    return f"{number}/" if is_listed else ""
 
 
 def apart(reply: BaseModel) -> tuple[dict[str, Numbers], BaseModel]:

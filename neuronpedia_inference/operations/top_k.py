@@ -20,6 +20,7 @@ from neuronpedia_inference.schemas.activation import (
     ActivationTopkByTokenResult,
     TopkFields,
 )
+from neuronpedia_inference.schemas.common import SeveralPrompts
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
@@ -41,11 +42,11 @@ async def activation_topk_by_token_batch(
 
 
 async def _top_k(request: TopkFields, prompts: Sequence[str], rt: Runtime) -> list[ActivationTopkByTokenResponse]:
-    found = await tops(request, prompts, rt)
-    return [
-        _result(tokens, top, counted_from(tokens, ignore_bos=request.ignore_bos), prefix_of(number, len(found)))
-        for number, (tokens, top) in enumerate(found)
-    ]
+    def result(number: int, tokens: Tokens, top: TopFeatures) -> ActivationTopkByTokenResponse:
+        prefix = prefix_of(number, is_listed=isinstance(request, SeveralPrompts))
+        return _result(tokens, top, counted_from(tokens, ignore_bos=request.ignore_bos), prefix)
+
+    return [result(number, *one) for number, one in enumerate(await tops(request, prompts, rt))]
 
 
 async def tops(request: TopkFields, prompts: Sequence[str], rt: Runtime) -> list[tuple[Tokens, TopFeatures]]:

@@ -278,7 +278,7 @@ class ActivationSourceRequest(MayBeTensors, SeveralPrompts):
     """Every feature of a source that fires.
 
     As tensors, of each prompt: feature `indices[i]` fires at `positions[starts[i]:ends[i]]` with the activations
-    `values[starts[i]:ends[i]]`, unrounded; with several prompts `0/indices` and so on.
+    `values[starts[i]:ends[i]]`, unrounded. Those of the first are `0/indices` and so on.
     """
 
     model: ModelName

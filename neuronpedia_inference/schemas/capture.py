@@ -52,7 +52,7 @@ class CaptureRequest(Steering, Places, MayBeTensors):
     texts are prompts.
 
     With `format: "safetensors"`, or the header `Accept: application/x-safetensors`, the answer is a file of tensors:
-    one per point, named by it, `0/blocks...` where there are several texts; the rest of the answer is JSON in its
+    one per point, named by it, `0/blocks...` where texts come as a list; the rest of the answer is JSON in its
     metadata, under `answer`.
     """
 

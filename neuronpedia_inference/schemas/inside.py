@@ -46,8 +46,7 @@ class ActivationAttentionResponse(Reply):
 class ActivationRawRequest(MayBeTensors):
     """The residual stream behind layers, at each prompt's last token.
 
-    As tensors: `blocks.15.hook_resid_post` for layer 15, [1, d_model], unrounded; with several prompts
-    `0/blocks.15.hook_resid_post`.
+    As tensors: `0/blocks.15.hook_resid_post` for layer 15 of the first prompt, [1, d_model], unrounded.
     """
 
     prompts: Annotated[Many[str], AtMostTexts] = Field(description="1 to 16 texts to run through the model.")

@@ -10,7 +10,8 @@ from typing import Any
 
 from neuronpedia_inference.domain import Ranking, Sampling
 from neuronpedia_inference.edits.plan import Do, Edit, Feature, Plan
-from neuronpedia_inference.errors import StartupError
+from neuronpedia_inference.errors import NoJacobianLens, StartupError
+from neuronpedia_inference.operations import answer, by_name
 from neuronpedia_inference.questions import OneFeature, Strongest
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings
@@ -31,7 +32,19 @@ async def answers(runtime: Runtime) -> dict[str, Any]:
         "ranked": [(row.source, row.index, row.values.tolist()) for row in map(ranked.__getitem__, range(4))],
         "generated": [row.token_ids for row in await anext(texts)],
         "known_names": runtime.model.known_names,
+        "lens": await lens(runtime),
     }
+
+
+async def lens(runtime: Runtime) -> dict[str, Any]:
+    """What the Jacobian lens says of the prompt, or why there is none."""
+    body = {"model": "m", "type": ["JACOBIAN_LENS"], "prompt": PROMPT, "top_n": 3, "filter_non_word_tokens": False}
+    try:
+        said = await answer(by_name["lens_prompt"], {**body, "stream": False}, runtime)
+    except NoJacobianLens as exc:
+        return {"refused": exc.message, "because": runtime.lenses.jacobians.off_because}
+    tokens = [one["results"][0] for one in said["tokens"]]
+    return {"layers": said["meta"]["layers_by_type"]["JACOBIAN_LENS"], "probs": [one["top_probs"] for one in tokens]}
 
 
 def main() -> None:

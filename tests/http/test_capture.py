@@ -281,9 +281,9 @@ AS_TENSORS: dict[str, tuple[dict[str, Any], dict[str, Callable[[dict[str, Any]],
     "activation/source": (
         {"prompts": [TEXT], "model": MODEL, "source": SOURCE},
         {
-            "values": lambda told: torch.tensor([value for one in pairs(told) for _, value in one]),
-            "positions": lambda told: torch.tensor([place for one in pairs(told) for place, _ in one]),
-            "indices": lambda told: torch.tensor([int(key) for key in told["results"][0]["activeFeatures"]]),
+            "0/values": lambda told: torch.tensor([value for one in pairs(told) for _, value in one]),
+            "0/positions": lambda told: torch.tensor([place for one in pairs(told) for place, _ in one]),
+            "0/indices": lambda told: torch.tensor([int(key) for key in told["results"][0]["activeFeatures"]]),
         },
     ),
     "activation/attention": (
@@ -304,11 +304,11 @@ ROUNDED = {"activation/source": 3, "activation/attention": 4, "activation/raw": 
 
 def by_feature(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Entries in the order of the features, as the JSON has them."""
-    if "starts" not in found:
+    if "0/starts" not in found:
         return found
-    spans = zip(found["starts"].tolist(), found["ends"].tolist(), strict=True)
+    spans = zip(found["0/starts"].tolist(), found["0/ends"].tolist(), strict=True)
     order = [entry for start, end in spans for entry in range(start, end)]
-    return {**found, **{name: found[name][order] for name in ("positions", "values")}}
+    return {**found, **{name: found[name][order] for name in ("0/positions", "0/values")}}
 
 
 @pytest.mark.parametrize("route", AS_TENSORS)
@@ -333,6 +333,25 @@ def test_other_answers_are_tensors_too(http: httpx.Client, route: str) -> None:
     strings = {"tokens", "tokenStrings"}
     for key in strings & about.keys():
         assert about[key] == told.json()[key]
+
+
+LISTS: dict[str, dict[str, Any]] = {
+    "activation/single-batch": SINGLE,
+    "activation/all-batch": STRONGEST,
+    "activation/topk-by-token-batch": TOPK,
+    "activation/source": {"model": MODEL, "source": SOURCE},
+    "activation/raw": {"layers": [3]},
+    "capture": {"points": [RESID]},
+}
+
+
+@pytest.mark.parametrize("route", LISTS)
+def test_texts_of_a_list_are_numbered_also_where_there_is_one(http: httpx.Client, route: str) -> None:
+    """So that whoever reads the names need not count the texts."""
+    named = "prompt" if route == "capture" else "prompts"
+    for texts in ([TEXT], [TEXT, OTHER]):
+        answer = http.post(f"/v1/{route}", json={**LISTS[route], named: texts, "format": "safetensors"})
+        assert {name.partition("/")[0] for name in load(answer.content)} == {str(n) for n in range(len(texts))}
 
 
 def test_tensors_of_no_features_are_empty(http: httpx.Client) -> None:

@@ -14,6 +14,7 @@ import pytest
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from served import running
+from test_web_application import unread
 
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings
@@ -76,6 +77,14 @@ def test_predictions_are_as_alike_as_by_hand(tiny: httpx.Client, text: str) -> N
     np.testing.assert_allclose(told["similarity_matrix"], expected, rtol=0, atol=1e-4)
     shuffled = ONE.similarity(hidden(text, bos=False).flip(0))
     assert np.abs(expected - shuffled).max() > 1e-2, "the tolerance can tell them apart"
+
+
+def test_the_web_application_reads_the_matrix(tiny: httpx.Client) -> None:
+    body = {"modelId": "gemma-2-2b", "sourceId": SOURCE, "index": 7, "text": TEXTS[0]}
+    answer = tiny.post(ROUTE, json=body, headers={"Accept-Encoding": "gzip"})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-encoding"] == "gzip"
+    assert list(unread({"similarity_matrix": [[float]], "tokens": [str]}, answer.json())) == []
 
 
 def test_both_spellings_and_lax_numbers_are_read_and_the_feature_is_ignored(tiny: httpx.Client) -> None:

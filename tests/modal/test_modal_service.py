@@ -106,7 +106,8 @@ def test_tensors_come_as_bytes_or_as_arrays(deployed: Deployed) -> None:
         """
         from safetensors.numpy import load
         service, body = Inference(), {"prompts": ["The cat sat."], "layers": [15], "model": "m"}
-        name = "blocks.15.hook_resid_post"
+        hook = "blocks.15.hook_resid_post"
+        name = f"0/{hook}"
         told = service.activation_raw.remote(body)
         arrays = service.activation_raw.remote(body, format="numpy")
         result = {
@@ -114,7 +115,7 @@ def test_tensors_come_as_bytes_or_as_arrays(deployed: Deployed) -> None:
             "bytes": load(service.activation_raw.remote(body, format="safetensors"))[name].tolist(),
             "arrays": arrays["tensors"][name].tolist(),
             "tokens": arrays["answer"]["results"][0]["tokenIds"] == told["results"][0]["tokenIds"],
-            "captured": list(service.capture.remote("The cat sat.", [name], format="numpy")["tensors"]),
+            "captured": list(service.capture.remote("The cat sat.", [hook], format="numpy")["tensors"]),
         }
         """
     )
