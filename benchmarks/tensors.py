@@ -125,8 +125,7 @@ def main() -> None:
     runtime.close()
     ratios = [a / b for a, b in zip(told["answered_s"], told["copied_s"], strict=True)]
     result = {
-        "machine": description(),
-        "load": load.since(),
+        "machine": {**description(), **load.since()},
         "bytes": n_bytes,
         "layers": len(points),
         **{name: round(statistics.median(values), 4) for name, values in told.items()},

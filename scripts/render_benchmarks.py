@@ -1,4 +1,4 @@
-"""`docs/benchmarks.md` and its plot, from `benchmarks/results/compare.json`. Nothing is measured here."""
+"""`docs/benchmarks.md` and its plot, from `benchmarks/results/`. Nothing is measured here."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from benchmark_plot import NAMES, plot
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "compare.json"
+SINGLE = ("lens", "tensors")
+"""Benchmarks of one thing each, whose results lie beside it."""
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 PLOT = ROOT / "docs" / "benchmarks.svg"
-NOTE = "<!-- Written by scripts/render_docs.py from benchmarks/results/compare.json; measure and run it again. -->"
+NOTE = "<!-- Written by scripts/render_docs.py from benchmarks/results/; measure and run it again. -->"
 PROBLEMS = {"not_offered": "not offered", "disagrees": "disagrees", "failed": "failed"}
 NONE = "–"
 
@@ -29,6 +31,11 @@ largest one that plain Hugging Face finds, greedy texts must be equal. Who does 
 ```sh
 python -m benchmarks.compare
 ```"""
+
+SINGLE_INTRODUCTION = """\
+Each beside what it cannot do without, as ratios within its own run: the lens beside a forward pass and the products of
+every block's state with the unembedding, with no softmax and no choice of tokens; a file of tensors, from the end of
+the forward pass to its last byte, beside copying as many bytes over a socket; its peak memory beside its size."""
 
 HOW = """\
 - **plain Hugging Face** is the floor: `transformers` with hooks written by hand for each case, forward passes that end
@@ -47,7 +54,9 @@ def documents(table: Table) -> Iterator[tuple[Path, str]]:
     """Path and text of both, where there is a result. `table` makes Markdown of a head and rows."""
     if RESULTS.exists():
         body = json.loads(RESULTS.read_text(encoding="utf-8"))
-        yield DOCUMENT, page(body, table)
+        files = {name: RESULTS.with_name(f"{name}.json") for name in SINGLE}
+        single = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+        yield DOCUMENT, f"{page(body, table)}\n{single_page(single, table)}\n"
         yield PLOT, plot(body)
 
 
@@ -68,6 +77,37 @@ def page(body: Result, table: Table) -> str:
         table(("promise", "door", "measured", "bound", "kept", "plain"), [_promise(one) for one in body["acceptance"]]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def single_page(results: Mapping[str, Result], table: Table) -> str:
+    """results: by the names in SINGLE."""
+    head = ("promise", "measured", "bound", "kept", "command", "when")
+    return f"## Promises of one thing each\n\n{SINGLE_INTRODUCTION}\n\n{table(head, _single(results))}"
+
+
+def _single(results: Mapping[str, Result]) -> list[list[str]]:
+    lens, tensors = results["lens"], results["tensors"]
+    promises = [
+        ("lens", f"Logit lens behind all blocks, {lens['tokens']} tokens", lens["over_needed"]["lens"]["ratio"], 1.6),
+        ("tensors", "Every layer of 500 tokens as a file, time", tensors["answered_over_copied"], 2),
+        ("tensors", "Every layer of 500 tokens as a file, peak memory", tensors["peak_over_answer_at_most"], 2.5),
+    ]
+    return [
+        [
+            what,
+            _number(value),
+            f"at most {bound:g}",
+            "yes" if value <= bound else "**no**",
+            f"`python -m benchmarks.{name}`",
+            _when(results[name]["machine"]),
+        ]
+        for name, what, value, bound in promises
+    ]
+
+
+def _when(machine: Result) -> str:
+    busy = machine["others_busy_cores"]
+    return machine["date"] + ("" if busy is None else f", {busy:.2f} cores busy with others")
 
 
 def _contenders(body: Result) -> list[str]:

@@ -74,6 +74,22 @@ def test_a_peer_that_was_left_out_is_not_hidden(rendering: ModuleType, body: dic
     assert "interp-engine was left out of this run" in rendering.page(changed, table)
 
 
+@pytest.mark.parametrize(("ratio", "kept"), [(1.6, "yes"), (1.601, "**no**")])
+def test_what_one_benchmark_promises_is_held_against_its_bound(rendering: ModuleType, ratio: float, kept: str) -> None:
+    results = {
+        name: json.loads(rendering.RESULTS.with_name(f"{name}.json").read_text(encoding="utf-8"))
+        for name in rendering.SINGLE
+    }
+    results["lens"]["over_needed"]["lens"]["ratio"] = ratio
+    page = rendering.single_page(results, table)
+    [row] = [line for line in page.splitlines() if "benchmarks.lens" in line]
+    assert row.split("|")[2:4] == ["at most 1.6", kept]
+    for name, result in results.items():
+        rows = [line for line in page.splitlines() if f"`python -m benchmarks.{name}`" in line]
+        assert rows
+        assert all(result["machine"]["date"] in row for row in rows)
+
+
 def test_bars_are_as_long_as_the_ratios(rendering: ModuleType, body: dict[str, Any]) -> None:
     """Read back from the drawing: every timed contender has one bar, in the scale of the axis."""
     tree = ElementTree.fromstring(rendering.plot(body))
