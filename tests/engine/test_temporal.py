@@ -93,6 +93,18 @@ def test_the_authors_files_are_read_from_the_hub_s_cache(
     close(describe(spec, "float32").decoder_row(7), one.weights["W_dec"][7].numpy())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_sixteen_bits_it_is_near_what_it_is_in_thirty_two(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Roundings are of one part in 2048 or 256; what they change of the attention adds up."""
+    name = str(dtype).removeprefix("torch.")
+    sae = load_on_host(in_folder(tmp_path, ONES[0]), dtype=name)
+    assert {weights.dtype for weights in sae.module.parameters()} == {dtype}
+    wanted = ONES[0].codes(X)[1]
+    found = sae.predicted(X)
+    assert found.dtype == torch.float32
+    assert np.abs(found.numpy() - wanted).max() < 20 * torch.finfo(dtype).eps * np.abs(wanted).max()
+
+
 def test_a_file_of_other_sizes_is_refused_before_it_is_used(tmp_path: Path) -> None:
     spec = in_folder(tmp_path, ONES[0])
     file = (spec.folder or tmp_path) / WEIGHTS_NAME

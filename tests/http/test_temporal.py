@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from served import running
@@ -152,6 +153,20 @@ def test_vectors_and_steering_are_of_its_decoder_as_it_is(tiny: httpx.Client) ->
     assert steered["steered"]["text"] == models.tokenizer().decode(expected)
     assert steered["default"]["text"] == models.tokenizer().decode(models.greedy(net, ids, 6))
     assert steered["steered"]["text"] != steered["default"]["text"]
+
+
+def test_a_feature_tells_what_its_weights_say(tiny: httpx.Client) -> None:
+    rows = ONE.weights["W_dec"]
+    told = tiny.get(f"/v1/features/{SOURCE}/7").json()
+    assert (told["architecture"], told["hook"], told["bias"], told["threshold"]) == ("temporal", HOOK, None, None)
+    assert told["decoder"] == told["encoder"] == pytest.approx(rows[7].tolist(), abs=1e-6)
+    cosines = torch.nn.functional.cosine_similarity(rows, rows[7][None])
+    nearest = cosines.argsort(descending=True)[:4].tolist()
+    assert [one["index"] for one in told["neighbours"]][:3] == nearest[1:]
+    query = {"feature": {"model": "x", "source": SOURCE, "index": 7}, "source": SOURCE, "num_results": 4}
+    found = post(tiny, "/v1/util/sae-topk-by-decoder-cossim", **query)["topk_decoder_cossim_features"]
+    assert [one["feature"]["index"] for one in found] == nearest
+    assert [one["cosine_similarity"] for one in found] == pytest.approx(cosines[nearest].tolist(), abs=1e-5)
 
 
 FEATURE = {"source": SOURCE, "index": 7}
