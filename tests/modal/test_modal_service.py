@@ -26,8 +26,12 @@ SHORT: dict[str, dict[str, Any]] = {
     "steer_completion": {"n_completion_tokens": 4},
     "steer_completion_chat": {"n_completion_tokens": 4},
 }
+NOT_SERVED = "util_similarity_matrix_pred"
+"""It is for temporal SAEs, and the embedded model has none."""
 BODIES = {
-    op.name: {**example_of(op.request), **SHORT.get(op.name, {})} for op in OPERATIONS if not op.off_modal_because
+    op.name: {**example_of(op.request), **SHORT.get(op.name, {})}
+    for op in OPERATIONS
+    if not op.off_modal_because and op.name != NOT_SERVED
 }
 STEERING = {"features": [{"source": "15-res-4k", "index": 42, "strength": 60}], "max_new_tokens": 6}
 
@@ -154,6 +158,7 @@ def test_bad_input_arrives_as_built_in_errors(deployed: Deployed) -> None:
             error_of(service.activations.remote, "a", source="15-res-4k", index=10**6),
             error_of(service.activations.remote, "word " * 500),
             error_of(service.top_k.remote, "The cat sat.", source="16-res-4k"),
+            error_of(service.util_similarity_matrix_pred.remote, modelId="x", sourceId="15-res-4k", text="a cat"),
             error_of(service.activation_single.remote, model="x", prompt="a", vector=[1.0], hook="blocks.1.nope"),
             error_of(service.tokenize.remote, "not a body"),
             error_of(service.tokenize.remote, "not a body", prepend_bos=True),
@@ -166,6 +171,7 @@ def test_bad_input_arrives_as_built_in_errors(deployed: Deployed) -> None:
         ("ValueError", "invalid_request"),
         ("ValueError", "limit_exceeded"),
         ("LookupError", "unknown_source"),
+        ("ValueError", "invalid_request"),
         ("LookupError", "unknown_hook"),
         ("ValueError", "invalid_body"),
         ("ValueError", "invalid_request"),
@@ -173,6 +179,7 @@ def test_bad_input_arrives_as_built_in_errors(deployed: Deployed) -> None:
     ]
     assert "'15-res-4k'" in result[3][1]
     assert "max is 200" in result[2][1]
+    assert "SAE architecture is not temporal" in result[4][1]
 
 
 def test_web_errors_are_those_of_the_library(deployed: Deployed) -> None:

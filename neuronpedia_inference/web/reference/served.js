@@ -9,7 +9,7 @@ const BUILT_IN = {
 };
 const HOOK = /^blocks\.\d+\.hook_resid_post$/;
 
-const NEEDS = { JACOBIAN_LENS: "lens_jacobian" };
+const NEEDS = { JACOBIAN_LENS: "lens_jacobian", "12-temporal-res": "util_similarity_matrix_pred" };
 
 /** The document with the examples that the server which `capabilities` describes can answer, in its names. */
 export function inNamesOf(capabilities, document) {
