@@ -26,7 +26,7 @@ BAR = 6
 
 async def show(console: Console, runtime: Runtime, *, n_tokens: int) -> None:
     """Print the three views."""
-    top = await _ask(runtime, "top_k", prompt=SENTENCE, source=SOURCE, top_k=FEATURES_PER_TOKEN)
+    top = await _ask(runtime, "top_k", prompt=SENTENCE, source=SOURCE, top_k=FEATURES_PER_TOKEN, rank_by="relative")
     console.print(top_features(top["results"][0]))
     one = await _ask(runtime, "activations", prompt=SENTENCE, source=SOURCE, num_results=1, rank_by="relative")
     console.print(heat_strip(one["results"][0]))
@@ -54,12 +54,12 @@ async def _steered(runtime: Runtime, example: SteeringExample, n_tokens: int) ->
 
 
 def top_features(result: dict[str, Any]) -> Group:
-    """A row per token: its strongest features with their labels."""
+    """A row per token: the features that are most peculiar to it, with their labels."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", expand=True)
     positions = result["positions"][result["has_bos"] :]
     longest = max(cell_len(visible(position["token"])) for position in positions)
     table.add_column("token", style="bold", no_wrap=True, min_width=min(longest, 16))
-    for rank in ("strongest feature", "second"):
+    for rank in ("first feature", "second"):
         table.add_column(rank, ratio=1, no_wrap=True)
         table.add_column("", no_wrap=True, min_width=7 + BAR)
     values = [f["activation_value"] for p in positions for f in p["top_features"]]
@@ -67,7 +67,8 @@ def top_features(result: dict[str, Any]) -> Group:
     for position in positions:
         cells = [_feature_cells(feature, most) for feature in position["top_features"]]
         table.add_row(Text(visible(position["token"])), *(cell for pair in cells for cell in pair))
-    return Group(_heading("What the model sees in each token", f"source {result['source']}"), table)
+    note = f"source {result['source']}, what is rare and near its maximum first"
+    return Group(_heading("What the model sees in each token", note), table)
 
 
 def _feature_cells(feature: dict[str, Any], most: float) -> tuple[Text, Text]:

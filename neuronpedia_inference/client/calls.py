@@ -67,7 +67,9 @@ def top_k(text: str, **fields: Any) -> Call[TopFeatures]:
 def _top(result: Mapping[str, Any]) -> TopFeatures:
     def each(position: Mapping[str, Any]) -> tuple[TopFeature, ...]:
         return tuple(
-            TopFeature(result["source"], one["feature_index"], one["activation_value"], one.get("label"))
+            TopFeature(
+                result["source"], one["feature_index"], one["activation_value"], one.get("label"), one.get("relative")
+            )
             for one in position["top_features"]
         )
 

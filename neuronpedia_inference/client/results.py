@@ -352,6 +352,8 @@ class TopFeature(OfFeature):
     index: int
     value: float
     label: str | None = None
+    relative: float | None = None
+    """What ranks by `relative`; None without it, and where it is unknown."""
 
 
 @dataclass(frozen=True, repr=False)

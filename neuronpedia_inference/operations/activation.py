@@ -193,7 +193,7 @@ async def rankings(
         limit=min(rt.settings.max_results, DEFAULT_NUM_RESULTS if request.num_results is None else request.num_results),
         ignore_first=request.ignore_bos and batch[0].has_bos,
         weights=Counter(request.sort_by_token_indexes),
-        scales=_peculiarities(sources, rt) if relative else {},
+        scales={source.name: peculiarity(source, rt) for source in sources} if relative else {},
         least=least,
     )
     check_size(min(ranking.limit, sum(source.n_features for source in sources)), batch, "features", rt)
@@ -202,18 +202,15 @@ async def rankings(
     return list(zip(batch, await rt.ask(Strongest(batch, sources, ranking)), strict=True))
 
 
-def _peculiarities(sources: Sequence[Source], rt: Runtime) -> dict[str, Numbers]:
-    """Raises InvalidRequest for a source of which nothing is known."""
-    found: dict[str, Numbers] = {}
-    for source in sources:
-        known = rt.shelf.annotations(source.name)
-        if known is None or np.isnan(known.maximum).all() or np.isnan(known.density).all():
-            raise InvalidRequest(
-                f"rank_by: nothing is known of the maxima and densities of {source.name}, so its features cannot be "
-                "ranked relative to them. Rank by activation, or give them in LABELS_DIR."
-            )
-        found[source.name] = known.peculiarity
-    return found
+def peculiarity(source: Source, rt: Runtime) -> Numbers:
+    """`SourceAnnotations.peculiarity`: [feature]. Raises InvalidRequest for a source of which nothing is known."""
+    known = rt.shelf.annotations(source.name)
+    if known is None or np.isnan(known.maximum).all() or np.isnan(known.density).all():
+        raise InvalidRequest(
+            f"rank_by: nothing is known of the maxima and densities of {source.name}, so its features cannot be "
+            "ranked relative to them. Rank by activation, or give them in LABELS_DIR."
+        )
+    return known.peculiarity
 
 
 def _selected(request: RankingFields, rt: Runtime) -> tuple[Source, ...]:

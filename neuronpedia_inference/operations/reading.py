@@ -51,6 +51,7 @@ async def activations(request: ActivationsRequest, rt: Runtime) -> ActivationsRe
 async def top_k(request: TopKRequest, rt: Runtime) -> TopKResponse:
     """Raises InvalidRequest for an empty text or an open source, and what activation/topk-by-token raises."""
     source = choose_source(request.source, lambda: rt.shelf.all_sources)
+    relative = request.rank_by == "relative"
     wire = ActivationTopkByTokenBatchRequest(
         prompts=_texts(request.prompt),
         model=request.model or rt.model.id,
@@ -59,14 +60,16 @@ async def top_k(request: TopKRequest, rt: Runtime) -> TopKResponse:
         ignore_bos=request.ignore_bos,
     )
     with reproducibly(request.reproducible):
-        found = await tops(wire, wire.prompts, rt)
+        found = await tops(wire, wire.prompts, rt, relative=relative)
     return TopKResponse.model_construct(
         results=[
             TopKResult.model_construct(
                 source=source,
                 tokens=list(tokens.strings),
                 has_bos=tokens.has_bos,
-                positions=_positions(tokens, top, source, counted_from(tokens, ignore_bos=request.ignore_bos), rt),
+                positions=_positions(
+                    tokens, top, source, counted_from(tokens, ignore_bos=request.ignore_bos), rt, relative=relative
+                ),
             )
             for tokens, top in found
         ]
@@ -123,16 +126,16 @@ def _firing(found: RankedFeatures, rt: Runtime, *, relative: bool) -> Rows[Label
     return Rows(len(rows), lambda place: _labelled(found[rows[place]], rt, relative=relative))
 
 
-def _relative(one: RankedFeature, rt: Runtime) -> float | None:
-    """Its largest activation times its peculiarity; None where that is unknown."""
-    known = rt.shelf.annotations(one.source)
-    peculiarity = None if known is None else known.peculiarity_of(one.index)
-    return None if peculiarity is None else one.max_value * peculiarity
+def _relative(source: str, index: int, activation: float, rt: Runtime) -> float | None:
+    """An activation times the feature's peculiarity; None where that is unknown."""
+    known = rt.shelf.annotations(source)
+    peculiarity = None if known is None else known.peculiarity_of(index)
+    return None if peculiarity is None else activation * peculiarity
 
 
 def _labelled(one: RankedFeature, rt: Runtime, *, relative: bool = False) -> LabelledFeature:
     return LabelledFeature(
-        relative=_relative(one, rt) if relative else None,
+        relative=_relative(one.source, one.index, one.max_value, rt) if relative else None,
         source=one.source,
         index=one.index,
         label=rt.shelf.label(one.source, one.index),
@@ -190,7 +193,9 @@ def _counted(found: FeatureActivations, source: str, index: int, first: int) -> 
     )
 
 
-def _positions(tokens: Tokens, top: TopFeatures, source: str, first: int, rt: Runtime) -> Rows[LabelledToken]:
+def _positions(
+    tokens: Tokens, top: TopFeatures, source: str, first: int, rt: Runtime, *, relative: bool
+) -> Rows[LabelledToken]:
     """One for every token; before `first`, and where nothing fires, without features."""
     assert len(top) == len(tokens), (len(top), len(tokens))
 
@@ -201,7 +206,12 @@ def _positions(tokens: Tokens, top: TopFeatures, source: str, first: int, rt: Ru
             token=tokens.strings[position],
             is_special=tokens.is_special[position],
             top_features=[
-                LabelledTopFeature(feature_index=index, activation_value=value, label=rt.shelf.label(source, index))
+                LabelledTopFeature(
+                    feature_index=index,
+                    activation_value=value,
+                    label=rt.shelf.label(source, index),
+                    relative=_relative(source, index, value, rt) if relative else None,
+                )
                 for index, value in pairs
                 if value > 0 and position >= first
             ],

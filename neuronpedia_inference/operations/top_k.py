@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from neuronpedia_inference.domain import Tokens, TopFeatures
 from neuronpedia_inference.errors import LimitExceeded
+from neuronpedia_inference.operations.activation import peculiarity
 from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.prompts import check_model, check_size, counted_from, tokenize_prompts
 from neuronpedia_inference.operations.tensors import Columns, prefix_of
@@ -49,14 +50,20 @@ async def _top_k(request: TopkFields, prompts: Sequence[str], rt: Runtime) -> li
     return [result(number, *one) for number, one in enumerate(await tops(request, prompts, rt))]
 
 
-async def tops(request: TopkFields, prompts: Sequence[str], rt: Runtime) -> list[tuple[Tokens, TopFeatures]]:
-    """Each prompt with the strongest features of all its tokens. Raises as `activation_topk_by_token_batch`."""
+async def tops(
+    request: TopkFields, prompts: Sequence[str], rt: Runtime, *, relative: bool = False
+) -> list[tuple[Tokens, TopFeatures]]:
+    """Each prompt with the strongest features of all its tokens. Raises as `activation_topk_by_token_batch`.
+
+    relative: ranked by `SourceAnnotations.peculiarity` times the activation.
+    """
     check_model(request.model, rt)
     source = rt.shelf.source(request.source)
     batch = tokenize_prompts(rt, prompts, "once")
     k = min(DEFAULT_TOP_K if request.top_k is None else _checked(request.top_k, rt), source.n_features)
     check_size(k, batch, "features", rt)
-    return list(zip(batch, await rt.ask(TopPerToken(batch, source, k)), strict=True))
+    scales = peculiarity(source, rt) if relative else None
+    return list(zip(batch, await rt.ask(TopPerToken(batch, source, k, scales)), strict=True))
 
 
 def _checked(top_k: int, rt: Runtime) -> int:

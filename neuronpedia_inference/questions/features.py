@@ -197,11 +197,12 @@ class Strongest:
 
 @dataclass(frozen=True)
 class TopPerToken:
-    """The k strongest features at every position."""
+    """The k strongest features at every position; `scales` [feature] multiply what ranks them."""
 
     prompts: Sequence[Tokens]
     source: Source
     k: int
+    scales: Numbers | None = None
 
     @property
     def points(self) -> set[Point]:
@@ -218,7 +219,7 @@ class TopPerToken:
         from neuronpedia_inference.saes import reduce
 
         def one(reader: FeatureReader, seen: Captured) -> Steps[TopFeatures]:
-            return reduce.top_features(reader, seen[_point(self.source)], self.k)
+            return reduce.top_features(reader, seen[_point(self.source)], self.k, self.scales)
 
         return (yield from _each(weights.request(self.source), one, captured))
 

@@ -61,9 +61,11 @@ def _stable(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return found, chosen.gather(-1, order)
 
 
-def merge_topk(kept: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Join two results of `stable_topk` (values, indices), all indices of `kept` below those of `more`."""
-    values = torch.cat((kept[0], more[0]), dim=-1)
-    indices = torch.cat((kept[1], more[1]), dim=-1)
-    values, order = values.sort(dim=-1, descending=True, stable=True)
-    return values[..., :k], indices.gather(-1, order)[..., :k]
+def merge_topk(kept: tuple[Tensor, ...], more: tuple[Tensor, ...], k: int) -> tuple[Tensor, ...]:
+    """Join two results of `stable_topk` (values, indices), all indices of `kept` below those of `more`.
+
+    What else comes with them goes the way of the indices.
+    """
+    values, order = torch.cat((kept[0], more[0]), dim=-1).sort(dim=-1, descending=True, stable=True)
+    others = (torch.cat(pair, dim=-1).gather(-1, order[..., :k]) for pair in zip(kept[1:], more[1:], strict=True))
+    return values[..., :k], *others

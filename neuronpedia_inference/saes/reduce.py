@@ -58,19 +58,28 @@ def predicted_similarity(reader: LoadedSae, x: Tensor) -> Numbers:
     return on_host(unit @ unit.T)
 
 
-def top_features(reader: FeatureReader, x: Tensor, k: int) -> Pauses[TopFeatures]:
-    """The k largest features of every position, zeros included, ties by index; k is cut to what there is."""
+def top_features(reader: FeatureReader, x: Tensor, k: int, scales: Numbers | None = None) -> Pauses[TopFeatures]:
+    """The k largest features of every position, zeros included, ties by index; k is cut to what there is.
+
+    scales: [feature], by what an activation is multiplied for the ranking; None for ones.
+    """
     k = min(k, reader.source.n_features)
-    best: tuple[Tensor, Tensor] | None = None
+    best: tuple[Tensor, ...] | None = None
     for first, acts in reader.blocks(x, block_of(x)):
         require_finite(acts, reader)
-        values, indices = stable_topk(acts, min(k, acts.shape[1]))
-        found = (values, indices + first)
+        keys = acts if scales is None else acts * _scale(scales, first, acts)
+        keys, indices = stable_topk(keys, min(k, acts.shape[1]))
+        found = (keys, indices + first) if scales is None else (keys, indices + first, acts.gather(1, indices))
         best = found if best is None else merge_topk(best, found, k)
-        del acts  # or two blocks would be held while the next is made
+        del acts, keys  # or two blocks would be held while the next is made
         yield
     assert best is not None, reader.source
-    return TopFeatures(indices=on_host(best[1].int()), values=on_host(best[0]))
+    return TopFeatures(indices=on_host(best[1].int()), values=on_host(best[0 if scales is None else 2]))
+
+
+def _scale(scales: Numbers, first: int, acts: Tensor) -> Tensor:
+    """Of the features of a block [pos, feature] that begins at `first`."""
+    return torch.as_tensor(scales[first : first + acts.shape[1]]).to(acts.device, acts.dtype)
 
 
 def active_features(
@@ -138,7 +147,7 @@ class FeatureRanker:
             if self.ranking.least > 0:
                 # Into a tensor of its own: activations of neurons are those that others read too.
                 kept = torch.where(kept.amax(dim=0) >= self.ranking.least, kept, 0.0)
-            scale = None if scales is None else torch.as_tensor(scales[first : first + kept.shape[1]])
+            scale = None if scales is None else _scale(scales, first, kept)
             self._add_block(self._n_features + first, kept, scale)
             del kept
             yield
@@ -163,7 +172,7 @@ class FeatureRanker:
 
         scale: [block]; None for ones.
         """
-        keys = self._keys(acts) if scale is None else self._keys(acts) * scale.to(acts.device, acts.dtype)
+        keys = self._keys(acts) if scale is None else self._keys(acts) * scale
         keys, indices = stable_topk(keys, min(self.ranking.limit, acts.shape[1]))
         rows = acts[:, indices].T
         if self._best is None:

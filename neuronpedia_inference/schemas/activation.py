@@ -378,6 +378,12 @@ class TopKRequest(Ours):
     )
     top_k: TopK = 5
     ignore_bos: bool = Field(default=True, description="List no features at a leading BOS token.")
+    rank_by: Literal["activation", "relative"] = Field(
+        default="activation",
+        description="What comes first at a token: what fires most, or what is peculiar to it. `relative` is the "
+        "activation as a share of the feature's known maximum, times -log10 of its known density; features of which "
+        "these are unknown come last.",
+    )
     reproducible: Reproducible = False
     model: MaybeModelName = None
 
@@ -388,6 +394,9 @@ class LabelledTopFeature(ActivationTopkByTokenFeature):
     """A feature at a token, with its label where one is known."""
 
     label: str | None = Field(default=None, description="What the feature stands for; null if unknown.")
+    relative: float | None = Field(
+        default=None, description="The number that ranks by `relative`; null without it, and where it is unknown."
+    )
 
 
 class LabelledToken(TokenFields):

@@ -263,6 +263,15 @@ class TestTopFeatures:
             assert indices == sorted(range(30), key=lambda i: -row[i])[:k]
             assert values == [row[i] for i in indices]
 
+    @pytest.mark.parametrize("k", [1, 5, 30])
+    def test_what_is_multiplied_for_the_ranking_is_told_as_it_is(self, k: int) -> None:
+        x, scales = sparse(6, 30, seed=4), np.random.default_rng(3).uniform(0.01, 2, 30).astype(np.float32)
+        found = result_of(top_features(reader_of("3", 30), x, k, scales))
+        for indices, values, row in zip(found.indices.tolist(), found.values.tolist(), x.tolist(), strict=True):
+            scaled = [float(np.float32(value) * scale) for value, scale in zip(row, scales, strict=True)]
+            assert indices == sorted(range(30), key=lambda i, scaled=scaled: -scaled[i])[:k]
+            assert values == [row[i] for i in indices]
+
     def test_zero_features_give_empty_rows(self) -> None:
         found = result_of(top_features(reader_of("3", 8), torch.ones(2, 8), 0))
         assert found.indices.shape == found.values.shape == (2, 0)
@@ -440,7 +449,9 @@ class TestMemory:
             ranker.result()
 
         assert allocated_at_the_peak(rank) <= bound + kept
+        scales = np.ones(n_features)
         assert allocated_at_the_peak(lambda: result_of(top_features(reader, x, 25))) <= bound + kept
+        assert allocated_at_the_peak(lambda: result_of(top_features(reader, x, 25, scales))) <= bound + kept
         everything = 4 * n_pos * n_features
         if architecture != "topk" and everything > 2**24:
             assert bound < 2 * everything  # all features at once would take more than four times `everything`
@@ -458,7 +469,9 @@ class TestMemory:
 
         every = n_pos * n_features
         assert allocated_at_the_peak(rank) <= bound + RANKED_BYTES * 1000 * n_pos
-        assert allocated_at_the_peak(lambda: result_of(top_features(reader, x, 256))) <= bound + TOP_BYTES * 256 * n_pos
+        scales, kept = np.ones(n_features), TOP_BYTES * 256 * n_pos
+        assert allocated_at_the_peak(lambda: result_of(top_features(reader, x, 256))) <= bound + kept
+        assert allocated_at_the_peak(lambda: result_of(top_features(reader, x, 256, scales))) <= bound + kept
         for most in (every, every // 10):
             taken = allocated_at_the_peak(lambda most=most: result_of(active_features(reader, x, most=most)))
             assert taken <= bound + ACTIVE_BYTES * most

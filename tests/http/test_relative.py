@@ -64,6 +64,35 @@ def test_the_ranking_is_the_documented_one(http: httpx.Client) -> None:
     assert all(one["values"] == by_index[one["index"]]["values"] for one in shared), "only the order is another"
 
 
+def at_each_token(http: httpx.Client, k: int, **fields: Any) -> list[list[dict[str, Any]]]:
+    answer = http.post("/v1/top-k", json={"prompt": TEXT, "source": SOURCE, "top_k": k, **fields})
+    assert answer.status_code == 200, answer.text
+    return [position["top_features"] for position in answer.json()["results"][0]["positions"]][1:]
+
+
+def test_at_a_token_what_is_peculiar_to_it_comes_first(http: httpx.Client) -> None:
+    """Against many features of each token, fetched by activation and ranked by hand."""
+    every = at_each_token(http, 256)
+    ranked = at_each_token(http, 3, rank_by="relative")
+    for most, first in zip(every, ranked, strict=True):
+        by_hand = {
+            one["feature_index"]: relative({**one, "source": SOURCE, "index": one["feature_index"], "max_value": value})
+            for one in most
+            for value in [one["activation_value"]]
+        }
+        best = sorted(by_hand.values(), reverse=True)[:3]
+        assert [one["relative"] for one in first] == pytest.approx(best, rel=1e-4)
+        assert [by_hand[one["feature_index"]] for one in first] == pytest.approx(best, rel=1e-4)
+        values = {one["feature_index"]: one["activation_value"] for one in most}
+        assert [values[one["feature_index"]] for one in first] == [one["activation_value"] for one in first]
+    by_activation = Counter(most[0]["feature_index"] for most in every)
+    by_relative = Counter(first[0]["feature_index"] for first in ranked)
+    assert max(by_activation.values()) > max(by_relative.values()), "else there would be nothing to mend"
+    assert all(one["relative"] is None for most in every for one in most)
+    unknown = http.post("/v1/top-k", json={"prompt": TEXT, "source": "0", "rank_by": "relative"})
+    assert (unknown.status_code, "rank_by: nothing is known" in unknown.json()["error"]) == (400, True)
+
+
 def test_what_is_peculiar_to_a_text_comes_first(http: httpx.Client) -> None:
     by_relative = Counter(
         (one["source"], one["index"])
