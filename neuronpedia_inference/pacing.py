@@ -37,9 +37,10 @@ async def paced(steps: Generator[None, None, T]) -> T:
         await pace.give_way()
 
 
-async def paced_items(items: Iterable[T]) -> AsyncIterator[T]:
-    """The same items. Between two of them others have their turns."""
+async def paced_pieces(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
+    """Those that are not empty. Between two of them, empty or not, others have their turns."""
     pace = Pace()
-    for item in items:
-        yield item
+    for piece in pieces:
+        if piece:
+            yield piece
         await pace.give_way()

@@ -45,7 +45,7 @@ from neuronpedia_inference.operations.vectors import (
     UTIL_SAE_VECTOR,
     UTIL_SIMILARITY_MATRIX_PRED,
 )
-from neuronpedia_inference.pacing import paced, paced_items
+from neuronpedia_inference.pacing import paced, paced_pieces
 from neuronpedia_inference.scheduler.stay import Stay
 from neuronpedia_inference.schemas.common import Wire, lists_of_objects
 from neuronpedia_inference.tensor_files import MEDIA_TYPE
@@ -212,10 +212,10 @@ async def answer_pieces(
             file = await paced(tensor_file(*apart(reply), spelling)) if is_file else None
         if_refused.pop_all()
     if file is not None:
-        counted = _Counted(paced_items(file), _itself, count, stay)
+        counted = _Counted(paced_pieces(file), _itself, count, stay)
         counted.media_type, counted.n_bytes = MEDIA_TYPE, file.n_bytes
         return counted
-    return _Counted(paced_items(json_pieces(reply, spelling, omit_null=operation.omits_null)), _itself, count, stay)
+    return _Counted(paced_pieces(json_pieces(reply, spelling, omit_null=operation.omits_null)), _itself, count, stay)
 
 
 def _is_of_tensors(operation: Operation[Any], request: Wire) -> bool:
@@ -283,7 +283,7 @@ async def _dictionary(operation: Operation[Any], spelling: Spelling, reply: Wire
 async def _text(operation: Operation[Any], spelling: Spelling, reply: Wire) -> bytes:
     """Raises EngineFailed if a number is not finite."""
     pieces = json_pieces(reply, spelling, omit_null=operation.omits_null)
-    return b"".join([piece async for piece in paced_items(pieces)])
+    return b"".join([piece async for piece in paced_pieces(pieces)])
 
 
 def _spelling(operation: Operation[Any], body: Body) -> Spelling:

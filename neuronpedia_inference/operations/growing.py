@@ -57,10 +57,12 @@ class GrowingList(Generic[T]):
     def parts(self, spelling: Spelling) -> Iterator[bytes]:
         kept = self._json.setdefault(spelling, bytearray())
         for item in self._items[self._n_json.get(spelling, 0) :]:
-            kept += b"," if kept else b""
-            kept += b"".join(json_pieces(self._make(item), spelling, omit_null=False))
+            rendered = bytearray(b"," if kept else b"")
+            for piece in json_pieces(self._make(item), spelling, omit_null=False):
+                rendered += piece
+                yield b""
+            kept += rendered
             self._n_json[spelling] = self._n_json.get(spelling, 0) + 1
-            yield b""
         yield b"[%b]" % kept
 
     def plain(self, spelling: Spelling) -> Generator[None, None, list[Any]]:

@@ -66,7 +66,7 @@ class Rendered(Protocol):
     """A value that brings its own JSON."""
 
     def parts(self, spelling: Spelling) -> Iterator[bytes]:
-        """Valid JSON, copied as it is, in parts of little work."""
+        """Valid JSON, copied as it is, in parts of little work; those that only are work are empty."""
         ...
 
     def plain(self, spelling: Spelling) -> Generator[None, None, Any]:
@@ -77,7 +77,8 @@ class Rendered(Protocol):
 def json_pieces(reply: Any, spelling: Spelling, *, omit_null: bool) -> Iterator[bytes]:
     """The JSON of an answer, or of any part of one, in UTF-8, in pieces of 16 to 64 KiB; one piece if it is small.
 
-    Raises EngineFailed where a number is NaN or infinite, which JSON cannot say.
+    Between them there may be empty ones, where work has been done and nothing is to be sent yet. Raises EngineFailed
+    where a number is NaN or infinite, which JSON cannot say.
     """
     piece = bytearray()
     for part in _Writer(spelling, omit_null).parts(reply):
@@ -85,6 +86,8 @@ def json_pieces(reply: Any, spelling: Spelling, *, omit_null: bool) -> Iterator[
         if len(piece) >= PIECE_BYTES:
             yield bytes(piece)
             piece.clear()
+        elif not part:
+            yield part
     if piece:
         yield bytes(piece)
 

@@ -243,15 +243,14 @@ def _features(watch: TopRead, numbers: Numbers, rt: Runtime) -> list[WatchedFeat
     return [WatchedFeature(index=i, value=value, label=rt.shelf.label(source, i)) for i, value in _pairs(numbers)]
 
 
-def _layers(watch: WatchLens, numbers: Numbers, rt: Runtime) -> list[WatchedLayer]:
+def _layers(watch: WatchLens, numbers: Numbers, rt: Runtime) -> Rows[WatchedLayer]:
     by_layer = numbers.reshape(len(watch.reads), -1)
-    return [
-        WatchedLayer(
-            layer=read.layer,
-            top=[NPLogprobTop(token=rt.token_string(i), logprob=value) for i, value in _pairs(of_layer)],
-        )
-        for read, of_layer in zip(watch.reads, by_layer, strict=True)
-    ]
+
+    def layer(place: int) -> WatchedLayer:
+        top = [NPLogprobTop(token=rt.token_string(i), logprob=value) for i, value in _pairs(by_layer[place])]
+        return WatchedLayer(layer=watch.reads[place].layer, top=top)
+
+    return Rows(len(watch.reads), layer)
 
 
 def _pairs(numbers: Numbers) -> Iterator[tuple[int, float]]:

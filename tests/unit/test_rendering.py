@@ -18,8 +18,9 @@ from pydantic import BaseModel
 from neuronpedia_inference import pacing
 from neuronpedia_inference.errors import EngineFailed
 from neuronpedia_inference.operations import rendering
+from neuronpedia_inference.operations.growing import GrowingList
 from neuronpedia_inference.operations.rendering import Entries, Rows, Spelling, json_pieces, plain_pieces
-from neuronpedia_inference.pacing import paced, paced_items
+from neuronpedia_inference.pacing import paced, paced_pieces
 from neuronpedia_inference.schemas.common import ALSO_SNAKE, Reply
 
 
@@ -244,6 +245,34 @@ def test_between_two_pieces_few_items_are_made() -> None:
     assert n_made == 100_000
 
 
+def test_what_is_kept_is_rendered_with_stops_inside_its_items_and_after_one_that_is_cut_off() -> None:
+    n_made = 0
+
+    def row(place: int) -> Leaf:
+        nonlocal n_made
+        n_made += 1
+        return Leaf(feature_index=place, activation_value=place / 3)
+
+    kept = GrowingList[int](lambda n: Rows(n, row))
+    kept.add([3, 10_000, 0, 5_000])
+    reply = Marked.model_construct(top_logprobs=kept, token="")
+    cut_off = json_pieces(reply, "snake", omit_null=False)
+    while n_made < 5_000:
+        next(cut_off)
+    cut_off.close()  # pyright: ignore[reportAttributeAccessIssue]  (a generator)
+    before, pieces = n_made, list[bytes]()
+    for piece in json_pieces(reply, "snake", omit_null=False):
+        assert n_made - before <= 1500
+        before = n_made
+        pieces.append(piece)
+    told = json.loads(b"".join(pieces))["top_logprobs"]
+    assert [len(rows) for rows in told] == [3, 10_000, 0, 5_000]
+    assert told[1] == [json.loads(row(place).model_dump_json(exclude_none=False)) for place in range(10_000)]
+    n_made = 0
+    assert b"".join(json_pieces(reply, "snake", omit_null=False)) == b"".join(pieces)
+    assert n_made == 0, "it is only copied"
+
+
 def test_a_dictionary_is_built_with_a_stop_at_every_row() -> None:
     built, n_stops = finished(plain_pieces(big(), "snake", omit_null=False))
     assert len(built["top_logprobs"]) == 1000
@@ -310,15 +339,15 @@ def test_short_work_does_not_give_way(clock: Clock) -> None:
     assert turns_of_others(lambda: paced(steps())) == (1, 0)
 
 
-def test_items_are_paced_likewise(clock: Clock) -> None:
-    def items() -> Iterator[int]:
+def test_pieces_are_paced_likewise_and_empty_ones_are_only_stops(clock: Clock) -> None:
+    def pieces() -> Iterator[bytes]:
         for number in range(100):
             clock.now_s += 0.001
-            yield number
+            yield b"" if number % 10 else b"%d" % number
 
-    async def collected() -> list[int]:
-        return [item async for item in paced_items(items())]
+    async def collected() -> list[bytes]:
+        return [piece async for piece in paced_pieces(pieces())]
 
     result, n_turns = turns_of_others(collected)
-    assert result == list(range(100))
+    assert result == [b"%d" % number for number in range(0, 100, 10)]
     assert 18 <= n_turns <= 21
