@@ -57,6 +57,9 @@ class InvalidRequest(InferenceError):
     status = 400
 
 
+NO_SAES = "This server has no SAEs: SAE_SETS or LOCAL_SAE_DIR give it some."
+
+
 class UnknownSource(InvalidRequest):
     """`UnknownSource(message)`; `UnknownSource.named` builds the message."""
 
@@ -66,8 +69,7 @@ class UnknownSource(InvalidRequest):
     def named(cls, kind: str, name: str, known: Iterable[str]) -> UnknownSource:
         """kind: "source" or "source set"; known: what is served here."""
         names = list(known)
-        remedy = "" if names else " This server has no SAEs: SAE_SETS or LOCAL_SAE_DIR give it some."
-        return cls(unknown_name(kind, name, names) + remedy)
+        return cls(unknown_name(kind, name, names) + ("" if names else f" {NO_SAES}"))
 
 
 class UnknownPoint(InvalidRequest):

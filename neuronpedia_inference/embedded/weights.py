@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,10 +203,13 @@ def _dequantise(gguf: Path, target: Path) -> None:
     """Raises OSError where `target` cannot be written."""
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    reading: Any = modeling_gguf_pytorch_utils
+    reading.tqdm = partial(tqdm, disable=True)  # it draws one whatever it is told
     source = {"gguf_file": gguf.name}
     quantised: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
     try:

@@ -12,7 +12,7 @@ from neuronpedia_inference.domain import ContrastedFeature, Source
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
 from neuronpedia_inference.operations.features import known_numbers, source_named
 from neuronpedia_inference.operations.operation import Operation
-from neuronpedia_inference.operations.prompts import check_model
+from neuronpedia_inference.operations.prompts import check_model, the_only
 from neuronpedia_inference.questions.contrast import Contrast
 from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.schemas.contrast import ContrastRequest, ContrastResponse, SeparatingFeature
@@ -48,10 +48,7 @@ def _sources(request: ContrastRequest, rt: Runtime) -> tuple[Source, ...]:
         return (source,)
     if request.source_set is not None:
         return rt.shelf.source_set(request.source_set)
-    if len(rt.shelf.source_sets) == 1:
-        return rt.shelf.source_set(rt.shelf.source_sets[0])
-    names = ", ".join(rt.shelf.source_sets[:12]) or "none"
-    raise InvalidRequest(f"source_set: name one, there is not exactly one to choose. Available: {names}")
+    return rt.shelf.source_set(the_only("source_set", rt.shelf.source_sets))
 
 
 def _dense(sources: Sequence[Source], most: float, rt: Runtime) -> dict[str, NDArray[np.bool_]]:

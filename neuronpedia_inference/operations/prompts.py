@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from neuronpedia_inference.domain import Source, Tokens
-from neuronpedia_inference.errors import InvalidRequest, LimitExceeded
+from neuronpedia_inference.errors import NO_SAES, InvalidRequest, LimitExceeded
 
 if TYPE_CHECKING:
     from neuronpedia_inference.persona import Persona
@@ -20,14 +20,17 @@ def check_model(model: str, rt: Runtime) -> None:
 
 
 def choose_source(named: str | None, every: Callable[[], Sequence[Source]]) -> str:
-    """The source named, or the only one there is. Raises InvalidRequest where there are others."""
-    if named is not None:
-        return named
-    candidates = every()
-    if len(candidates) == 1:
-        return candidates[0].name
-    names = ", ".join(source.name for source in candidates[:12]) or "none"
-    raise InvalidRequest(f"source: name one, there is not exactly one to choose. Available: {names}")
+    """The source named, or the only one there is. Raises InvalidRequest where there are others, or none."""
+    return the_only("source", [source.name for source in every()]) if named is None else named
+
+
+def the_only(field: str, names: Sequence[str]) -> str:
+    """What a field means that names nothing. Raises InvalidRequest unless there is exactly one to choose."""
+    if not names:
+        raise InvalidRequest(f"{field}: there is none to choose. {NO_SAES}")
+    if len(names) > 1:
+        raise InvalidRequest(f"{field}: name one, there is more than one to choose. Available: {', '.join(names[:12])}")
+    return names[0]
 
 
 def counted_from(tokens: Tokens, *, ignore_bos: bool) -> int:

@@ -12,7 +12,13 @@ from neuronpedia_inference.domain import FeatureActivations, RankedFeature, Rank
 from neuronpedia_inference.errors import InvalidRequest, LimitExceeded, UnknownSource
 from neuronpedia_inference.operations.activation import dfa_fields, rankings
 from neuronpedia_inference.operations.operation import Operation
-from neuronpedia_inference.operations.prompts import check_model, choose_source, counted_from, tokenize_prompts
+from neuronpedia_inference.operations.prompts import (
+    check_model,
+    choose_source,
+    counted_from,
+    the_only,
+    tokenize_prompts,
+)
 from neuronpedia_inference.operations.rendering import Rows
 from neuronpedia_inference.operations.top_k import tops
 from neuronpedia_inference.questions import OneFeature
@@ -90,10 +96,7 @@ def _choose_set(request: ActivationsRequest, rt: Runtime) -> tuple[str, list[str
         return request.source_set or rt.shelf.source(request.source).source_set, [request.source]
     if request.source_set is not None:
         return request.source_set, []
-    if len(rt.shelf.source_sets) == 1:
-        return rt.shelf.source_sets[0], []
-    names = ", ".join(rt.shelf.source_sets[:12]) or "none"
-    raise InvalidRequest(f"source_set: name one, there is not exactly one to choose. Available: {names}")
+    return the_only("source_set", rt.shelf.source_sets), []
 
 
 async def _strongest(request: ActivationsRequest, texts: list[str], rt: Runtime) -> ActivationsResponse:

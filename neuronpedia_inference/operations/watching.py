@@ -13,6 +13,7 @@ from neuronpedia_inference.engine.protocol import Retry
 from neuronpedia_inference.errors import InvalidRequest
 from neuronpedia_inference.operations.edits import condition_of
 from neuronpedia_inference.operations.growing import GrowingList
+from neuronpedia_inference.operations.prompts import the_only
 from neuronpedia_inference.operations.rendering import Rows
 from neuronpedia_inference.schemas.watch import (
     AskedWatch,
@@ -77,19 +78,11 @@ def _checked(asked: AskedWatch, where: str, rt: Runtime) -> Watch:
         return rt.watches.vector(asked.hook)
     if asked.lens is not None:
         return rt.watches.lens(Lens(asked.lens), asked.layers, asked.top_n)
-    source = asked.source or _only_source(where, rt)
+    source = asked.source or the_only(f"{where}.source", [one.name for one in rt.shelf.all_sources])
     if asked.index is not None:
         return rt.watches.feature(source, asked.index)
     assert asked.top_k is not None
     return rt.watches.top(source, asked.top_k)
-
-
-def _only_source(where: str, rt: Runtime) -> str:
-    sources = rt.shelf.all_sources
-    if len(sources) == 1:
-        return sources[0].name
-    names = ", ".join(source.name for source in sources[:12]) or "none"
-    raise InvalidRequest(f"{where}.source: name one, there is not exactly one to choose. Available: {names}")
 
 
 @dataclass

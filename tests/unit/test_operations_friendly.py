@@ -165,11 +165,6 @@ def test_an_open_choice_is_refused_with_what_there_is(name: str, body: dict[str,
         ask(name, body)
 
 
-def test_an_open_choice_of_nothing_says_so():
-    with pytest.raises(InvalidRequest, match="Available: none$"):
-        ask("top_k", {"prompt": "one"}, FakeRuntime(sources=()))
-
-
 @pytest.mark.parametrize("ignore_bos", [True, False])
 @pytest.mark.parametrize("prompt", ["one two", ["one two", "three"]])
 def test_top_k_labels_features_at_places_of_its_own_tokens(prompt: str | list[str], ignore_bos: bool):
@@ -286,3 +281,19 @@ def test_a_model_may_be_named_and_in_strict_mode_has_to_be_the_one(body: tuple[s
     with pytest.raises(InvalidRequest, match="serves 'tiny', not 'other'"):
         ask(name, other, strict)
     assert ask(name, other, FakeRuntime(sources=ONE_SOURCE))
+
+
+@pytest.mark.parametrize(
+    ("operation", "body", "field"),
+    [
+        ("activations", {"prompt": "one"}, "source_set"),
+        ("activations", {"prompt": "one", "index": 1}, "source"),
+        ("top_k", {"prompt": "one"}, "source"),
+        ("contrast", {"a": ["one"], "b": ["two"]}, "source_set"),
+        ("steer", {"prompt": "one", "features": [{"index": 1, "strength": 1}]}, "source"),
+        ("steer", {"prompt": "one", "features": [], "watch": [{"index": 1}]}, "watch.0.source"),
+    ],
+)
+def test_a_server_without_saes_says_what_gives_it_some(operation: str, body: dict[str, Any], field: str):
+    with pytest.raises(InvalidRequest, match=f"{field}: there is none to choose. This server has no SAEs: SAE_SETS or"):
+        ask(operation, body, FakeRuntime(sources=()))
