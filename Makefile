@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo notebooks page-images test test-quick test-long lint check serve docs bench soak siege start stalls deploy fix
+.PHONY: help demo notebooks page-images test test-quick test-long lint check serve docs bench soak siege fire start stalls deploy fix
 
 help:  ## List these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -61,6 +61,9 @@ soak: $(VENV)/ready  ## Two minutes of 32 clients, a quarter of whom hang up
 
 siege: $(VENV)/ready  ## Ten minutes of 64 clients, a tenth of whose requests are hostile; without a secret, then with one
 	$(BIN)/python -m benchmarks.siege
+
+fire: $(VENV)/ready  ## Every fault that was found so far, tried again; ARGS="--tree ../before" tries another tree
+	$(BIN)/python -m benchmarks.fire $(ARGS)
 
 start: $(VENV)/ready  ## How long a warm start takes beside plain transformers, and its memory
 	$(BIN)/python -m benchmarks.start

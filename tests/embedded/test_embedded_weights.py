@@ -220,6 +220,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     """The system refuses to make a file longer than a megabyte, as it refuses at the end of a disk."""
     done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=False)
     (line,) = done.stdout.splitlines()
+    assert done.stderr == ""
     assert f"cannot be written to {tmp_path}" in line
     assert weights.CACHE_VARIABLE in line
     assert list(tmp_path.iterdir()) == []
