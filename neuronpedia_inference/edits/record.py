@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from neuronpedia_inference.edits.groups import length_of
 from neuronpedia_inference.edits.plan import N_TOLD, Do
 from neuronpedia_inference.edits.rows import RowEdit
 from neuronpedia_inference.edits.table import EditTable, Recorder
@@ -38,8 +37,7 @@ class EditRecord:
 
     def of(self, table: EditTable) -> Recorder | None:
         """What this table tells; None where nobody wants to know."""
-        wanted = [(row, table.places(row)) for row in self._edits]
-        takers = [_Taker(row, places) for row, places in wanted if places]
+        takers = [_Taker(row, table) for row in self._edits if row in table.rows]
         if not takers:
             return None
 
@@ -61,13 +59,15 @@ class EditRecord:
 class _Taker:
     """One row's edits at one point."""
 
-    def __init__(self, row: int, places: Mapping[RowEdit, int]) -> None:
+    def __init__(self, row: int, table: EditTable) -> None:
+        of_row = table.rows[row]
+        device = of_row.lengths.device
         self.row = row
-        self.edits = list(places)
-        self._lengths = torch.cat([length_of(edit) for edit in places])
-        self._places = torch.tensor(list(places.values()), device=self._lengths.device)
-        means = [[1.0] + [float(edit.do is not Do.ADD)] * (_CHANGE - 1) for edit in places]
-        self._means = torch.tensor(means, device=self._lengths.device)
+        self.edits = of_row.edits
+        self._lengths = of_row.lengths
+        self._places = torch.from_numpy(table.places(row)).to(device)
+        means = [[1.0] + [float(edit.do is not Do.ADD)] * (_CHANGE - 1) for edit in self.edits]
+        self._means = torch.tensor(means, device=device)
 
     def take(self, found: Tensor, norm: Tensor) -> Tensor:
         """[row, pos, place, 5] and [row, pos, 1] -> [pos, edit, 5] of this row."""

@@ -46,6 +46,12 @@ class Gauge:
     least: float = -math.inf
     norm: Norm = Norm.NONE
 
+    @property
+    def is_direction(self) -> bool:
+        """Whether it is read as it is: a = e·h."""
+        numbers = (self.shift, self.scale, self.bias, self.gate, self.threshold, self.least, self.norm)
+        return numbers == (0.0, 1.0, 0.0, 0.0, -math.inf, -math.inf, Norm.NONE)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FeatureGauge:
@@ -111,6 +117,11 @@ class RowEdit:
         """Whether it adds one vector, whatever passes and wherever that is."""
         is_even = self.on.is_everything and self.when is None
         return self.do is Do.ADD and not self.is_dose and is_even and not self.is_limited
+
+    @property
+    def reads(self) -> tuple[FeatureGauge | None, FeatureGauge | None]:
+        """The features whose numbers it changes, if it is of features."""
+        return self.feature, self.other_feature
 
     @property
     def is_limited(self) -> bool:

@@ -15,24 +15,18 @@ edits is a group, a run of additions is one, and every edit of a direction is on
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import zip_longest
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from neuronpedia_inference.edits.gauges import GaugeTable, norms
-from neuronpedia_inference.edits.groups import Cell, Group, Kind, Move, groups_of, length_of
-from neuronpedia_inference.edits.plan import N_TOLD, STAYS
-from neuronpedia_inference.edits.rows import RowEdit
+from neuronpedia_inference.edits.gauges import Gauges, GaugeTable, norms
+from neuronpedia_inference.edits.plan import N_TOLD
+from neuronpedia_inference.edits.row_table import BY_NORM, STAYS, Ints, Places, RowTable, Trait
 from neuronpedia_inference.points import Point
-
-Columns = Sequence[Mapping[RowEdit, int]]
-"""Of every row: which column of the weights belongs to an edit."""
-
 
 Recorder = Callable[[Tensor, Tensor], None]
 """Is told what edits find and do: [row, pos, place, 5] numbers of every place (`EditTable.places`), and [row, pos, 1]
@@ -52,24 +46,19 @@ Of additions, which read nothing, only share and change mean something.
 class EditTable:
     """The edits of every row at one point."""
 
-    def __init__(self, rows: Sequence[Sequence[RowEdit]], columns: Columns | None = None) -> None:
-        """`rows`: the edits of each row, in the order of its request; at least one row has one.
+    def __init__(self, rows: Sequence[RowTable | None], *, is_weighted: bool = False) -> None:
+        """`rows`: None for a row without edits here; at least one has some. is_weighted: whether some act on some
+        positions only."""
+        there = [(row, table) for row, table in enumerate(rows) if table is not None]
+        self.rows: Mapping[int, RowTable] = dict(there)
+        """Those that have edits here, by number."""
+        self._shape = _Shape.of([table for _, table in there])
+        self._needs_norm = any(table.needs_norm for _, table in there)
+        self._rounds = _rounds(len(rows), there, self._shape, is_weighted=is_weighted)
 
-        columns: None where no edit of theirs is ever weighted.
-        """
-        self._needs_norm = any(edit.is_dose or edit.is_limited for edits in rows for edit in edits)
-        rounds = zip_longest(*map(groups_of, rows), fillvalue=NO_GROUP)
-        self._rounds = [_round(groups, columns) for groups in rounds]
-
-    def places(self, row: int) -> Mapping[RowEdit, int]:
-        """Of a row's edits, among what a recorder is told."""
-        found: dict[RowEdit, int] = {}
-        first = 0
-        for one in self._rounds:
-            for of in one.groups[row].found:
-                found[of.edit] = first + of.step * one.n_cells + of.cell
-            first += one.n_steps * one.n_cells
-        return found
+    def places(self, row: int) -> Ints:
+        """Of a row's edits at this point, in their order, among what a recorder is told."""
+        return self._shape.moves(self.rows[row].found)
 
     @property
     def elsewhere(self) -> Mapping[Point, Callable[[Tensor], None]]:
@@ -101,9 +90,6 @@ class EditTable:
                 one.elsewhere[point] = one.read_elsewhere(point, hidden.flatten(2))
 
 
-NO_GROUP = Group(Kind.ADDITIONS, steps=[[]])
-
-
 class Moved(NamedTuple):
     """What one step has found and done: [row, pos, cell] each."""
 
@@ -126,14 +112,53 @@ class Trace(NamedTuple):
 NOTHING_READ = Trace(torch.empty(0), (), None)
 
 
-class _Added:
-    """A group of every row in which vectors are added everywhere."""
+class _Shape(NamedTuple):
+    """Of every round, as of the largest that a row has there."""
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    n_cells: Ints
+    n_steps: Ints
+    traits: Ints
+
+    @classmethod
+    def of(cls, rows: Sequence[RowTable]) -> _Shape:
+        n_rounds = max(len(row.n_cells) for row in rows)
+        n_cells, n_steps, traits = (np.zeros(n_rounds, np.int64) for _ in range(3))
+        for row in rows:
+            n = len(row.n_cells)
+            np.maximum(n_cells[:n], row.n_cells, out=n_cells[:n])
+            np.maximum(n_steps[:n], row.n_steps, out=n_steps[:n])
+            np.bitwise_or(traits[:n], row.traits, out=traits[:n])
+        return cls(n_cells, n_steps, traits)
+
+    def have(self, trait: Trait) -> list[bool]:
+        """Of every round."""
+        return ((self.traits & trait) > 0).tolist()
+
+    @property
+    def first_step(self) -> Ints:
+        """How many steps the rounds before have."""
+        return self.n_steps.cumsum() - self.n_steps
+
+    def cells(self, places: Places) -> Ints:
+        """Their numbers among all cells."""
+        return (self.n_cells.cumsum() - self.n_cells)[places.rounds] + places.cells
+
+    def moves(self, places: Places) -> Ints:
+        """Likewise, where a round has its cells as often as it has steps."""
+        n_moves = self.n_cells * self.n_steps
+        first = (n_moves.cumsum() - n_moves)[places.rounds]
+        return first + places.steps * self.n_cells[places.rounds] + places.cells
+
+
+class _Added:
+    """A round of every row in which vectors are added everywhere."""
+
+    n_cells = n_steps = 1
+
+    def __init__(self, vectors: Tensor) -> None:
+        """[row, 1, width]"""
         self.elsewhere: dict[Point, Tensor | None] = {}
-        self.groups, self.n_cells, self.n_steps = groups, 1, 1
-        vectors = [group.cells[0].vector if group.cells else None for group in groups]
-        self._amount = _stack(vectors)
+        self._amount = vectors
 
     def change(self, hidden: Tensor, weights: Tensor | None, norm: Tensor | None) -> tuple[Tensor, Trace]:
         """[row, pos, width] -> what is added to it."""
@@ -151,19 +176,15 @@ class _Added:
 class _Round:
     """One group of every row."""
 
-    def __init__(self, groups: Sequence[Group], columns: Columns | None) -> None:
-        self.n_cells = n_cells = max(len(group.cells) for group in groups)
-        self.n_steps = n_steps = max(len(group.steps) for group in groups)
-        vectors = [cell.vector if cell else None for group in groups for cell in _padded(group.cells, n_cells)]
-        self._vectors = _stack(vectors)[:, 0].unflatten(0, (len(groups), n_cells))
-        """[row, cell, width]"""
-        self.groups = groups
-        points = {cell.elsewhere for group in groups for cell in group.cells}
-        self._tables = {point: _reads(groups, n_cells, point) for point in points}
-        self.elsewhere: dict[Point, Tensor | None] = {point: None for point in points if point is not None}
+    def __init__(self, vectors: Tensor, tables: Mapping[Point | None, GaugeTable], steps: Sequence[_Step]) -> None:
+        """vectors: [row, cell, width]. tables: by where they are read, with numbers of all cells, of which the others
+        stay 0; None for the place that is edited."""
+        self.n_cells, self.n_steps = vectors.shape[1], len(steps)
+        self._vectors = vectors
+        self._tables = tables
+        self._steps = steps
+        self.elsewhere: dict[Point, Tensor | None] = {point: None for point in tables if point is not None}
         """[row, pos, cell] of numbers that are read there, in the pass under way."""
-        steps = [[group.steps[n] if n < len(group.steps) else [] for group in groups] for n in range(n_steps)]
-        self._steps = [_Step(moves, n_cells, columns, self._vectors.device) for moves in steps]
 
     def change(self, hidden: Tensor, weights: Tensor | None, norm: Tensor | None) -> tuple[Tensor, Trace]:
         """[row, pos, width] -> what is added to it. norm: [row, pos, 1], where doses need it."""
@@ -196,6 +217,8 @@ class _Round:
         for point, shown in self.elsewhere.items():
             assert shown is not None, f"nothing was shown of {point.name}"
             parts.append(shown)
+        if not parts:
+            return hidden.new_zeros(*hidden.shape[:2], self.n_cells, dtype=torch.float32)
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
@@ -203,51 +226,42 @@ class _Step:
     """At most one move of every cell."""
 
     def __init__(
-        self, moves: Sequence[Sequence[Move]], n_cells: int, columns: Columns | None, device: torch.device
+        self,
+        moves: Tensor,
+        columns: Tensor | None,
+        gives: Tensor | None,
+        *,
+        has_doses: bool,
+        has_bounds: bool,
+        is_limited: bool,
     ) -> None:
-        steps = [[STAYS] * n_cells for _ in moves]
-        doses = [[False] * n_cells for _ in moves]
-        most = [[math.inf] * n_cells for _ in moves]
-        lengths: list[list[Tensor | None]] = [[None] * n_cells for _ in moves]
-        places = [[0] * n_cells for _ in moves]
-        gives = [[[0.0] * n_cells for _ in range(n_cells)] for _ in moves]
-        gives_some = False
-        for row, of_row in enumerate(moves):
-            for move in of_row:
-                steps[row][move.cell] = move.step
-                doses[row][move.cell] = move.edit.is_dose
-                if move.edit.is_limited:
-                    most[row][move.cell] = move.edit.most
-                    lengths[row][move.cell] = length_of(move.edit)
-                places[row][move.cell] = 0 if columns is None else columns[row][move.edit]
-                if move.gives_to is not None:
-                    gives[row][move.cell][move.gives_to] = 1.0
-                    gives_some = True
-        numbers = torch.tensor(steps, dtype=torch.float32, device=device)[:, None]
-        self._alpha, self._beta, self._lo, self._hi = numbers.unbind(-1)
-        """[row, 1, cell]"""
-        self._is_dose = torch.tensor(doses, device=device)[:, None]
-        self._has_doses = any(map(any, doses))
-        self._places = torch.tensor(places, device=device)[:, None]
-        self._gives = torch.tensor(gives, device=device) if gives_some else None
-        self._limit = None if all(one is None for of in lengths for one in of) else _limit(most, lengths, device)
-        """[row, 1, cell]: the largest change, by the norm of what is there."""
+        """moves: [6, row, 1, cell] as STAYS. columns: [row, 1, cell], of the weights. gives: [row, cell, cell], 1 where
+        the first gives to the second."""
+        self._alpha, self._beta, self._lo, self._hi, is_dose, self._limit = moves.unbind()
+        """[row, 1, cell]; the last is the largest change, by the norm of what is there."""
+        self._is_dose = is_dose > 0 if has_doses else None
+        self._has_bounds, self._is_limited = has_bounds, is_limited
+        self._columns = columns
+        self._gives = gives
 
     def __call__(
         self, numbers: Tensor, weights: Tensor | None, norm: Tensor | None, sizes: Tensor | None
     ) -> tuple[Moved, Tensor]:
         """[row, pos, cell] -> what is done to them, and what they are then. sizes: as `Trace.sizes`."""
         beta, lo, hi = self._beta, self._lo, self._hi
-        if self._has_doses:
+        if self._is_dose is not None:
             assert norm is not None
             beta, lo, hi = (torch.where(self._is_dose & one.isfinite(), one * norm, one) for one in (beta, lo, hi))
-        target = torch.minimum(torch.maximum(self._alpha * numbers + beta, lo), hi)
+        target = self._alpha * numbers + beta
+        if self._has_bounds:
+            target = torch.minimum(torch.maximum(target, lo), hi)
         share, given, changed = None, numbers, target
         if weights is not None:
-            share = weights.gather(2, self._places.expand(*weights.shape[:2], -1))
+            assert self._columns is not None
+            share = weights.gather(2, self._columns.expand(*weights.shape[:2], -1))
             given = numbers * share
             changed = torch.where(share > 0, torch.lerp(numbers, target, share), numbers)
-        if self._limit is not None:
+        if self._is_limited:
             assert norm is not None
             fits = self._limit * norm / (1.0 if sizes is None else sizes) / (changed - numbers).abs()
             changed = torch.where(fits < 1, numbers + fits * (changed - numbers), changed)
@@ -260,29 +274,86 @@ def _ones(share: Tensor | None, like: Tensor) -> Tensor:
     return torch.ones_like(like) if share is None else share
 
 
-def _limit(most: Sequence[Sequence[float]], lengths: Sequence[Sequence[Tensor | None]], device: torch.device) -> Tensor:
-    """[row, 1, cell]: how much each number may change by the norm of what is there; infinite where it may by any."""
-    one = torch.ones(1, device=device)
-    rows = [torch.cat([one if length is None else length for length in of]) for of in lengths]
-    return (torch.tensor(most, device=device) / torch.stack(rows))[:, None]
+Rows = Sequence[tuple[int, RowTable]]
+"""Those that have edits here, with their numbers."""
 
 
-def _round(groups: Sequence[Group], columns: Columns | None) -> _Added | _Round:
-    return _Added(groups) if all(group.is_plain_addition for group in groups) else _Round(groups, columns)
+def _rounds(n_rows: int, rows: Rows, shape: _Shape, *, is_weighted: bool) -> Sequence[_Added | _Round]:
+    """Tensors over all rounds, of which each has views."""
+    n_cells = shape.n_cells.tolist()
+    parts = [(row, shape.cells(table.cells), table.vectors) for row, table in rows]
+    vectors = _joined(n_rows, sum(n_cells), parts)
+    of_rounds = vectors.split(n_cells, 1)
+    if not any(acts := shape.have(Trait.ACTS)):
+        return [_Added(of) for of in of_rounds]
+    tables = _tables(n_rows, rows, shape, vectors)
+    steps = _steps(n_rows, rows, shape, is_weighted=is_weighted)
+    return [
+        _Round(of, tables[n], steps[first : first + n_steps]) if acts[n] else _Added(of)
+        for n, (of, first, n_steps) in enumerate(zip(of_rounds, shape.first_step, shape.n_steps, strict=True))
+    ]
 
 
-def _reads(groups: Sequence[Group], n_cells: int, point: Point | None) -> GaugeTable:
-    """Of the cells that are read at this point; the others stay 0."""
-    cells = [_padded(group.cells, n_cells) for group in groups]
-    rows = [[one.gauge if one is not None and one.elsewhere == point else None for one in row] for row in cells]
-    return GaugeTable(rows)
+def _tables(n_rows: int, rows: Rows, shape: _Shape, vectors: Tensor) -> Sequence[dict[Point | None, GaugeTable]]:
+    """Of every round, by where it is read. vectors: [row, cell, width], along which it is written."""
+    n_cells = shape.n_cells.tolist()
+    tables: list[dict[Point | None, GaugeTable]] = [{} for _ in n_cells]
+    reads_features = shape.have(Trait.READS_FEATURES)
+    divided = {norm: shape.have(trait) for norm, trait in BY_NORM.items()}
+    for point in sorted({one for _, table in rows for one in table.reads}, key=lambda one: (one is not None, one)):
+        own = [(row, *table.reads[point]) for row, table in rows if point in table.reads]
+        at = {row: shape.cells(places) for row, places, _ in own}
+        are_vectors = len(own) == len(rows) and all(table.reads_its_vectors for _, table in rows)
+        parts = [(row, at[row], gauges.columns) for row, _, gauges in own]
+        columns = vectors if are_vectors else _joined(n_rows, sum(n_cells), parts)
+        numbers = _joined(n_rows, sum(n_cells), [(row, at[row], gauges.numbers) for row, _, gauges in own])
+        views = list(zip(columns.split(n_cells, 1), numbers.split(n_cells, 1), strict=True))
+        for n in np.unique(np.concatenate([places.rounds for _, places, _ in own])).tolist():
+            used = [norm for norm, of_rounds in divided.items() if of_rounds[n]]
+            tables[n][point] = GaugeTable(Gauges(*views[n]), used, are_directions=not reads_features[n])
+    return tables
 
 
-def _padded(cells: Sequence[Cell], n_cells: int) -> Sequence[Cell | None]:
-    return [*cells, *[None] * (n_cells - len(cells))]
+def _steps(n_rows: int, rows: Rows, shape: _Shape, *, is_weighted: bool) -> list[_Step]:
+    """Of every round its steps, one round after the other."""
+    device = rows[0][1].vectors.device
+    sizes = shape.n_cells.repeat(shape.n_steps).tolist()
+    at = {row: shape.moves(table.moves) for row, table in rows}
+    blank = torch.tensor(STAYS, device=device)
+    moves = _joined(n_rows, sum(sizes), [(row, at[row], table.steps) for row, table in rows], blank)
+    of_moves = moves.movedim(2, 0)[:, :, None].split(sizes, 3)
+    of_columns: Sequence[Tensor | None] = [None] * len(sizes)
+    if is_weighted:
+        columns = [(row, at[row], torch.from_numpy(table.columns).to(device)) for row, table in rows]
+        of_columns = _joined(n_rows, sum(sizes), columns)[:, None].split(sizes, 2)
+    gives: dict[int, Tensor] = {}
+    for row, table in rows:
+        for number, step, cell, other in table.gifts:
+            at_step = int(shape.first_step[number]) + step
+            square = gives.setdefault(at_step, torch.zeros(n_rows, sizes[at_step], sizes[at_step]))
+            square[row, cell, other] = 1.0
+    of_rounds = np.array([shape.have(one) for one in (Trait.HAS_DOSES, Trait.HAS_BOUNDS, Trait.IS_LIMITED)])
+    has = of_rounds.repeat(shape.n_steps, axis=1).T.tolist()
+    return [
+        _Step(
+            of_moves[n],
+            of_columns[n],
+            gives[n].to(device) if n in gives else None,
+            has_doses=has[n][0],
+            has_bounds=has[n][1],
+            is_limited=has[n][2],
+        )
+        for n in range(len(sizes))
+    ]
 
 
-def _stack(vectors: Sequence[Tensor | None]) -> Tensor:
-    """Vectors or None -> [row, 1, width], zeros for None."""
-    like = next(vector for vector in vectors if vector is not None)
-    return torch.stack([torch.zeros_like(like) if vector is None else vector for vector in vectors])[:, None]
+def _joined(n_rows: int, n: int, parts: Sequence[tuple[int, Ints, Tensor]], blank: Tensor | None = None) -> Tensor:
+    """[row, n, ...]: the part of every row at these places of it, and `blank`, or zeros, at all others."""
+    like = parts[0][2]
+    made = like.new_empty(n_rows, n, *like.shape[1:])
+    for row in set(range(n_rows)) - {row for row, at, _ in parts if len(at) == n}:
+        made[row] = 0 if blank is None else blank
+    for row, at, part in parts:
+        is_in_order = np.array_equal(at, np.arange(len(at)))
+        made[row, slice(len(at)) if is_in_order else torch.from_numpy(at).to(part.device)] = part
+    return made

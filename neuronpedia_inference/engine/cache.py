@@ -59,6 +59,10 @@ class RowMemory(Protocol):
         """Room for this in every layer, beside what is there. After an exception nothing is lost."""
         ...
 
+    def grow_ahead(self, grid: Grid, n_steps: int) -> None:
+        """As `grow`, a part in each of so many calls, so that no step waits for all of it."""
+        ...
+
     def trim(self, grid: Grid) -> None:
         """Give back what is far more than this; slots behind it are free. After an exception nothing is lost."""
         ...
@@ -193,13 +197,20 @@ class RowCache(Cache):
 
     def grow(self, grid: Grid) -> None:
         self._wanted = grid.joined(self.grid).joined(self._least)
-        self._resize()
+        for layer in self._slots:
+            layer.grow(self._wanted)
+
+    def grow_ahead(self, grid: Grid, n_steps: int) -> None:
+        small = [one for one in self._slots if one.grid is not None and one.grid != one.grid.joined(grid)]
+        for layer in small[: -(-len(small) // n_steps)]:
+            layer.grow(grid)
 
     def trim(self, grid: Grid) -> None:
         wanted = grid.joined(self._least)
         if self.grid.is_far_beyond(wanted):
             self._wanted = wanted
-            self._resize()
+            for layer in self._slots:
+                layer.resize(wanted)
 
     def put(self, prompts: Cache, rows: Sequence[int], lengths: Sequence[int], first: int) -> None:
         for slots, columns in zip(self._slots, prompts.layers, strict=True):
@@ -252,10 +263,6 @@ class RowCache(Cache):
     @property
     def _slots(self) -> list[_Slots]:
         return [layer for layer in self.layers if isinstance(layer, _Slots)]
-
-    def _resize(self) -> None:
-        for layer in self._slots:
-            layer.resize(self._wanted)
 
     def masks(self) -> Any:
         """What the queries of a step may see; None where every row sees every column.
@@ -320,6 +327,10 @@ class _Slots(CacheLayerMixin):
         """Other tensors where the size is another, with what both have room for. Keys and values, or neither."""
         if self.keys is not None and self.values is not None and self.grid != grid:
             self.keys, self.values = _resized(self.keys, grid), _resized(self.values, grid)
+
+    def grow(self, grid: Grid) -> None:
+        if self.grid is not None:
+            self.resize(self.grid.joined(grid))
 
     def view(self, slot: int, length: int) -> tuple[Tensor, Tensor] | None:
         if self.keys is None or self.values is None:
@@ -387,6 +398,9 @@ class SoloCache:
 
     def grow(self, grid: Grid) -> None:
         pass  # Hugging Face's cache grows by itself
+
+    def grow_ahead(self, grid: Grid, n_steps: int) -> None:
+        pass
 
     def trim(self, grid: Grid) -> None:
         pass

@@ -31,11 +31,14 @@ from neuronpedia_inference.engine.sampling import Drawn, Sampler, draw
 from neuronpedia_inference.engine.slots import Slots
 from neuronpedia_inference.engine.static import Record, Recordings, StaticStep
 from neuronpedia_inference.engine.steered import steering_edits
-from neuronpedia_inference.engine.where import Span, begun
+from neuronpedia_inference.engine.where import Passing, Span, begun
 from neuronpedia_inference.errors import EngineFailed, InvalidRequest
 from neuronpedia_inference.recent import Recent
 
 log = logging.getLogger(__name__)
+
+STEPS_AHEAD = 32
+"""In so many steps the cache grows, before it has to."""
 
 NewRows = Sequence[tuple[RowId, RowSpec]]
 
@@ -120,14 +123,15 @@ class Lane:
     _decoding: Sequence[_Row] = field(default=(), init=False)
     _specs: Sequence[RowSpec] = field(default=(), init=False)
     """Of those who decode, in the order of their slots; another list when they are others."""
+    _fits: bool = field(default=False, init=False)
+    """Whether a step of fixed shape can do what these rows want."""
     _changes: Changes = field(default=(), init=False)
     _reads: Reads = field(default_factory=lambda: Reads(()), init=False)
     _numbers: list[Numbers | None] = field(default_factory=list, init=False)
     """Of every row, what the last pass has read."""
-    _n_columns: int = field(default=0, init=False)
-    """Positions that there is room for."""
-    _span: Span = field(default=Span((), torch.empty(0, 0, dtype=torch.long)), init=False)
-    """What the step under way runs."""
+    _grid: Grid = field(default=NO_GRID, init=False)
+    """What there is room for."""
+    _passing: Passing = field(default_factory=Passing, init=False)
 
     @classmethod
     def merging(
@@ -181,8 +185,10 @@ class Lane:
         """One position more for every row that decodes: [row, 1] ids -> [row, vocab], float32."""
         self._settle()
         lengths = [row.length for row in self._decoding]
-        if max(lengths) >= self._n_columns:
+        if max(lengths) >= self._grid.columns:
             self._make_room([])
+        elif self.recorded is None:  # recordings belong to the tensors that there are
+            self._make_room_ahead(self._grid.columns - max(lengths))
         found = self._logits(ids, lengths)
         for row in self._decoding:
             row.length += 1
@@ -228,11 +234,11 @@ class Lane:
         return steps
 
     def _logits(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
-        if self.recorded is not None and not self._reads and StaticStep.fits(self._specs):
+        if self.recorded is not None and self._fits:
             return self.recorded.logits(ids, lengths, self._specs)
         if self.memory.is_outdated(lengths[0]):
             return self._run_again()
-        self._span = Span(lengths, ids)
+        self._passing.span = Span(lengths, ids)
         with self.memory.decode(lengths) as inputs:
             self._reads.begin([1] * len(lengths))
             logits = self.decoder.forward(ids, inputs, self._changes, ends([1] * len(lengths)))
@@ -271,8 +277,9 @@ class Lane:
         self._decoding = self._slots.decoding
         self._specs = [row.spec for row in self._decoding]
         self._reads = Reads(self._specs)
+        self._fits = not self._reads and StaticStep.fits(self._specs)
         self._numbers = [None] * len(self._specs)
-        self._changes = steering_edits(self._specs, lambda: self._span, self._reads)
+        self._changes = steering_edits(self._specs, self._passing, self._reads)
         self._is_settled = True
 
     def _keep_what_leaves(self) -> None:
@@ -298,8 +305,17 @@ class Lane:
         grid = Grid.of(n_slots, 1 + max(lengths, default=0))
         self.memory.grow(grid)
         self._slots.arrange(behind, grid.slots, self.memory.move)
-        self._n_columns = grid.columns
+        self._grid = grid
         return grid
+
+    def _make_room_ahead(self, n_steps: int) -> None:
+        """Before the columns end, in so many steps, a part of the next ones. What fails is made when it is needed."""
+        longest = max(len(row.spec.prompt_ids) + row.spec.sampling.max_new_tokens for row in self._slots)
+        if n_steps <= STEPS_AHEAD and longest > self._grid.columns:
+            columns = Grid.of(1, self._grid.columns + 1).columns
+            failure = failure_of(partial(self.memory.grow_ahead, Grid(self._grid.slots, columns), n_steps))
+            if failure is not None:
+                let_go(failure)
 
     def _told(self, rows: Sequence[_Row], logits: Tensor, numbers: Sequence[Numbers | None]) -> list[RowStep]:
         """Every row draws that goes on, and gets what was read of it. logits: [row, vocab].
@@ -372,7 +388,7 @@ class Joining:
         fresh: list[_Row] = []
         self._passes: list[tuple[Sequence[_Row], PromptPass]] = []
         for id_, asked in rows:
-            spec = begun(asked, lane.decoder.model.device)
+            spec = begun(asked)
             finish = None if spec.sampling.max_new_tokens else "length"
             row = _Row(id_, spec, Sampler(spec.sampling, spec.prompt_ids), Ruled(spec.rules), finish=finish)
             row.read_anew()

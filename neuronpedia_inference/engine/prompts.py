@@ -21,7 +21,7 @@ from neuronpedia_inference.engine.hooks import Capture, edits
 from neuronpedia_inference.engine.protocol import RowSpec
 from neuronpedia_inference.engine.reads import Reads
 from neuronpedia_inference.engine.steered import steering_edits
-from neuronpedia_inference.engine.where import Span, begun
+from neuronpedia_inference.engine.where import Passing, Span
 from neuronpedia_inference.points import PATTERN, Point
 
 
@@ -38,10 +38,10 @@ class PromptPass:
         self.n_tokens = len(specs) * (self.width - n_done)
         """To run, padding included."""
         self.n_padding = self.n_tokens + len(specs) * n_done - sum(self._lengths)
-        self._span = Span([n_done] * len(specs), self._ids[:, :0])
+        self._passing = Passing()
         self._reads = Reads(specs)
         self._numbers: list[list[Numbers]] = [[] for _ in specs]
-        self._changes = steering_edits(specs, lambda: self._span, self._reads)
+        self._changes = steering_edits(specs, self._passing, self._reads)
         self._logits: list[Tensor | None] = [None] * len(specs)
 
     @property
@@ -65,11 +65,12 @@ class PromptPass:
     def advance(self, n_positions: int) -> int:
         """Run the next positions of every prompt; how many. After an exception the pass is of no more use."""
         first, behind = self._n_done, min(self._n_done + n_positions, self.width)
-        self._span = Span([first] * len(self._lengths), self._ids[:, first:behind])
+        ids = self._ids[:, first:behind]
+        self._passing.span = Span([first] * len(self._lengths), ids)
         wanted = [(row, at - first) for row, at in ends(self._lengths) if first <= at < behind]
         inputs = {"past_key_values": self.cache}
         self._reads.begin([max(0, min(length, behind) - first) for length in self._lengths], first)
-        logits = self._decoder.forward(self._span.ids, inputs, self._changes, wanted)
+        logits = self._decoder.forward(ids, inputs, self._changes, wanted)
         for (row, _), of_row in zip(wanted, logits, strict=True):
             self._logits[row] = of_row
         for row, numbers in enumerate(self._reads.take()):
@@ -93,9 +94,8 @@ class CapturePass:
         self._decoder = decoder
         self._points = frozenset(points)
         self._ids = padded([row.prompt_ids for row in rows])
-        self._span = Span([0] * len(rows), self._ids[:, :0])
-        begun_rows = [begun(row, decoder.model.device) for row in rows]
-        self._changes = steering_edits(begun_rows, lambda: self._span)
+        self._passing = Passing()
+        self._changes = steering_edits(rows, self._passing)
         self._cache: PromptCache | None = None
         self._n_done = 0
         self.seen: dict[Point, Tensor] = {}
@@ -133,10 +133,11 @@ class CapturePass:
         return piece.stop - piece.start
 
     def _run(self, piece: slice, inputs: dict[str, Any]) -> dict[Point, Tensor]:
-        self._span = Span([piece.start] * len(self._ids), self._ids[:, piece])
+        ids = self._ids[:, piece]
+        self._passing.span = Span([piece.start] * len(ids), ids)
         capture = Capture(self._points)
         with edits(self._decoder.tree, self._changes), capture.on(self._decoder.tree):
-            self._decoder.tree.run(self._span.ids, **inputs)
+            self._decoder.tree.run(ids, **inputs)
         return capture.seen
 
     def _keep(self, point: Point, tensor: Tensor, piece: slice) -> None:

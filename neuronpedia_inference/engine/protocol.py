@@ -17,6 +17,7 @@ from neuronpedia_inference.points import Point
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from neuronpedia_inference.engine.where import MadeEdits
     from neuronpedia_inference.recent import Recent
 
 NO_TOKEN = -1
@@ -145,8 +146,8 @@ class RowSpec:
     """The watches read no position before it."""
     weight: float = 1.0
     """What a position of it costs with all that is read there, in positions of a bare pass."""
-    fired: Tensor | None = None
-    """[trigger, position] of bool: what the conditions of its edits have seen. The row's own, made when it begins."""
+    made: MadeEdits | None = None
+    """Of its edits, when it begins. The row's own."""
 
     @property
     def n_prompt(self) -> int:
@@ -159,7 +160,7 @@ class RowSpec:
 
     @property
     def triggers(self) -> list[Trigger]:
-        """What its edits wait for, in the order of `fired`."""
+        """What its edits wait for."""
         gates = [edit.when for edit in self.edits if edit.when is not None]
         return list(dict.fromkeys(trigger for gate in gates for trigger in gate.triggers.values()))
 

@@ -22,6 +22,7 @@ from neuronpedia_inference.edits.rows import RowEdit
 from neuronpedia_inference.engine.cache import RowCache
 from neuronpedia_inference.engine.hooks import Edit, edits
 from neuronpedia_inference.engine.protocol import RowSpec
+from neuronpedia_inference.engine.where import made_of
 from neuronpedia_inference.points import RESID_POST, RESID_PRE, Point
 
 if TYPE_CHECKING:
@@ -102,10 +103,9 @@ class StaticStep:
     def _steer(self, rows: Sequence[RowSpec]) -> None:
         self._added.zero_()
         for slot, row in enumerate(rows):
-            for edit in row.edits:
-                place = edit.point.layer + (edit.point.place == RESID_POST)
-                amount = edit.amount * (edit.on.weight_when_generated or 0.0)
-                self._added[place, slot, 0] += (amount * edit.vector).to(self._added.dtype)
+            for point, table in made_of(row).tables.items():
+                place = point.layer + (point.place == RESID_POST)
+                self._added[place, slot, 0] += table.added_when_generated.to(self._added.dtype)
 
     def _forward(self) -> Tensor:
         """[slot, vocab]; reads nothing but tensors that stay where they are."""

@@ -2,53 +2,49 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from neuronpedia_inference.edits.rows import RowEdit
 from neuronpedia_inference.edits.table import EditTable, Recorder
 from neuronpedia_inference.engine.decoder import Changes
 from neuronpedia_inference.engine.hooks import Edit
 from neuronpedia_inference.engine.protocol import RowSpec
 from neuronpedia_inference.engine.reads import Reads
-from neuronpedia_inference.engine.where import Passing, Weights
+from neuronpedia_inference.engine.where import Passing, Weights, begun, made_of
 from neuronpedia_inference.points import ATTN_OUT, RESID_MID, RESID_PRE, Point
 
 
 def steering_edits(rows: Sequence[RowSpec], passing: Passing | None = None, reads: Reads | None = None) -> Changes:
     """What to install for these rows, in the order in which a block reaches it.
 
-    passing: needed where edits of these rows act on some positions only. `reads` are taken around what edits, and told
+    Of rows that have not begun, what their edits need is made here. passing: needed where edits of these rows act on
+    some positions only. `reads` are taken around what edits, and told
     what edits find and do.
     """
-    by_point: dict[Point, list[list[RowEdit]]] = defaultdict(lambda: [[] for _ in rows])
-    for row, spec in enumerate(rows):
-        for edit in spec.edits:
-            by_point[edit.point][row].append(edit)
-    weights = Weights(rows, passing)
+    begun_rows = [begun(row) for row in rows]
+    made = [made_of(row) for row in begun_rows]
+    weights = Weights(begun_rows, passing)
     watches = weights.watches()
     reads = reads or Reads(())
+    edited = {point for one in made for point in one.tables}
     changes: list[tuple[Point, Edit]] = []
     shown: list[tuple[Point, Edit]] = []
-    for point in sorted(by_point.keys() | watches.keys() | reads.points, key=lambda point: point.reached):
+    for point in sorted(edited | watches.keys() | reads.points, key=lambda point: point.reached):
         if point in watches:  # before anything is edited there
             changes += _at(point, watches[point])
-        if point in by_point:
-            table = EditTable(by_point[point], weights.columns)
+        if point in edited:
+            table = EditTable([one.tables.get(point) for one in made], is_weighted=not weights.are_even)
             shown += table.elsewhere.items()
-            change = _change(table, by_point[point], weights, reads.edits.of(table))
+            change = _change(table, point, weights, reads.edits.of(table))
             changes += _at(point, reads.around(point, change) if point in reads.points else change)
         elif point in reads.points:
             changes.append((point, reads.reader(point)))
     return [*changes, *shown]
 
 
-def _change(
-    table: EditTable, edits: Sequence[Sequence[RowEdit]], weights: Weights, record: Recorder | None
-) -> Callable[[Tensor], Tensor]:
-    return lambda hidden: table(hidden, weights.now(edits, hidden.device), record)
+def _change(table: EditTable, point: Point, weights: Weights, record: Recorder | None) -> Callable[[Tensor], Tensor]:
+    return lambda hidden: table(hidden, weights.now(point, hidden.device), record)
 
 
 def _at(point: Point, change: Edit) -> list[tuple[Point, Edit]]:

@@ -9,7 +9,7 @@ it has seen there counts from the first generated token on. So a prompt that run
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from neuronpedia_inference.edits.gauges import GaugeTable
 from neuronpedia_inference.edits.plan import Both, Condition, Either, Fires
+from neuronpedia_inference.edits.row_table import RowTable
 from neuronpedia_inference.edits.rows import Gate, RowEdit, Trigger
 from neuronpedia_inference.edits.select import Selection
-from neuronpedia_inference.edits.table import Columns
 from neuronpedia_inference.engine.protocol import RowSpec
 from neuronpedia_inference.points import Point
 
@@ -29,89 +29,128 @@ from neuronpedia_inference.points import Point
 class Span:
     """The positions that one forward pass runs, as many of every row."""
 
-    firsts: Sequence[int]
+    firsts: Sequence[int] = ()
     """[row]: where in its text a row's first one is."""
-    ids: Tensor
+    ids: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
     """[row, pos], on the host"""
 
 
-Passing = Callable[[], Span]
-"""The pass under way."""
+@dataclass
+class Passing:
+    """The pass under way, for those who have to know what it runs."""
+
+    span: Span = field(default_factory=Span)
 
 
-def begun(row: RowSpec, device: torch.device) -> RowSpec:
-    """The row, with room for what its conditions will see."""
-    if not row.triggers:
-        return row
-    n_positions = len(row.prompt_ids) + row.sampling.max_new_tokens
-    return replace(row, fired=torch.zeros(len(row.triggers), n_positions, dtype=torch.bool, device=device))
+Place = tuple[Selection, Gate | None]
+
+
+@dataclass(frozen=True, eq=False)
+class MadeEdits:
+    """What is made of a row's edits once, so that rows that join and leave have nothing made anew."""
+
+    tables: Mapping[Point, RowTable]
+    triggers: Sequence[Trigger]
+    """What they wait for."""
+    fired: Tensor | None
+    """[trigger, position] of bool: what has been seen of that; None where they wait for nothing."""
+    places: Sequence[Place]
+    """Where edits act and triggers look: the row's columns of the weights."""
+    columns: Mapping[RowEdit, int]
+    """Which of them belongs to an edit."""
+
+    @property
+    def is_even(self) -> bool:
+        """Whether each acts everywhere, wholly."""
+        return all(on.is_everything and when is None for on, when in self.places)
+
+
+def begun(row: RowSpec) -> RowSpec:
+    """The row with what is made of its edits."""
+    return row if row.made is not None else replace(row, made=_made(row))
+
+
+def made_of(row: RowSpec) -> MadeEdits:
+    assert row.made is not None, "the row has not begun"
+    return row.made
+
+
+def _made(row: RowSpec) -> MadeEdits:
+    places: dict[Place, int] = {}
+    for one in (*row.edits, *(triggers := row.triggers)):
+        places.setdefault(_place(one), len(places))
+    columns = {edit: places[edit.place] for edit in row.edits}
+    by_point: dict[Point, list[RowEdit]] = {}
+    for edit in row.edits:
+        by_point.setdefault(edit.point, []).append(edit)
+    tables = {point: RowTable(edits, columns) for point, edits in by_point.items()}
+    fired = None
+    if triggers:
+        n_positions = len(row.prompt_ids) + row.sampling.max_new_tokens
+        device = row.edits[0].vector.device
+        fired = torch.zeros(len(triggers), n_positions, dtype=torch.bool, device=device)
+    return MadeEdits(tables, triggers, fired, list(places), columns)
 
 
 class Weights:
     """How much each position of the pass under way is edited."""
 
     def __init__(self, rows: Sequence[RowSpec], passing: Passing | None) -> None:
-        """passing: needed where edits of these rows act on some positions only."""
+        """`rows` have begun. passing: needed where edits of these rows act on some positions only."""
         self._rows = rows
         self._passing = passing
-        self._triggers = [row.triggers for row in rows]
-        self._places = [[*map(_place, row.edits), *map(_place, triggers)] for row, triggers in self._of_rows()]
-        self._places = [list(dict.fromkeys(places)) for places in self._places]
-        """Of every row, its columns."""
-        is_even = all(on.is_everything and when is None for places in self._places for on, when in places)
-        self.columns: Columns | None = None if is_even else [*map(_columns, rows, self._places)]
-        """Which column belongs to an edit; None where every edit acts everywhere."""
+        self._made = [made_of(row) for row in rows]
+        self.are_even = all(made.is_even for made in self._made)
+        """Whether all edits act everywhere, wholly."""
         self._span: Span | None = None
         self._weights: Tensor | None = None
 
-    def now(self, edits: Sequence[Sequence[RowEdit]], device: torch.device) -> Tensor | None:
-        """[row, pos, column] for the edits of each row at one point; None where all are 1."""
-        if self.columns is None:
+    def now(self, point: Point, device: torch.device) -> Tensor | None:
+        """[row, pos, column] for the edits of all rows at this point; None where all are 1."""
+        if self.are_even:
             return None
         weights = self._selected(device)
+        edits = [made.tables[point].edits if point in made.tables else () for made in self._made]
         gated = [(row, edit, edit.when) for row, of in enumerate(edits) for edit in of if edit.when is not None]
         if gated:
             weights = weights.clone()
         for row, edit, gate in gated:
-            weights[row, :, self.columns[row][edit]] *= self._open(row, edit, gate)
+            weights[row, :, self._made[row].columns[edit]] *= self._open(row, edit, gate)
         return weights
 
     def watches(self) -> Mapping[Point, Callable[[Tensor], None]]:
         """At every point where a trigger is read, what notes whether it fires."""
-        points = {trigger.point for triggers in self._triggers for trigger in triggers}
+        points = {trigger.point for made in self._made for trigger in made.triggers}
         return {point: self._watch(point) for point in points}
 
     # Selections
-
-    def _of_rows(self) -> Sequence[tuple[RowSpec, Sequence[Trigger]]]:
-        return list(zip(self._rows, self._triggers, strict=True))
 
     def _selected(self, device: torch.device) -> Tensor:
         """By selection alone, made once for all points of a pass."""
         span = self._passing_now()
         if span is not self._span or self._weights is None:
-            self._span, self._weights = span, self._made(span).to(device)
+            self._span, self._weights = span, self._of_span(span).to(device)
         return self._weights
 
     def _passing_now(self) -> Span:
         assert self._passing is not None, "these edits need to know their positions"
-        return self._passing()
+        return self._passing.span
 
-    def _made(self, span: Span) -> Tensor:
+    def _of_span(self, span: Span) -> Tensor:
         ids = span.ids.numpy()
-        weights = np.ones((*ids.shape, max(map(len, self._places))), np.float32)
-        for row, places in enumerate(self._places):
+        weights = np.ones((*ids.shape, max(len(made.places) for made in self._made)), np.float32)
+        for row, made in enumerate(self._made):
             at = np.arange(span.firsts[row], span.firsts[row] + ids.shape[1])
-            for column, (on, _) in enumerate(places):
+            for column, (on, _) in enumerate(made.places):
                 weights[row, :, column] = on.weights(at, ids[row], self._rows[row].n_prompt)
         return torch.from_numpy(weights)
 
     # Conditions
 
     def _watch(self, point: Point) -> Callable[[Tensor], None]:
-        here = [[one for one in triggers if one.point == point] for triggers in self._triggers]
+        here = [[one for one in made.triggers if one.point == point] for made in self._made]
         n_cells = max(map(len, here))
-        table = GaugeTable([[one.gauge for one in of] + [None] * (n_cells - len(of)) for of in here])
+        table = GaugeTable.of([[one.gauge for one in of] + [None] * (n_cells - len(of)) for of in here])
         return partial(self._note, here, table)
 
     def _note(self, here: Sequence[Sequence[Trigger]], table: GaugeTable, hidden: Tensor) -> None:
@@ -119,13 +158,13 @@ class Weights:
         weights = self._selected(hidden.device)
         span = self._passing_now()
         for row, triggers in enumerate(here):
-            fired, first = self._rows[row].fired, span.firsts[row]
+            made, first = self._made[row], span.firsts[row]
             for cell, one in enumerate(triggers):
-                assert fired is not None, "a row with conditions has begun"
+                assert made.fired is not None, row
                 size = numbers[row, :, cell]
                 is_so = size < one.threshold if one.is_below else size > one.threshold
-                is_so = is_so & (weights[row, :, self._places[row].index(_place(one))] > 0)
-                into = fired[self._triggers[row].index(one), first : first + len(is_so)]
+                is_so = is_so & (weights[row, :, made.places.index(_place(one))] > 0)
+                into = made.fired[made.triggers.index(one), first : first + len(is_so)]
                 into.copy_(is_so[: len(into)])
 
     def _open(self, row: int, edit: RowEdit, gate: Gate) -> Tensor:
@@ -150,10 +189,10 @@ class Weights:
 
     def _fired(self, row: int, trigger: Trigger, n_tokens: int | None, edit: RowEdit) -> Tensor:
         """[pos]: whether it has, in the last so many positions up to each, or in all."""
-        span, fired = self._passing_now(), self._rows[row].fired
-        assert fired is not None
+        span, made = self._passing_now(), self._made[row]
+        assert made.fired is not None, row
         first, n = span.firsts[row], span.ids.shape[1]
-        kept = fired[self._triggers[row].index(trigger), : first + n]
+        kept = made.fired[made.triggers.index(trigger), : first + n]
         n_before = torch.nn.functional.pad(kept.cumsum(0), (1, first + n - len(kept)))
         n_before[len(kept) + 1 :] = n_before[len(kept)]  # behind the text nothing fires
         ends = torch.arange(first, first + n, device=kept.device) + (0 if _is_late(trigger, edit) else 1)
@@ -161,12 +200,8 @@ class Weights:
         return n_before[ends] > n_before[begins]
 
 
-def _place(one: RowEdit | Trigger) -> tuple[Selection, Gate | None]:
+def _place(one: RowEdit | Trigger) -> Place:
     return one.place if isinstance(one, RowEdit) else (one.on, None)
-
-
-def _columns(row: RowSpec, places: Sequence[tuple[Selection, Gate | None]]) -> Mapping[RowEdit, int]:
-    return {edit: places.index(edit.place) for edit in row.edits}
 
 
 def _is_late(trigger: Trigger, edit: RowEdit) -> bool:

@@ -56,7 +56,8 @@ class Generations:
         self._groups: deque[_Group] = deque()
         self._decoding: dict[int, _Generation] = {}
         """And parked ones; who came in or was parked last is last."""
-        self._n_steps = 0
+        self.n_steps = 0
+        """That have been made."""
 
     @property
     def joining(self) -> list[Job]:
@@ -116,7 +117,7 @@ class Generations:
         stepped = [self._step(lane) for lane in self._lanes if lane.decoding]
         if any(stepped):
             self._pace.stepped(time.perf_counter() - started)
-        self._n_steps += 1
+        self.n_steps += 1
 
     def forget(self, job: Job) -> None:
         """Its rows leave at once; prompts that nobody waits for any more are not run on."""
@@ -149,7 +150,7 @@ class Generations:
 
     def _join(self, group: _Group, steps: Sequence[RowStep]) -> None:
         for job in (job for job in group.jobs if not job.has_ended):
-            self._decoding[job.id] = _Generation(job, n_left=len(self._rows.pop(job.id)), since=self._n_steps)
+            self._decoding[job.id] = _Generation(job, n_left=len(self._rows.pop(job.id)), since=self.n_steps)
         self._deliver(steps)
 
     # Steps
@@ -176,13 +177,13 @@ class Generations:
 
     def _stints(self, *, is_parked: bool) -> list[Stint]:
         found = [one for one in self._decoding.values() if one.is_parked == is_parked]
-        return [Stint(one.job, self._n_steps - one.since) for one in found]
+        return [Stint(one.job, self.n_steps - one.since) for one in found]
 
     def _set_parked(self, jobs: Sequence[Job], is_parked: bool) -> None:
         for job in jobs:
             lane = self._lane_of(job)
             generation = self._decoding.pop(job.id)
-            generation.is_parked, generation.since = is_parked, self._n_steps
+            generation.is_parked, generation.since = is_parked, self.n_steps
             self._decoding[job.id] = generation
             change = lane.park if is_parked else lane.resume
             change({row for row in lane.rows if row.job == job.id})

@@ -93,6 +93,11 @@ class GenerateWork:
     reproducible: bool = False
     """Whether its tokens must not depend on what else there is to do."""
 
+    @property
+    def n_new(self) -> int:
+        """Tokens of a row, at most."""
+        return self.n_positions - self.n_prompt_tokens
+
 
 @dataclass(frozen=True)
 class CallWork:
@@ -117,5 +122,7 @@ class Job:
     ticket: Ticket = field(default_factory=Ticket)
     context: Context = field(default_factory=copy_context)
     """Of the caller, so that what is logged about the job carries its request id."""
+    came_at: int = 0
+    """How many steps had been made when it came."""
     has_ended: bool = False
     """Its caller has been told, one way or another."""

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from neuronpedia_inference.scheduler.jobs import CaptureWork, GenerateWork, Job
 
-FIRST_STEPS = 4
-"""A generation that has come in decodes so many steps before it makes way for another."""
+FIRST_STEPS = 3
+"""A generation that has come in, with its first token, decodes so many steps before it makes way for another."""
+OVERTAKEN_STEPS = 64
+"""Who asks for so many fewer tokens may come so many steps later, and goes first all the same; nobody comes later."""
 PARKED_STEPS = 128
 """So many steps after it was parked others make way for it."""
 
@@ -72,7 +74,8 @@ class UnderWay:
 
 
 def plan_tick(waiting: Sequence[Job], under_way: UnderWay, limits: Limits, now_s: float) -> Tick:
-    """Oldest first: what may begin beside what is under way.
+    """What may begin beside what is under way: calls and captures in order of arrival, generations by when they would
+    be done if all ran at once, of which no more than OVERTAKEN_STEPS count.
 
     `waiting` is in order of arrival. A generation whose rows do not fit beside the running ones has others make way,
     those first that have decoded longest since they came in. Where not even that is enough it waits, and those behind
@@ -119,13 +122,12 @@ class _Rows:
             self._resume(self._parked[0])
 
     def joining(self, ready: Sequence[Job]) -> tuple[Job, ...]:
-        """The oldest generation, if there is or can be made room for it, and the later ones that fit with it."""
+        """The first generation, if there is or can be made room for it, and the others that fit with it."""
         group: list[Job] = []
         lengths: list[int] = []
-        for job in ready if not self._is_blocked else ():
-            if not isinstance(job.work, GenerateWork):
-                continue
-            work = job.work
+        generations = sorted((job for job in ready if isinstance(job.work, GenerateWork)), key=_due)
+        for job in generations if not self._is_blocked else ():
+            work = _generation(job)
             longer = lengths + [work.n_prompt_tokens] * work.n_rows
             shares = not any(_generation(one).reproducible for one in (*group, job))
             if group and not (shares and _fits_one_pass(longer, self._limits.max_prefill_tokens, self._limits)):
@@ -172,6 +174,11 @@ def _share_a_pass(one: CaptureWork, other: CaptureWork) -> bool:
 def _generation(job: Job) -> GenerateWork:
     assert isinstance(job.work, GenerateWork)
     return job.work
+
+
+def _due(job: Job) -> int:
+    """The step at which it would be done if it had not to wait, or at which nobody goes before it any more."""
+    return job.came_at + min(_generation(job).n_new, OVERTAKEN_STEPS)
 
 
 def _read_together(ready: Sequence[Job], limits: Limits) -> tuple[Job, ...]:

@@ -20,7 +20,7 @@ from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.scheduler.ends import Ends
 from neuronpedia_inference.scheduler.generations import Generations
 from neuronpedia_inference.scheduler.jobs import CallWork, GenerateWork, Job, Ticket, Work
-from neuronpedia_inference.scheduler.pace import Pace
+from neuronpedia_inference.scheduler.pace import BETWEEN_STREAMED, Pace
 from neuronpedia_inference.scheduler.policy import Limits, Tick, UnderWay, plan_tick
 from neuronpedia_inference.scheduler.readings import Readings
 from neuronpedia_inference.scheduler.turns import Turns
@@ -122,13 +122,17 @@ class Worker:
     # The inbox
 
     def _drain_inbox(self) -> bool:
-        """Take in new jobs, sleeping while there is nothing at all to do. False when it is time to stop."""
+        """Take in new jobs, sleeping while there is nothing at all to do. False when it is time to stop.
+
+        While rows decode, for no longer than a step takes: edits are made ready here, and others come after the next.
+        """
         idle = not (self._waiting or self._turns.ready or self._readings.jobs or self._generations.inside)
         if idle and self._closing and self._inbox.empty() and not self._turns.waiting:
             return False
         if idle:
             self._accept(self._inbox.get())
-        while not self._inbox.empty():
+        until = time.monotonic() + self._pace.between_s(BETWEEN_STREAMED)
+        while not self._inbox.empty() and not (self._generations.decoding and time.monotonic() > until):
             self._accept(self._inbox.get())
         return True
 
@@ -148,6 +152,7 @@ class Worker:
         """What is edited takes its turn once its vectors are there; everything else at once. None only wakes."""
         if job is None:
             return
+        job.came_at = self._generations.n_steps
         prepare = None if isinstance(job.work, CallWork) else job.work.prepare
         if prepare is not None:
             self._ends.attempt(job, lambda: self._turns.at_once(job, prepare(), partial(self._prepared, job)))

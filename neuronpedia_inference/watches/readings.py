@@ -148,11 +148,11 @@ class EditsReading:
     """What edits of one row do at the place where they write: the numbers of `edits.proof`, on one side of them."""
 
     def __init__(self, edits: Sequence[RowEdit]) -> None:
-        along = [_along(edit.vector) for edit in edits]
+        along = [Gauge(column) for column in _directions(edits)]
         read = [edit.feature.gauge for edit in edits if edit.feature is not None and edit.feature.elsewhere is None]
         self.n_numbers = 1 + len(along) + len(read)
         self.key: Hashable = ("edits", self)
-        self._table = GaugeTable([[*along, *read]])
+        self._table = GaugeTable.of([[*along, *read]])
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return torch.cat([norms(hidden), self._table(hidden[None])[0]], dim=1)
@@ -166,9 +166,10 @@ def tracing(edits: Sequence[RowEdit]) -> dict[Point, EditsReading]:
     return {point: EditsReading(some) for point, some in places.items()}
 
 
-def _along(vector: Tensor) -> Gauge | None:
-    """How much of a direction there is; None for zeros, which have none."""
-    return Gauge(unit(vector)) if float(norms(vector)) else None
+def _directions(edits: Sequence[RowEdit]) -> Tensor:
+    """[edit, width]: vectors by their length; zeros, which have no direction, stay."""
+    vectors = torch.stack([edit.vector.float() for edit in edits])
+    return torch.where(norms(vectors) > 0, unit(vectors), vectors)
 
 
 def _stacked(numbers: Sequence[Tensor | None]) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from neuronpedia_inference.edits.doses import largest_dose, needs_maximum, needs_norm
 from neuronpedia_inference.edits.plan import N_TOLD, OF_DIRECTIONS, OF_FEATURES, Do
 from neuronpedia_inference.edits.record import EditRecord
+from neuronpedia_inference.edits.row_table import RowTable
 from neuronpedia_inference.edits.table import EditTable
 from tests.edits_by_hand import WIDTH, Hand, sae
 from tests.engine.test_watches import NoHostReads
@@ -31,7 +32,7 @@ def states() -> Tensor:
 def doses(hand: Hand) -> Tensor:
     """[pos]: what an edit writes at these states, by their norm."""
     h = states()
-    return (EditTable([[hand.resolved()]])(h[None])[0] - h).norm(dim=-1) / NORM
+    return (EditTable([RowTable([hand.resolved()])])(h[None])[0] - h).norm(dim=-1) / NORM
 
 
 def factor(do: Do) -> bool:
@@ -76,7 +77,7 @@ def test_what_is_told_and_limited_waits_for_nothing() -> None:
     directions = [Hand(do, 1, PLACE, 0.5, vector=VECTOR, gives_to=OTHER, most=0.2) for do in sorted(OF_DIRECTIONS)]
     features = [Hand(do, 1, PLACE, 0.5, of=of, index=3, gives_to=4, most=0.2) for do in sorted(OF_FEATURES)]
     edits = tuple(hand.resolved() for hand in (*directions, *features))
-    record, table = EditRecord({0: edits}), EditTable([edits])
+    record, table = EditRecord({0: edits}), EditTable([RowTable(edits)])
     record.begin()
     with torch.inference_mode(), NoHostReads():
         changed = table(states()[None], None, record.of(table))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.edits.plan import Do
+from neuronpedia_inference.edits.row_table import RowTable
 from neuronpedia_inference.edits.select import Phase, Selection
 from neuronpedia_inference.edits.table import EditTable
 from neuronpedia_inference.engine.protocol import RowId, RowSpec
@@ -39,7 +40,7 @@ def states(n: int = 9, size: float = 3.0) -> Tensor:
 
 def after(h: Tensor, *hands: Hand) -> Tensor:
     """What the library makes of it. [pos, width] -> [pos, width]"""
-    return EditTable([[hand.resolved() for hand in hands]])(h[None])[0]
+    return EditTable([RowTable([hand.resolved() for hand in hands])])(h[None])[0]
 
 
 def by_hand(h: Tensor, *hands: Hand) -> Tensor:
@@ -309,10 +310,9 @@ def test_an_edit_says_what_it_found_and_what_became_of_it() -> None:
     told: list[Tensor] = []
     edits = [hand.resolved() for hand in hands]
     found = h + 2.0 * of.W_dec[1]
-    table = EditTable([[], edits])
+    table = EditTable([None, RowTable(edits)])
     changed = table(torch.stack([h, h]), None, lambda numbers, norm: told.append(numbers))
-    assert list(table.places(1)) == edits
-    share, before, target, afterwards, _ = told[0][1, :, table.places(1)[edits[1]]].unbind(-1)
+    share, before, target, afterwards, _ = told[0][1, :, int(table.places(1)[1])].unbind(-1)
     assert bool((share == 1).all())
     assert close(before, of.encode(found)[:, index])
     assert bool((target == 6.0).all())

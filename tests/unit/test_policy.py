@@ -14,7 +14,15 @@ from neuronpedia_inference.costs import Demand, Grid, together
 from neuronpedia_inference.errors import LimitExceeded, Overloaded
 from neuronpedia_inference.scheduler.admission import Admission
 from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, GenerateWork, Job, Steps
-from neuronpedia_inference.scheduler.policy import FIRST_STEPS, PARKED_STEPS, Limits, Stint, UnderWay, plan_tick
+from neuronpedia_inference.scheduler.policy import (
+    FIRST_STEPS,
+    OVERTAKEN_STEPS,
+    PARKED_STEPS,
+    Limits,
+    Stint,
+    UnderWay,
+    plan_tick,
+)
 
 LIMITS = Limits(max_rows=4)
 
@@ -36,10 +44,11 @@ def job(
     n_rows: int = 1,
     deadline_s: float | None = None,
     n_prompt: int = 5,
-    n_positions: int = 9,
+    n_new: int = 4,
+    came_at: int = 0,
 ) -> Job:
-    generation = GenerateWork(at_once(list), n_rows, n_prompt, n_positions)
-    return Job(number, generation if generates else CallWork(at_once(lambda: None)), 0.0, deadline_s)
+    work = GenerateWork(at_once(list), n_rows, n_prompt, n_prompt + n_new) if generates else CallWork(at_once(list))
+    return Job(number, work, 0.0, deadline_s, came_at=came_at)
 
 
 @st.composite
@@ -53,6 +62,8 @@ def queues(draw: Any) -> tuple[list[Job], UnderWay]:
                 n_rows=draw(st.integers(1, 5)),
                 deadline_s=draw(st.sampled_from([None, 1.0, 9.0])),
                 n_prompt=draw(st.sampled_from([1, 5, 6, 40])),
+                n_new=draw(st.sampled_from([1, 4, 50, 400])),
+                came_at=draw(st.integers(0, 90)),
             )
             if draw(st.integers(0, 4)) == 0:
                 made.ticket.cancel()
@@ -99,9 +110,14 @@ def test_no_job_is_lost_or_taken_twice_and_bounds_hold(given_jobs: tuple[list[Jo
         assert n_rows(tick.prefill) * max(lengths) <= limits.max_prefill_tokens
     ready = [j for j in waiting if isinstance(j.work, GenerateWork) and j not in (*tick.cancelled, *tick.expired)]
     if tick.prefill:
-        assert tick.prefill[0] is ready[0]
+        assert due(tick.prefill[0]) == min(map(due, ready))
     if ready or [j for j in parked if not j.ticket.cancelled]:
         assert staying or coming, "with room for all, somebody decodes"
+
+
+def due(one: Job) -> int:
+    assert isinstance(one.work, GenerateWork)
+    return one.came_at + min(one.work.n_new, OVERTAKEN_STEPS)
 
 
 def carried_out(waiting: list[Job], running: list[Job], limits: Limits, n_steps: int) -> dict[int, int]:
@@ -181,7 +197,7 @@ def test_a_stream_of_newcomers_does_not_keep_out_who_made_way() -> None:
         decoding, parked = ({n: at for n, at in held.items() if n not in moved} for held in (decoding, parked))
         parked |= {j.id: (j, clock) for j in tick.park}
         decoding |= {j.id: (j, clock) for j in (*tick.resume, *tick.prefill)}
-        left |= {j.id: 4 for j in tick.prefill}
+        left |= {j.id: FIRST_STEPS for j in tick.prefill}
         for number in list(decoding):
             if number < 4:
                 steps[number] += 1
@@ -204,10 +220,24 @@ def test_the_oldest_goes_first_and_a_large_one_is_not_overtaken() -> None:
     assert plan_tick([too_large, small], UnderWay(), LIMITS, 0.0).prefill == (too_large,)
 
 
+def test_who_asks_for_little_goes_first_and_not_for_ever() -> None:
+    long = [job(n, generates=True, n_new=4000, came_at=7) for n in range(20)]
+    little = job(99, generates=True, n_new=4, came_at=7 + OVERTAKEN_STEPS - 5)
+    limits = Limits(max_rows=4, max_prefill_tokens=5)
+    assert plan_tick([*long, little], UnderWay(), limits, 0.0).prefill == (little,)
+    beginners = [Stint(one, FIRST_STEPS) for one in long[:4]]
+    tick = plan_tick([*long[4:], little], UnderWay(decoding=beginners), limits, 0.0)
+    assert (tick.prefill, len(tick.park)) == ((little,), 1)
+    little.came_at += 1
+    assert plan_tick([*long, little], UnderWay(), limits, 0.0).prefill == (long[0],), "who has waited long enough"
+    more = job(100, generates=True, n_new=OVERTAKEN_STEPS, came_at=7)
+    assert plan_tick([*long, more], UnderWay(), limits, 0.0).prefill == (long[0],), "much is much"
+
+
 def test_generations_of_like_prompts_begin_together() -> None:
     limits = Limits(max_rows=8, max_prefill_tokens=60)
     prompts = [10, 40, 9, 10, 12, 10, 10]
-    waiting = [job(n, generates=True, n_prompt=length, n_positions=64) for n, length in enumerate(prompts)]
+    waiting = [job(n, generates=True, n_prompt=length) for n, length in enumerate(prompts)]
     begun = plan_tick(waiting, UnderWay(), limits, 0.0).prefill
     assert [j.id for j in begun] == [0, 2, 3, 4, 5]  # 40 would pad the rest; a sixth would pass 60 tokens
 
