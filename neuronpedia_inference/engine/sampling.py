@@ -240,10 +240,25 @@ def _nucleus(weights: Tensor, top_p: Tensor) -> Tensor:
 
     [row, vocab] -> [row, vocab]; top_p: [row, 1].
     """
+    if weights.device.type != "cpu":
+        return _in_order(weights, top_p)
+    # Here nobody waits for how many they are, so only those are put in order that may be kept. All others together have
+    # less than half of what top_p leaves out.
+    totals = weights.cumsum(-1)[:, -1:]
+    bounds = (1 - top_p) * totals / (2 * weights.shape[-1])
+    kept = torch.zeros_like(weights)
+    for into, of_row, bound, share, total in zip(kept, weights, bounds, top_p, totals, strict=True):
+        likely = (~(of_row < bound)).nonzero()[:, 0]
+        into[likely] = _in_order(of_row[likely], share, total)
+    return kept
+
+
+def _in_order(weights: Tensor, top_p: Tensor, total: Tensor | None = None) -> Tensor:
+    """As `_nucleus`, of all tokens, or of the likeliest with the sum of all. [..., n], [..., 1] -> [..., n]"""
     ordered, order = weights.sort(dim=-1, descending=True, stable=True)
     sums = ordered.cumsum(-1)
-    is_kept = sums - ordered < top_p * sums[:, -1:]
-    is_kept[:, 0] = True
+    is_kept = sums - ordered < top_p * (sums[..., -1:] if total is None else total)
+    is_kept[..., 0] = True
     return torch.zeros_like(weights).scatter_(-1, order, ordered.masked_fill_(~is_kept, 0))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.engine import sampling as drawing
 from neuronpedia_inference.engine.sampling import BLOCK, LEAST_LOGPROB, Drawn, Sampler, draw
 from tests.host_reads import HostReads
 
@@ -221,6 +222,20 @@ def test_top_p_keeps_the_first_of_equals() -> None:
     assert set(draws(Sampling(1, temperature=1.0, top_p=0.0, seed=1), 20, logits=equal)) == {0}
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5, 5.0, 30.0])
+@pytest.mark.parametrize("n_vocab", [5, 3000, 50_000])
+def test_top_p_of_few_tokens_is_that_of_all(n_vocab: int, scale: float) -> None:
+    """Bit for bit, also where many are equally likely, and for what is just below 1."""
+    logits = scale * torch.randn(4, n_vocab, generator=torch.Generator().manual_seed(n_vocab))
+    for each in (logits, (4 * logits).round() / 4):
+        weights = each.softmax(-1)
+        for top_p in (0.0, 0.1, 0.5, 0.9, 0.999, 1 - 1e-6, 1 - 6e-8):
+            bound = torch.full((4, 1), top_p)
+            found, expected = drawing._nucleus(weights, bound), drawing._in_order(weights, bound)
+            assert torch.equal(found, expected)
+            assert top_p > 0.5 or n_vocab == 5 or not torch.equal(found, weights), "some are left out"
+
+
 def test_the_seed_decides_and_nothing_else() -> None:
     one, same, other = (draws(Sampling(1, temperature=1.0, seed=s), 200) for s in (3, 3, 4))
     torch.rand(1000)
@@ -288,7 +303,9 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("n_rows", [1, 5, len(MANY)])
-def test_the_host_reads_once_whatever_is_drawn(n_rows: int) -> None:
+def test_the_host_reads_once_whatever_is_drawn(n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what a device is asked: on a CPU nobody waits."""
+    monkeypatch.setattr(drawing, "_nucleus", drawing._in_order)
     logits = torch.randn(n_rows, N_VOCAB)
     samplers = [Sampler(replace(one, n_logprobs=row % 3), (1, 1, 2)) for row, one in enumerate(MANY[:n_rows])]
     with HostReads() as reads, Operations() as ran:
