@@ -50,25 +50,37 @@ def states(seed: int) -> Tensor:
     return 3 * torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
+def called(table: EditTable, given: Tensor) -> tuple[Tensor, Tensor]:
+    """What becomes of [row, pos, width], and what is told of it."""
+    told: list[Tensor] = []
+    changed = table(given, None, lambda numbers, _: told.append(numbers))
+    return changed, told[0]
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= ROUNDING * expected.abs().max())
+
+
 @pytest.mark.parametrize("most", [None, 0.3])
 def test_rows_of_any_edits_are_together_what_they_are_alone(most: float | None) -> None:
     """Rows of other lengths, other orders and none beside each other; what is told of each is its own too."""
+    n_changed = 0
     for seed in range(8):
         rows = [RowTable([hand.resolved() for hand in some(seed + 10 * n, 1 + 3 * n, most=most)]) for n in range(4)]
         given = torch.stack([states(n) for n in range(5)])
-        told: list[tuple[Tensor, Tensor]] = []
         table = EditTable([rows[0], None, *rows[1:]])
-        together = table(given, None, lambda *found: told.append(found))
+        together, told = called(table, given)
         assert torch.equal(together[1], given[1]), "a row without edits"
         for row, of_row in zip((0, 2, 3, 4), rows, strict=True):
-            by_itself: list[tuple[Tensor, Tensor]] = []
             alone = EditTable([of_row])
-            expected = alone(given[row : row + 1], None, lambda *found, into=by_itself: into.append(found))[0]
-            assert (together[row] - expected).abs().max() <= ROUNDING * expected.abs().max()
-            assert not torch.equal(expected, given[row])
-            (numbers, _), (numbers_alone, _) = told[0], by_itself[0]
-            here, there = numbers[row][:, table.places(row)], numbers_alone[0][:, alone.places(0)]
-            assert (here - there).abs().max() <= ROUNDING * there.abs().max()
+            (expected,), (told_alone,) = called(alone, given[row : row + 1])
+            assert close(together[row], expected)
+            n_changed += not torch.equal(expected, given[row])
+            here, there = told[row][:, table.places(row)], told_alone[:, alone.places(0)]
+            reads = [edit.do is not Do.ADD for edit in of_row.edits]
+            assert close(here[..., [0, 4]], there[..., [0, 4]])
+            assert not any(reads) or close(here[:, reads], there[:, reads])
+    assert n_changed > 24, "of 32 rows some only bound what is small already"
 
 
 def test_what_is_made_of_a_row_is_made_once_whoever_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,8 +90,8 @@ def test_what_is_made_of_a_row_is_made_once_whoever_comes_and_goes(monkeypatch: 
         made[id(edits)] += 1
         return RowTable(edits, *args)  # pyright: ignore
 
-    monkeypatch.setattr(where, "RowTable", counted)
     lane = engine("llama").lane
+    monkeypatch.setattr(where, "RowTable", counted)
     edits = tuple(hand.resolved() for hand in some(3, 6))
     rows = [RowSpec((5, 6, 7, 8 + n), Sampling(30), edits) for n in range(3)]
     with torch.inference_mode():
