@@ -418,11 +418,11 @@ class Joining:
     def advance(self, n_tokens: int) -> int:
         """Run about so many tokens more, at least one of each prompt; how many it were. After an exception: no more.
 
-        A rest of less than another such piece is run with it: a pass costs a step, however little it has to do.
+        A rest of less than half a piece is run with the last: a pass costs a step, however little it has to do.
         """
         prompts = next(prompts for _, prompts in self._passes if not prompts.is_done)
         n_positions = max(1, n_tokens // prompts.n_rows) if self.lane.memory.in_pieces else prompts.n_left
-        return prompts.n_rows * prompts.advance(prompts.n_left if prompts.n_left < 2 * n_positions else n_positions)
+        return prompts.n_rows * prompts.advance(prompts.n_left if 2 * prompts.n_left < 3 * n_positions else n_positions)
 
     def join(self) -> list[RowStep]:
         """The rows join the lane with the first token of each. After an exception none has."""

@@ -130,11 +130,6 @@ def _fits(edit: RowEdit) -> bool:
     return edit.point.place in RECORDED and is_one_vector and is_even
 
 
-def as_it_is(step: Step) -> Step:
-    """Recorded as nothing: it runs operation by operation."""
-    return step
-
-
 def as_cuda_graph(step: Step) -> Step:
     """The step recorded on the current CUDA device. Raises RuntimeError where it cannot be."""
     beside = torch.cuda.Stream()

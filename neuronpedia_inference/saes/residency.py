@@ -191,10 +191,6 @@ class Residency:
             count, total = count - 1, total - self._places[name].n_bytes
         return leaving
 
-    def fits_ever(self, n_bytes: int) -> bool:
-        """Whether one of so many bytes fits alone."""
-        return self._fits(1, n_bytes)
-
     def add(self, name: str, n_bytes: int, *, is_arriving: bool = False) -> None:
         """Room must have been made. is_arriving: it keeps its room until `arrived`, or until it is removed.
 

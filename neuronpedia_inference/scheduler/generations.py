@@ -21,6 +21,9 @@ from neuronpedia_inference.scheduler.policy import Stint
 
 log = logging.getLogger(__name__)
 
+LONG_TOKENS = 256
+"""Prompts of which more is left to run let small ones go before them."""
+
 
 @dataclass
 class _Generation:
@@ -41,6 +44,14 @@ class _Group:
 
     jobs: Sequence[Job]
     running: Joining | None = None
+    n_run: int = 0
+    """Tokens that have."""
+
+    @property
+    def n_left(self) -> int:
+        """Tokens of its prompts."""
+        works = [job.work for job in self.jobs if isinstance(job.work, GenerateWork)]
+        return sum(work.n_rows * work.n_prompt_tokens for work in works) - self.n_run
 
 
 class Generations:
@@ -54,6 +65,8 @@ class Generations:
         self._rows: dict[int, Sequence[RowSpec]] = {}
         """Of jobs that have not joined."""
         self._groups: deque[_Group] = deque()
+        self._has_gone_on = True
+        """The oldest of them, since another went before it."""
         self._decoding: dict[int, _Generation] = {}
         """And parked ones; who came in or was parked last is last."""
         self.n_steps = 0
@@ -62,6 +75,11 @@ class Generations:
     @property
     def joining(self) -> list[Job]:
         return [job for group in self._groups for job in group.jobs]
+
+    @property
+    def can_be_passed(self) -> bool:
+        """Whether small prompts may run before those that do now. A stream of them does not hold those up for ever."""
+        return len(self._groups) == 1 and self._has_gone_on and self._groups[0].n_left > LONG_TOKENS
 
     @property
     def decoding(self) -> list[Stint]:
@@ -80,8 +98,9 @@ class Generations:
         self._rows[job.id] = rows
 
     def begin(self, jobs: Sequence[Job]) -> None:
-        """The prompts of these jobs, which are prepared, run in one pass."""
-        self._groups.append(_Group(jobs))
+        """The prompts of these jobs, which are prepared, run in one pass, before those that run now."""
+        self._has_gone_on = not self._groups
+        self._groups.appendleft(_Group(jobs))
 
     @property
     def steps_between(self) -> float | None:
@@ -93,8 +112,9 @@ class Generations:
         return BETWEEN_STREAMED if streams else BETWEEN_UNSEEN
 
     def advance(self, most: int) -> None:
-        """One piece of the oldest group, of at most so many tokens; fewer where rows wait for it to decode."""
+        """One piece of the first group, of at most so many tokens; fewer where rows wait for it to decode."""
         group = self._groups[0]
+        self._has_gone_on = len(self._groups) == 1
         failure = failure_of(lambda: self._piece(group, most))
         if failure is not None:
             self._remove(group)
@@ -134,6 +154,7 @@ class Generations:
         started = time.perf_counter()
         weight = running.weight
         n_run = running.advance(self._pace.tokens(weight, max(1, int(most / weight)), self.steps_between))
+        group.n_run += n_run
         self._pace.passed(n_run, weight, time.perf_counter() - started)
         if running.is_done:
             steps = running.join()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from neuronpedia_inference.scheduler.jobs import CaptureWork, GenerateWork, Job
 
@@ -65,7 +65,9 @@ class UnderWay:
     reading: Sequence[Job] = ()
     """Calls and captures that can go on. One group at a time."""
     joining: Sequence[Job] = ()
-    """Generations whose prompts run. One group at a time."""
+    """Generations whose prompts run. One group at a time, and one of small prompts that goes before it."""
+    can_be_passed: bool = False
+    """Whether such a group may begin: it has gone on since another went before it."""
     decoding: Sequence[Stint] = ()
     parked: Sequence[Stint] = ()
     """Who has waited longest comes first."""
@@ -90,7 +92,10 @@ def plan_tick(waiting: Sequence[Job], under_way: UnderWay, limits: Limits, now_s
     reading = () if under_way.reading else _read_together(ready, limits)
     rows = _Rows(under_way, gone, limits)
     rows.resume_due()
-    prefill = () if under_way.joining else rows.joining(ready)
+    if under_way.can_be_passed:
+        ready = [job for job in ready if _prompt_tokens(job) <= limits.small_pass]
+        limits = replace(limits, max_prefill_tokens=limits.small_pass)
+    prefill = rows.joining(ready, limits) if under_way.can_be_passed or not under_way.joining else ()
     rows.resume_where_there_is_room()
     return Tick(cancelled, expired, reading, prefill, tuple(rows.made_way), tuple(rows.resumed))
 
@@ -121,7 +126,7 @@ class _Rows:
         while not self._is_blocked and self._parked and self._fits(_generation(self._parked[0].job).n_rows):
             self._resume(self._parked[0])
 
-    def joining(self, ready: Sequence[Job]) -> tuple[Job, ...]:
+    def joining(self, ready: Sequence[Job], limits: Limits) -> tuple[Job, ...]:
         """The first generation, if there is or can be made room for it, and the others that fit with it."""
         group: list[Job] = []
         lengths: list[int] = []
@@ -130,7 +135,7 @@ class _Rows:
             work = _generation(job)
             longer = lengths + [work.n_prompt_tokens] * work.n_rows
             shares = not any(_generation(one).reproducible for one in (*group, job))
-            if group and not (shares and _fits_one_pass(longer, self._limits.max_prefill_tokens, self._limits)):
+            if group and not (shares and _fits_one_pass(longer, limits.max_prefill_tokens, limits)):
                 continue
             if self._make_room(work.n_rows):
                 group, lengths = [*group, job], longer
@@ -174,6 +179,11 @@ def _share_a_pass(one: CaptureWork, other: CaptureWork) -> bool:
 def _generation(job: Job) -> GenerateWork:
     assert isinstance(job.work, GenerateWork)
     return job.work
+
+
+def _prompt_tokens(job: Job) -> int:
+    """Of all rows that it generates."""
+    return job.work.n_rows * job.work.n_prompt_tokens if isinstance(job.work, GenerateWork) else 0
 
 
 def _due(job: Job) -> int:

@@ -179,7 +179,14 @@ class Worker:
     @property
     def _under_way(self) -> UnderWay:
         inside = self._generations
-        return UnderWay(self._reading, inside.joining, inside.decoding, inside.parked, self._turns.waiting)
+        return UnderWay(
+            reading=self._reading,
+            joining=inside.joining,
+            can_be_passed=inside.can_be_passed,
+            decoding=inside.decoding,
+            parked=inside.parked,
+            paused=self._turns.waiting,
+        )
 
     def _carry_out(self, tick: Tick) -> None:
         for job in tick.cancelled:

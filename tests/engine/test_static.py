@@ -23,11 +23,16 @@ from neuronpedia_inference.engine.generation import Lane
 from neuronpedia_inference.engine.merging import why_not_record
 from neuronpedia_inference.engine.probe import IDS
 from neuronpedia_inference.engine.protocol import RowId, RowSpec, RowStep
-from neuronpedia_inference.engine.static import Step, as_cuda_graph, as_it_is
+from neuronpedia_inference.engine.static import Step, as_cuda_graph
 from tests import models
 from tests.engine.engines import engine
 from tests.engine.test_failures import FailsAt
 from tests.engine.test_merging import PROMPTS, alone, ids, staggered, steering
+
+
+def as_it_is(step: Step) -> Step:
+    """Recorded as nothing: it runs operation by operation."""
+    return step
 
 
 def additive_rows(family: str) -> list[RowSpec]:

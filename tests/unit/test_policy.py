@@ -234,6 +234,16 @@ def test_who_asks_for_little_goes_first_and_not_for_ever() -> None:
     assert plan_tick([*long, more], UnderWay(), limits, 0.0).prefill == (long[0],), "much is much"
 
 
+def test_small_prompts_go_before_a_long_one_that_runs() -> None:
+    limits = Limits(max_rows=8, max_prefill_tokens=500, small_pass=20)
+    long, next_long = job(0, generates=True, n_prompt=900), job(1, generates=True, n_prompt=90)
+    small = [job(2 + n, generates=True, n_prompt=6) for n in range(4)]
+    held_up = UnderWay(joining=[long], can_be_passed=True)
+    assert plan_tick([next_long, *small], held_up, limits, 0.0).prefill == tuple(small[:3]), "as many as are small"
+    assert plan_tick([next_long, *small], UnderWay(joining=[long]), limits, 0.0).prefill == ()
+    assert plan_tick([next_long], held_up, limits, 0.0).prefill == ()
+
+
 def test_generations_of_like_prompts_begin_together() -> None:
     limits = Limits(max_rows=8, max_prefill_tokens=60)
     prompts = [10, 40, 9, 10, 12, 10, 10]

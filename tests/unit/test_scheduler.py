@@ -18,7 +18,7 @@ from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, GenerateWork, Steps, Ticket
 from neuronpedia_inference.scheduler.policy import FIRST_STEPS, Limits
 from neuronpedia_inference.scheduler.worker import Worker
-from tests.unit.counting import CountingEngine, CountingJoining, SummingPass
+from tests.unit.counting import CountingEngine, CountingJoining, CountingPass, SummingPass
 from tests.unit.test_policy import LIMITS, Place, at_once
 
 
@@ -307,6 +307,38 @@ def test_a_short_generation_does_not_wait_for_long_ones(worker: Worker, engine: 
     for one in longs:
         one.cancel()
     _until(lambda: worker.n_running == worker.n_parked == 0)
+
+
+def test_small_prompts_go_before_a_long_one_that_runs_and_do_not_hold_it_up(
+    engine: CountingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long prompt runs in twenty pieces, and small ones come without end: each is in after a piece or two of it."""
+    advance = CountingPass.advance
+    ran: list[int] = []
+    """Tokens of every piece."""
+    came: list[int] = []
+    """Of every small one, how many pieces there were before it came, and before its first token."""
+    asked: list[Asked] = []
+    worker = start(engine, limits=Limits(max_rows=4, max_prefill_tokens=300))
+
+    def ask() -> None:
+        n_before = len(ran)
+        asked.append(generate(worker, 2, on_event=lambda steps: came.append(len(ran) - n_before)))
+
+    def piece(self: CountingPass, n_tokens: int) -> int:
+        ran.append(advance(self, n_tokens))
+        if self.n_tokens > 1 and not self.is_done:
+            ask()
+        return ran[-1]
+
+    monkeypatch.setattr(CountingPass, "advance", piece)
+    long = [RowSpec((3,) * 6000, Sampling(3))]
+    assert Asked(worker, GenerateWork(at_once(lambda: long), 1, 6000, 6003)).future.result(60) == [0]
+    assert all(one.future.result(60) == [0] for one in asked)
+    worker.close()
+    assert len(asked) >= 19
+    assert sum(ran) == 6000 + len(asked)
+    assert max(came) <= 4, came
 
 
 def test_a_row_that_fails_takes_its_own_request_with_it_and_no_other(worker: Worker, engine: CountingEngine) -> None:
