@@ -43,7 +43,7 @@ docs: $(VENV)/ready  ## Write the generated documentation
 	$(BIN)/python scripts/render_docs.py
 
 page-images: $(VENV)/ready  ## Take the pictures of docs/page.md, with Chromium
-	PAGE_IMAGES=$(CURDIR)/docs/images $(BIN)/python -m pytest -q tests/http/test_page.py
+	PAGE_IMAGES=$(CURDIR)/docs/images $(BIN)/python -m pytest -q tests/http/test_page*.py tests/http/test_pictures.py
 
 notebooks: $(VENV)/ready  ## Run the notebooks of examples/ and write what their cells show
 	$(BIN)/python scripts/run_notebooks.py

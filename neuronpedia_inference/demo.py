@@ -95,8 +95,9 @@ def side_by_side(example: SteeringExample, texts: dict[str, Any]) -> Panel:
     table = Table(box=None, expand=True, pad_edge=False, header_style="bold")
     table.add_column("plain", ratio=1)
     table.add_column(f"steered, strength {example.strength:g}", ratio=1, header_style="bold dark_orange")
-    prompt = Text(example.prompt, style="dim")
-    table.add_row(prompt + Text(texts["default"]["text"]), prompt + Text(texts["steered"]["text"], style="dark_orange"))
+    prompt = (example.prompt, "dim")
+    plain, steered = (texts[side]["text"] for side in ("default", "steered"))
+    table.add_row(Text.assemble(prompt, plain), Text.assemble(prompt, (steered, "dark_orange")))
     title = Text(f" {example.label} · {example.source} #{example.index} ")
     return Panel(table, title=title, title_align="left", box=box.ROUNDED, border_style="dim")
 

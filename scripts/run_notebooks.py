@@ -21,11 +21,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("laptop.ipynb", "research.ipynb")
 STYLE = """
-:root { color-scheme: light dark }
+:root { color-scheme: light dark; background: light-dark(#fff, #121212); color: light-dark(#111, #eee) }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 pre, code { font: 13px/1.5 ui-monospace, monospace }
 .code { background: rgba(128, 128, 128, 0.12); border-left: 3px solid #f97316; padding: 0.6rem 0.9rem }
-.code, .shown { overflow-x: auto }
+.code { white-space: pre-wrap; overflow-wrap: anywhere }
+.shown { overflow-x: auto }
 .shown { margin: 0.4rem 0 1.4rem }
 .dataframe { border: 0; border-collapse: collapse; font-size: 0.92em }
 .dataframe :is(th, td) { border: 0; border-bottom: 1px solid rgba(128, 128, 128, 0.3); padding: 0.25em 0.7em }
@@ -87,7 +88,9 @@ def _lines(text: str) -> list[str]:
 def page(notebook: Notebook) -> str:
     """A notebook with its outputs as a page that fetches nothing."""
     parts = [_cell(cell) for cell in notebook["cells"]]
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><style>{STYLE}</style>{"".join(parts)}</html>'
+    title = escape("".join(notebook["cells"][0]["source"]).partition("\n")[0].lstrip("# "))
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{"".join(parts)}</main></body></html>'
 
 
 def _cell(cell: Mapping[str, Any]) -> str:
@@ -107,9 +110,11 @@ def _paragraph(text: str) -> str:
 
 def _output(output: Mapping[str, Any]) -> str:
     data = output.get("data", {"text/plain": output.get("text", [])})
-    if "text/html" in data:
-        return f'<div class="shown">{"".join(data["text/html"])}</div>'
-    return f'<pre class="shown">{escape("".join(data["text/plain"]))}</pre>'
+    if "text/html" not in data:
+        return f'<pre class="shown" tabindex="0">{escape("".join(data["text/plain"]))}</pre>'
+    shown = "".join(data["text/html"])
+    focus = "" if "tabindex" in shown else ' tabindex="0"'
+    return f'<div class="shown"{focus}>{shown}</div>'
 
 
 def main() -> None:

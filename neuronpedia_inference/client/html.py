@@ -9,15 +9,20 @@ from html import escape
 STRIP = "font-family:ui-monospace,monospace;line-height:2;white-space:pre-wrap;word-break:break-word"
 TABLE = "border-collapse:collapse;font-size:0.92em"
 CELL = "padding:0.25em 0.7em;text-align:left;vertical-align:top;border-bottom:1px solid rgba(128,128,128,0.3)"
+FOCUS = 'tabindex="0"'
 WARM = (249, 115, 22)
-STRONG = 0.74
-"""The share of that colour from which letters on it are black, whatever the page's own are."""
+STRONG = 0.6
+"""The share from which letters are black, whatever the page's own are: below, light letters are read on the colour over
+a dark page, above, black ones are; between the two neither would be, so the colour leaps there."""
 SHOWN = {"\n": "⏎", "\t": "⇥"}
 
 
 def page(*parts: str) -> str:
-    """One block. The letters of a web address's scheme, which texts may have, are written as entities."""
-    whole = f'<div style="max-width:72em;overflow-x:auto">{"".join(parts)}</div>'
+    """One block, which the keyboard can scroll. The letters of a web address's scheme, which texts may have, are
+    written as entities."""
+    inner = "".join(parts)
+    focus = "" if FOCUS in inner else f" {FOCUS}"
+    whole = f'<div style="max-width:72em;overflow-x:auto"{focus}>{inner}</div>'
     return re.sub(
         "http", lambda found: found[0][0] + f"&#{ord(found[0][1])};" + found[0][2:], whole, flags=re.IGNORECASE
     )
@@ -48,11 +53,12 @@ def visible(token: str) -> str:
 
 def marked(token: str, share: float, said: str) -> str:
     """A token coloured by a share from 0 to 1; `said` is told under the pointer, and to whoever reaches it by Tab."""
-    alpha = 0.12 + 0.78 * share
+    is_strong = share >= STRONG
+    alpha = 0.74 + 0.16 * (share - STRONG) / (1 - STRONG) if is_strong else 0.12 + 0.43 * share / STRONG
     style = f"background:rgba({','.join(map(str, WARM))},{alpha:.2f});border-radius:3px"
-    style += ";color:#000" if alpha >= STRONG else ""
+    style += ";color:#000" if is_strong else ""
     told = escape(said, quote=True)
-    return f'<span tabindex="0" title="{told}" aria-label="{told}" style="{style}">{escape(visible(token))}</span>'
+    return f'<span {FOCUS} title="{told}" aria-label="{told}" style="{style}">{escape(visible(token))}</span>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

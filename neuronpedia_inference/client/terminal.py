@@ -28,10 +28,11 @@ class Strip:
             for token, value in chunk:
                 share = max(0.0, value) / (self._most or 1.0)
                 shown = visible(token, keep_space=True)
-                upper.append(shown, style=f"black on {rgb(share)}" if share > 0 else "")
+                upper.append(shown, style=on_colour(share) if share > 0 else "")
                 lower.append(level(share) * cell_len(shown), style=colour(share))
             yield upper
-            yield lower
+            if lower.plain.strip():
+                yield lower
 
 
 def _chunks(tokens: Sequence[tuple[str, float]], width: int) -> Iterator[list[tuple[str, float]]]:
@@ -86,7 +87,7 @@ class Grid:
             yield part
 
     def _shared(self, place: int, text: str, share: float) -> Text:
-        return self._cell(place, text, f"black on {rgb(share)}", level(share))
+        return self._cell(place, text, on_colour(share), level(share))
 
     def _cell(self, place: int, text: str, style: str, bar: str) -> Text:
         shown = Text(visible(text), style)
@@ -135,3 +136,8 @@ def rgb(share: float) -> str:
 def colour(share: float) -> str:
     """As `rgb`, strong enough for letters."""
     return rgb(0.4 + 0.6 * share)
+
+
+def on_colour(share: float) -> str:
+    """Letters on it. By its number, because terminals have a black of their own."""
+    return f"#000000 on {rgb(share)}"

@@ -1,18 +1,21 @@
-"""A real browser: Chromium as the system has it, driven by playwright, which downloads none."""
+"""A real browser: Chromium as the system has it, driven by playwright, which downloads none; and the page in it."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, Request, sync_playwright
+from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 INSTALL = "The page is tested in Chromium, which is not here: apt-get install chromium (macOS: brew install chromium)"
@@ -21,6 +24,12 @@ NOWHERE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 WAIT_S = 120.0
 """For what a busy machine does in a second."""
 SERIOUS = ("serious", "critical")
+ECONOMY = "15-res-4k/1113"
+STEER = f"/#steer?prompt=The+most+important+thing+is&f={ECONOMY}%4070&watch={ECONOMY}&n=8"
+IMAGES = os.environ.get("PAGE_IMAGES")
+"""A folder for what the documentation shows: `make page-images`."""
+
+expect.set_options(timeout=1000 * WAIT_S)
 
 
 def path_of_chromium() -> str:
@@ -101,3 +110,34 @@ def visiting(opened: Browser, url: str, **options: Any) -> Iterator[Visit]:
     context.close()
     assert [one for one in visit.asked if not one.startswith((f"{url}/", "data:"))] == []
     assert visit.complaints == []
+
+
+# What is on a page
+
+
+def tokens_of(page: Page, group: str) -> list[str]:
+    return page.get_by_role("group", name=re.compile(group)).locator(".token").all_inner_texts()
+
+
+def values_of(page: Page, group: str) -> list[str]:
+    return [
+        box.get_attribute("aria-label") or ""
+        for box in page.get_by_role("group", name=re.compile(group)).locator(".token").all()
+    ]
+
+
+def is_focused(page: Page, name: str) -> bool:
+    return page.evaluate("name => document.activeElement.getAttribute('aria-label') === name", name)
+
+
+def body_of(request: Request) -> dict[str, Any]:
+    return json.loads(request.post_data or "")
+
+
+def kept_by(page: Page) -> str:
+    return page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])")
+
+
+def picture(page: Page, name: str) -> None:
+    if IMAGES:
+        page.screenshot(path=Path(IMAGES) / f"{name}.png")

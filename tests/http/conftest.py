@@ -5,12 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 from served import SECRET, Serve, Served, running, small_settings
 
 from neuronpedia_inference.runtime import Runtime
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+    from tests.http.browser import Visit
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +52,20 @@ def serve() -> Iterator[Serve]:
     """Start a server of one's own; it ends with the test."""
     with ExitStack() as stack:
         yield lambda settings, get_runtime: stack.enter_context(running(settings, get_runtime))
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """Of one module, because its driver keeps an event loop running in this thread."""
+    from tests.http.browser import browser
+
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture
+def visit(chromium: Browser, server: Served) -> Iterator[Visit]:
+    from tests.http.browser import visiting
+
+    with visiting(chromium, server.url) as opened:
+        yield opened

@@ -245,6 +245,13 @@ def test_a_notebook_shows_it_without_scripts_or_addresses(result: Result) -> Non
         assert "http" in page.said.lower(), "the texts themselves are whole"
 
 
+@pytest.mark.parametrize("result", RESULTS, ids=lambda result: type(result).__name__)
+def test_what_may_be_too_wide_is_scrolled_by_keyboard(result: Result) -> None:
+    page = Strict()
+    page.feed(result._repr_html_())
+    assert page.focusable, "a value, or else the whole"
+
+
 def test_values_are_reached_by_keyboard_and_hover() -> None:
     page = Strict()
     page.feed(RESULTS[0]._repr_html_())

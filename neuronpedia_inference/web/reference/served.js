@@ -2,14 +2,17 @@
 // are told in its names, and those that ask for what it has not are left out.
 
 const BUILT_IN = {
+  layers: 30,
   model: "smollm2-135m-instruct",
   sources: ["10-res-4k", "15-res-4k", "20-res-4k"],
   set: "res-4k",
   width: 576,
 };
-const HOOK = /^blocks\.\d+\.hook_resid_post$/;
+const HOOK = /^blocks\.(\d+)\.(.+)$/;
 
-const NEEDS = { JACOBIAN_LENS: "lens_jacobian", "12-temporal-res": "util_similarity_matrix_pred" };
+const LAYERS = new Set(["layer", "layers", "steer_layers"]);
+
+const NEEDS = { JACOBIAN_LENS: "lens_jacobian", role: "chat_completions" };
 
 /** The document with the examples that the server which `capabilities` describes can answer, in its names. */
 export function inNamesOf(capabilities, document) {
@@ -25,7 +28,7 @@ export function inNamesOf(capabilities, document) {
     for (const operation of Object.values(path)) {
       for (const media of Object.values(operation.requestBody?.content ?? {})) {
         for (const [name, example] of Object.entries(media.examples ?? {})) {
-          if (asksForMore(example.value, capabilities)) delete media.examples[name];
+          if (asksForMore(operation, example.value, capabilities)) delete media.examples[name];
           else if (!isBuiltIn) example.value = renamed(example.value, names, capabilities);
         }
       }
@@ -38,7 +41,8 @@ export function inNamesOf(capabilities, document) {
   return told;
 }
 
-function asksForMore(value, { endpoints }) {
+function asksForMore({ operationId }, value, { endpoints }) {
+  if (endpoints[operationId] === false) return true;
   const said = JSON.stringify(value);
   return Object.entries(NEEDS).some(([word, endpoint]) => said.includes(`"${word}"`) && !endpoints[endpoint]);
 }
@@ -49,10 +53,18 @@ function renamed(value, names, about) {
     return isVector ? Array(about.d_model).fill(value[0]) : value.map((one) => renamed(one, names, about));
   }
   if (value !== null && typeof value === "object") {
-    return Object.fromEntries(Object.entries(value).map(([key, one]) => [key, renamed(one, names, about)]));
+    return Object.fromEntries(Object.entries(value).map(([key, one]) =>
+      [key, LAYERS.has(key) ? layersOf(one, about) : renamed(one, names, about)]));
   }
   if (typeof value !== "string") return value;
-  if (HOOK.test(value)) return `blocks.${Math.floor(about.num_layers / 2)}.hook_resid_post`;
+  const hook = HOOK.exec(value);
+  if (hook) return `blocks.${layersOf(Number(hook[1]), about)}.${hook[2]}`;
   const [source, ...index] = value.split("/");
   return index.length && names.has(source) ? [names.get(source), ...index].join("/") : names.get(value) ?? value;
+}
+
+/** As far up in the other model as they are in the built-in one; each once. */
+function layersOf(layers, about) {
+  const inOther = (layer) => Math.floor((layer * about.num_layers) / BUILT_IN.layers);
+  return Array.isArray(layers) ? [...new Set(layers.map(inOther))] : inOther(layers);
 }
