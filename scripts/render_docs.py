@@ -136,7 +136,7 @@ CONVENTIONS = f"""\
   that ignores event names recognises it by its key `error`. Hanging up stops the generation.
 - Answers of 1000 bytes and more are compressed for clients that accept gzip, streams never. Large answers come in
   pieces of 16 to 64 KiB, without `Content-Length`, as fast as they are read; who reads nothing for `SEND_TIMEOUT` is
-  cut off.
+  cut off. Files of tensors come in pieces of at most 256 KiB, uncompressed and with `Content-Length`.
 - **Browsers.** With a `SECRET`, pages of any origin may call (CORS), without credentials. Without one, only pages of
   this machine may, and the server answers only as a loopback address or `SERVER_HOST`: a request whose `Host` or
   `Origin` is another is a 403. `ALLOWED_HOSTS` and `ALLOWED_ORIGINS` name more; pages of an allowed host may call it.
