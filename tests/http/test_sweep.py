@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from served import Serve, Wrapped, small_settings
+from served import SOON_S, Serve, Wrapped, small_settings
 
 from neuronpedia_inference.runtime import Runtime
 
@@ -21,8 +21,10 @@ BODY: dict[str, Any] = {
     "strengths": [40, 70],
     "seeds": [1, 2],
     "temperature": 0.7,
-    "max_new_tokens": 8,
+    "max_new_tokens": 4,
 }
+SAME: dict[str, Any] = {**BODY, "watch": [{"source": "15-res-4k", "index": 1113}], "reproducible": True}
+"""Its texts are the same to the letter however they are asked for."""
 
 
 def swept(http: httpx.Client, **body: Any) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def swept(http: httpx.Client, **body: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(http: httpx.Client) -> dict[str, Any]:
-    return swept(http, **BODY, watch=[{"source": "15-res-4k", "index": 1113}])
+    return swept(http, **SAME)
 
 
 def test_a_cell_is_what_steering_by_itself_says(http: httpx.Client, found: dict[str, Any]) -> None:
@@ -46,13 +48,13 @@ def test_a_cell_is_what_steering_by_itself_says(http: httpx.Client, found: dict[
     ]
     assert [(one["prompt"], one["seed"]) for one in found["default"]] == [(0, 1), (0, 2), (1, 1), (1, 2)]
     takes = found["takes"]
-    assert (takes["n_cells"], takes["n_plain"], takes["n_new_tokens"]) == (16, 4, 160)
+    assert (takes["n_cells"], takes["n_plain"], takes["n_new_tokens"]) == (16, 4, 80)
     assert takes["n_generations"] == 2
     plain = {(one["prompt"], one["seed"]): one for one in found["default"]}
     for cell in found["cells"][1::3]:
         feature = {**BODY["features"][cell["steering"]], "strength": cell["strength"]}
         body = {"prompt": BODY["prompt"][cell["prompt"]], "features": [feature], "seed": cell["seed"], "judge": True}
-        asked = {**body, "temperature": 0.7, "max_new_tokens": 8, "watch": [{"source": "15-res-4k", "index": 1113}]}
+        asked = {**{key: SAME[key] for key in ("temperature", "max_new_tokens", "watch", "reproducible")}, **body}
         alone = http.post("/v1/steer", json=asked).json()
         for one, other in ((cell, alone["steered"]), (plain[cell["prompt"], cell["seed"]], alone["default"])):
             assert (one["text"], one["tokens"], one["finish_reason"]) == (
@@ -83,24 +85,24 @@ def test_an_effect_is_how_much_of_the_feature_is_in_the_text(http: httpx.Client,
 
 
 def test_a_stream_says_what_it_takes_then_cell_by_cell_the_same(http: httpx.Client, found: dict[str, Any]) -> None:
-    body = {**BODY, "watch": [{"source": "15-res-4k", "index": 1113}]}
+    body = {**SAME, "prompt": BODY["prompt"][0], "seeds": [1]}
     with http.stream("POST", "/v1/sweep", json={**body, "stream": True}) as response:
         lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: {")]
     first, *told, last = [json.loads(line) for line in lines]
-    assert (first["takes"], first["cells"], first["suggested"]) == (found["takes"], [], None)
+    assert (first["takes"]["n_cells"], first["cells"], first["suggested"]) == (4, [], None)
     assert all(len(event["cells"]) + len(event["default"]) == 1 for event in told)
     for name in ("cells", "default"):
         texts = [one["text"] for event in told for one in event[name]]
-        assert texts == [one["text"] for one in found[name]]
-    assert last["suggested"]["strengths"] == found["suggested"]["strengths"]
-    assert swept(http, **body, dry_run=True) == {"takes": found["takes"], "cells": [], "default": [], "suggested": None}
+        assert texts == [one["text"] for one in found[name] if (one["prompt"], one["seed"]) == (0, 1)]
+    assert last["suggested"] == swept(http, **body)["suggested"]
+    assert swept(http, **body, dry_run=True) == {"takes": first["takes"], "cells": [], "default": [], "suggested": None}
 
 
 def test_edits_and_steerings_are_multiplied(http: httpx.Client) -> None:
     """An amount of 2 at strength 20 is one of 40; an edit without an amount stays as it is beside others."""
     clamp = {"do": "clamp", "feature": "15-res-4k/1113", "amount": 2, "on": {"phase": "generated"}}
     ablate = {"do": "ablate", "feature": "20-res-4k/686"}
-    short = {"prompt": PROMPT, "max_new_tokens": 8}
+    short = {"prompt": PROMPT, "max_new_tokens": 8, "reproducible": True}
     by_edit = swept(http, **short, edits=[clamp], strengths=[20, 40])["cells"]
     steering = {"edits": [clamp, ablate], "features": [{"source": "15-res-4k", "index": 1113, "strength": 0.5}]}
     by_steering = swept(http, **short, steerings=[steering], strengths=[40], judge=False)
@@ -157,11 +159,11 @@ def test_others_have_their_turns_between_two_generations(serve: Serve, runtime: 
 
     thread = threading.Thread(target=sweep)
     thread.start()
-    assert begun.wait(60)
+    assert begun.wait(SOON_S)
     with served.client() as client:
         answer = client.post("/v1/steer", json={"prompt": PROMPT, "max_new_tokens": 2, "compare": False})
         ended.append("short")
-    thread.join(300)
+    thread.join(SOON_S)
     assert answer.status_code == 200
     assert ended == ["short", "sweep"]
 
