@@ -11,11 +11,10 @@ import pytest
 
 from benchmarks.acceptance import PROMISES, judged
 from benchmarks.agreement import difference
-from benchmarks.cases import Case, FullForward, Generate, OneFeature, cases
+from benchmarks.cases import Case, Generate, OneFeature, cases
 from benchmarks.compare import compared
 from benchmarks.process import Child, ChildFailed, Process
 from benchmarks.wire import requests_of
-from neuronpedia_inference.embedded import SAES_DIR
 from neuronpedia_inference.embedded.weights import model_folder
 from neuronpedia_inference.operations import by_name, validate
 
@@ -186,44 +185,6 @@ def test_together_must_say_what_alone_says() -> None:
 
 
 # Who works
-
-
-def test_the_floor_is_hugging_face_and_the_saes_are_sae_lens_s() -> None:
-    """A real child process; its numbers are compared with two libraries asked directly."""
-    child = Child(Process("benchmarks.plain", str(model_folder()), str(SAES_DIR)))
-    try:
-        works = (FullForward("The capital of France is"), OneFeature(("The capital of France is", "Rome"), 15, 1346))
-        token, rows = (
-            child.ask({**Case("", "", "", work, at_a_time=2).line(), "times": 2})["answer"] for work in works
-        )
-        refused = child.ask({**by_case("first_busy").line(), "times": 1})
-        broken = child.ask({"kind": "Nothing", "times": 1})
-    finally:
-        child.close()
-    assert (token, rows) == asked_directly("The capital of France is", "Rome")
-    assert set(refused) == {"not_offered"}
-    assert broken == {"failed": "KeyError: 'Nothing'"}
-    assert child.versions.keys() == {"torch", "transformers"}
-
-
-def asked_directly(text: str, other: str) -> tuple[str, Any]:
-    import torch
-    from sae_lens import SAE
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
-    tokenizer: Any = AutoTokenizer.from_pretrained(model_folder())
-    sae: Any = SAE.load_from_disk(SAES_DIR / "15-res-4k", device="cpu", dtype="float32")
-    sae.fold_W_dec_norm()
-    token, rows = "", []
-    with torch.inference_mode():
-        for prompt in (other, text):
-            ids = torch.tensor([[1, *tokenizer(prompt, add_special_tokens=False).input_ids]])
-            output = model(ids, output_hidden_states=True)
-            token = tokenizer.decode(output.logits[0, -1].argmax())
-            values = sae.encode(output.hidden_states[16][0])[1:, 1346]
-            rows.insert(0, pytest.approx(values.tolist(), abs=2e-3))
-    return token, rows
 
 
 def test_a_process_that_ends_says_its_last_words() -> None:

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,11 @@ def modules() -> Iterator[tuple[str, Path]]:
         yield ".".join(part for part in parts if part != "__init__"), path
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def layer_of(module: str) -> int:
     name = module
     while name not in LAYERS:
@@ -134,15 +140,16 @@ def layer_of(module: str) -> int:
     return LAYERS[name]
 
 
-def imports(path: Path, *, everywhere: bool) -> Iterator[str]:
+@cache
+def imports(path: Path, *, everywhere: bool) -> list[str]:
     """Names that the file imports; only at module level (type checking aside) unless `everywhere`."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree, found = parsed(path), []
     for node in ast.walk(tree) if everywhere else _at_module_level(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
 
 
 def _at_module_level(tree: ast.Module) -> Iterator[ast.stmt]:
@@ -213,7 +220,7 @@ def test_two_broad_handlers_and_no_more() -> None:
     """What the worker and its lanes catch, and the web boundary; elsewhere they would hide what went wrong."""
     found = []
     for module, path in modules():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ExceptHandler) and _is_broad(node.type):
                 found.append(module)
     assert sorted(found) == ["engine.faults", "web.boundary"]
@@ -241,7 +248,7 @@ def test_a_steered_completion_enters_the_runtime_once() -> None:
     called = [
         node.func.attr
         for name in ("steer", "friendly")
-        for node in ast.walk(ast.parse((PACKAGE / "operations" / f"{name}.py").read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(PACKAGE / "operations" / f"{name}.py"))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "rt"
     ]
     assert sorted(called) == ["complete", "complete", "decode"]  # of a text, and of a chat
@@ -266,7 +273,7 @@ def _package(module: str) -> str:
 
 def _all_imports(path: Path, known: set[str]) -> set[str]:
     found = set()
-    for name in _names_outside_type_checking(ast.parse(path.read_text(encoding="utf-8"))):
+    for name in _names_outside_type_checking(parsed(path)):
         package, _, inner = name.partition(".")
         if package == PACKAGE.name:
             found.add(inner if inner in known else inner.rpartition(".")[0])
