@@ -2,6 +2,9 @@
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+# Processes that run tests beside each other, each whole files.
+TEST_JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo notebooks page-images test test-quick test-long lint check serve docs bench soak siege fire start stalls deploy fix
@@ -19,13 +22,13 @@ demo: $(VENV)/ready  ## Set up, then show features and steering of the embedded 
 	@$(BIN)/neuronpedia-inference demo
 
 test: $(VENV)/ready  ## Set up, then run the tests, all but the long ones
-	$(BIN)/python -m pytest -q -m "not long"
+	$(PYTEST) -m "not long"
 
 test-quick: $(VENV)/ready  ## The tests for every change, without a model: units and the rules of the tree
-	$(BIN)/python -m pytest -q -m "not long" tests/unit tests/contract
+	$(PYTEST) -m "not long" tests/unit tests/contract
 
 test-long: $(VENV)/ready  ## The long ones: tables, searches at random, kits
-	$(BIN)/python -m pytest -q -m long
+	$(PYTEST) -m long
 
 lint: $(VENV)/ready  ## Format, lint, types, generated documentation
 	$(BIN)/ruff format --check .

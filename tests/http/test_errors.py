@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import httpx
@@ -70,7 +71,7 @@ PATHS: dict[str, tuple[str, dict[str, Any]]] = {
     "top_k": ("/v1/top-k", {"prompt": TEXT, "source": SOURCE}),
     "friendly-steer": ("/v1/steer", {"prompt": "I", "features": [OUR_FEATURE], "max_new_tokens": 2}),
 }
-LEFT_OUT = object()
+LEFT_OUT = Enum("Field", "LEFT_OUT").LEFT_OUT
 
 
 @dataclass(frozen=True)
