@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 from neuronpedia_inference.checks import Report, self_test, verify
 from neuronpedia_inference.checks.report import Check
 from neuronpedia_inference.cli import app
-from neuronpedia_inference.edits import rows, table
+from neuronpedia_inference.edits import rows
 from neuronpedia_inference.edits.plan import Do, Plan, Step
-from neuronpedia_inference.engine import completions, engine, generation, prompts
+from neuronpedia_inference.edits.table import EditTable
+from neuronpedia_inference.engine import completions, engine, generation, prompts, steered
 from neuronpedia_inference.errors import StartupError
 from neuronpedia_inference.resolving import edits
 from neuronpedia_inference.runtime import Runtime
@@ -121,9 +122,8 @@ def dropped_while_decoding(patch: pytest.MonkeyPatch, _: Runtime) -> None:
 
 
 def swapped_in_batches(patch: pytest.MonkeyPatch, _: Runtime) -> None:
-    """Each row gets its neighbour's steering; a row that is alone has none."""
-    right = table._stack
-    patch.setattr(table, "_stack", lambda vectors: right([*vectors[1:], vectors[0]]))
+    """Each row gets its neighbour's steering."""
+    patch.setattr(steered, "EditTable", lambda of, **how: EditTable([*of[1:], of[0]], **how))
 
 
 def shifted(patch: pytest.MonkeyPatch, _: Runtime) -> None:
@@ -142,7 +142,7 @@ def other_cap(patch: pytest.MonkeyPatch, _: Runtime) -> None:
 
 
 def unanswered(patch: pytest.MonkeyPatch, _: Runtime) -> None:
-    """The smallest of what is and what may be becomes the largest: without a bound."""
+    """The smaller of what is and what may be becomes the larger."""
     patch.setattr(torch, "minimum", torch.maximum)
 
 
@@ -174,7 +174,7 @@ def words_lost(patch: pytest.MonkeyPatch, _: Runtime) -> None:
         (swapped_in_batches, {"merged"}),
         (shifted, {"capture", "features of 1-res-tiny", "features of 0-gated-tiny"}),
         (other_cap, {"steered, PROJECTION_CAP", "merged"}),
-        (unanswered, {"steered, ORTHOGONAL_DECOMP", "merged"}),
+        (unanswered, {"steered, PROJECTION_CAP", "merged"}),
         (other_bias, {"features of 1-res-tiny"}),
         (other_weights, {"capture", "features of 1-res-tiny", "merged", "streamed"} | STEERED),
         (words_lost, {"streamed"}),
