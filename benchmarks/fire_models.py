@@ -1,4 +1,4 @@
-"""Small models that show at once what a large one would show some day."""
+"""Small models, two of which show at once what a large one would show some day."""
 
 from __future__ import annotations
 
@@ -16,14 +16,22 @@ _WORDS = {"<s>": 0, "</s>": 1, "▁": 2, "a": 3, "b": 4, "▁▁": 5, "▁a": 6}
 _FIRST_BYTE = len(_WORDS)
 
 
-def wide(folder: Path) -> Path:
-    """A model whose logits float32 can hold and float16 cannot."""
-    import torch
+def small(folder: Path) -> Path:
+    """A model that starts in a moment."""
+    from transformers.utils.logging import disable_progress_bar
 
     from tests import models
 
-    models.save("llama", folder)
-    built: Any = models.model("llama").from_pretrained(folder)
+    disable_progress_bar()
+    return models.save("llama", folder)
+
+
+def wide(folder: Path) -> Path:
+    """A model whose logits float32 can hold and float16 cannot."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    built: Any = AutoModelForCausalLM.from_pretrained(small(folder))
     head = built.get_output_embeddings().weight
     with torch.no_grad():
         head.mul_(30_000 / head.abs().max())
@@ -38,6 +46,7 @@ def reciting(folder: Path) -> Path:
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     order = [_WORDS["▁a"], *map(_byte, "é€".encode()), _WORDS["b"], *map(_byte, "😀".encode())]
     following = {**dict.fromkeys(range(_FIRST_BYTE + 256), order[0]), **dict(pairwise([*order, order[0]]))}
@@ -62,6 +71,7 @@ def reciting(folder: Path) -> Path:
         built.lm_head.weight.zero_()
         for token, after in following.items():
             built.lm_head.weight[after, token] = 1
+    disable_progress_bar()
     built.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder

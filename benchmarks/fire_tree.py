@@ -22,6 +22,7 @@ from typing import Any, Self
 import httpx
 import psutil
 
+from benchmarks.fire_models import small
 from benchmarks.process import KEPT, ONE_THREAD
 
 INJECTED = Path(__file__).with_name("fire_injected.py")
@@ -259,12 +260,7 @@ class Tree:
     @cached_property
     def small(self) -> Path:
         """Folder of a model that starts in a moment."""
-        from transformers.utils.logging import disable_progress_bar
-
-        from tests import models
-
-        disable_progress_bar()
-        return models.save("llama", self.new_folder())
+        return small(self.new_folder())
 
     @property
     def small_words(self) -> tuple[str, ...]:
