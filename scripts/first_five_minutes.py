@@ -42,10 +42,12 @@ print(sum("text/html" in data for data in shown), "results drawn")
 OWN_VECTOR = """
 import sys
 import neuronpedia_inference as ni
-ill = ["The doctor saw her patients.", "He took his medicine.", "The wound healed slowly.", "She lay in hospital."]
-well = ["The farmer saw her cattle.", "He took his umbrella.", "The bread rose slowly.", "She sat in the garden."]
+armies = ["The army crossed the river at night.", "Soldiers held the hill until the morning.",
+          "The troops attacked the old fort.", "A general led his men into battle.", "The war began in the spring."]
+others = ["The boys crossed the street at night.", "Bakers worked in the kitchen until the morning.",
+          "The guests visited the old church.", "A teacher led her class into the garden.", "The rain began in the spring."]
 with ni.connect(sys.argv[1]) as m:
-    own = m.mean_difference(ill, well, "blocks.15.hook_resid_post")
+    own = m.mean_difference(armies, others, "blocks.15.hook_resid_post")
     both = m.steer(sys.argv[2], own @ 3, max_new_tokens=16)
     assert both.steered.text != both.default.text
     print(f"“{sys.argv[2]}{both.steered.text}”")
