@@ -45,7 +45,8 @@ import neuronpedia_inference as ni
 armies = ["The army crossed the river at night.", "Soldiers held the hill until the morning.",
           "The troops attacked the old fort.", "A general led his men into battle.", "The war began in the spring."]
 others = ["The boys crossed the street at night.", "Bakers worked in the kitchen until the morning.",
-          "The guests visited the old church.", "A teacher led her class into the garden.", "The rain began in the spring."]
+          "The guests visited the old church.", "A teacher led her class into the garden.",
+          "The rain began in the spring."]
 with ni.connect(sys.argv[1]) as m:
     own = m.mean_difference(armies, others, "blocks.15.hook_resid_post")
     both = m.steer(sys.argv[2], own @ 3, max_new_tokens=16)
