@@ -26,7 +26,8 @@ from neuronpedia_inference.schemas.steering import Steering
 from neuronpedia_inference.variants import Variant
 from tests.rounding import same_choices
 
-FEATURE = {"source": SOURCE, "index": 1113, "strength": 70}
+FEATURE = {"source": SOURCE, "index": 1113, "strength": 72}
+"""Rounding decides no token of the steered chat and text: each is 0.04 or more ahead of the second, in logs."""
 STEERED = {"features": [FEATURE]}
 CHAT: list[Any] = [{"role": "user", "content": "Tell me about cats."}]
 GREEDY: dict[str, Any] = {"model": MODEL, "messages": CHAT, "temperature": 0, "max_tokens": 8}
