@@ -21,6 +21,8 @@ reduction    one prompt and one source at a time, in float32 and in blocks of fe
              block     4 bytes × min(pos × F, max(2²², 256 × pos)), of F features at pos positions
 score        a capture behind the last block; 24 × logits of as many positions as 2²⁰ have room for, and 16 for every
              number of the answer
+sweep        what it keeps until its answer is whole, beside each of its generations: 512 for every new token, and 96
+             for every number that is watched
 results      bytes of a value, while it is found, merged and kept: 64 in a top-k, 40 in a ranking, 48 of what is active
 pass         tokens × (8 × d_model + 4 × d_mlp) × bytes, and the cache bytes of each; where attention makes its pattern,
              5 × rows × heads × longest² × 4 more, and once × bytes for every pattern that is kept
@@ -170,6 +172,11 @@ def reduce_bytes(prompts: Sequence[Tokens], sources: Sequence[Source]) -> int:
 def score_bytes(vocab_size: int, n_numbers: int) -> int:
     """Of making so many numbers of logits, and of telling them."""
     return SENDING_BYTES + LOGIT_BYTES * max(vocab_size, LOGITS_AT_ONCE) + SCORED_BYTES * n_numbers
+
+
+def kept_bytes(n_tokens: int, n_numbers: int) -> int:
+    """Of so many tokens that have been written, and numbers that have been read of them, until the answer is whole."""
+    return TOKEN_BYTES * n_tokens + NUMBER_BYTES * n_numbers
 
 
 @dataclass(frozen=True)

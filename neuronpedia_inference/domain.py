@@ -128,6 +128,8 @@ class Source:
     """Of its own attention, where it is temporal."""
     asks: tuple[str, ...] = ()
     """What its configuration asks of the model beside a hook, and what becomes of that."""
+    normalises: bool = False
+    """Whether it reads what passes at another size, which differs from token to token."""
 
     @property
     def is_neurons(self) -> bool:

@@ -38,6 +38,10 @@ class Recent(Generic[K, V]):
             self.hits += 1
         return value
 
+    def look(self, key: K) -> V | None:
+        """As `get`, without using it."""
+        return self._held.get(key)
+
     def has(self, key: K) -> bool:
         """As `get`, without using it."""
         return key in self._held

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from neuronpedia_inference.costs import NO_GRID, RECORDED_GRID, Costs, Demand
 from neuronpedia_inference.domain import ChatMessage, Lens, Numbers, Sampling, Tokens, Written
 from neuronpedia_inference.edits.plan import Plan
 from neuronpedia_inference.edits.proof import ResolvedEdit, n_numbers
+from neuronpedia_inference.edits.rows import RowEdit
 from neuronpedia_inference.engine.completions import Completions, Writing
 from neuronpedia_inference.engine.memory import usage
 from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
@@ -272,6 +274,19 @@ class Runtime(Texts):
         events = TicketEvents(lambda put: self._submit(work, demand, on_event=put, held=held), at_the_end=not stream)
         return Writing(events, Completions(self._codec, len(plans), sampling.stop))
 
+    def keep_room(self, n_bytes: int) -> None:
+        """For what the request that we are in keeps until it ends. Raises LimitExceeded, or Overloaded where there is
+        no room now."""
+        nothing: Future[None] = Future()
+        nothing.set_result(None)
+        hold(nothing, self._admission.permit(Demand(requests=0, bytes=n_bytes)))
+
+    def n_prompts(self, prompt: Tokens, plans: Sequence[Plan | None]) -> int:
+        """How often a prompt is run at the most, for rows of these plans, which begin together."""
+        if self._is_reproducible or self._engine.unmerged_because:
+            return len(plans)
+        return self._edits.n_prompts(plans, prompt.ids)
+
     async def directions(self, tokens: Sequence[SteerToken], layers: Sequence[int]) -> dict[int, Numbers]:
         """[d_model] by layer: see `Lenses.directions`."""
         work = CallWork(lambda: self.lenses.directions(tokens, layers))
@@ -382,10 +397,12 @@ class Runtime(Texts):
     ) -> Steps:
         """-> list[RowSpec], one per plan, good until `held` is closed. Runs on the worker."""
         rows: list[RowSpec] = []
+        resolved: dict[int, tuple[RowEdit, ...]] = {}
         for plan, sampling in zip(plans, samplings, strict=True):
-            edits = () if plan is None else (yield from self._edits.resolve(plan))
+            if plan is not None and id(plan) not in resolved:
+                resolved[id(plan)] = yield from self._edits.resolve(plan)
             stops = StopStrings(self._codec, sampling.stop) if sampling.stop else None
-            rows.append(RowSpec(prompt.ids, sampling, edits, stops=stops))
+            rows.append(RowSpec(prompt.ids, sampling, () if plan is None else resolved[id(plan)], stops=stops))
         if watches is None and not proves:
             return rows
         watches = watches or WatchPlan.of(())
@@ -401,7 +418,10 @@ class Runtime(Texts):
                 for one in watches.reads
             ]
             if proves:
-                of_row += [self._engine.watch(point, one, before=True) for point, one in tracing(row.edits).items()]
+                of_row += [
+                    self._engine.watch(point, one, before=True, proves=True)
+                    for point, one in tracing(row.edits).items()
+                ]
             ends = () if rules is None else rules.of_row(watches.places(points, n_edits), special)
             told = {"read_from": watches.read_from, "tells_edits": watches.tells_edits}
             watched.append(replace(row, watches=tuple(of_row), weight=weight, rules=ends, **told))

@@ -102,12 +102,19 @@ class PromptCache(Cache):
         text: Any = config.get_text_config()
         super().__init__(layers=[_Columns(n_columns) for _ in range(text.num_hidden_layers)])
 
-    def begin_with(self, layers: Layers, length: int) -> None:
-        """The first positions of one prompt, which are not run."""
-        for columns, layer in zip(self.layers, layers, strict=True):
+    def begin_with(self, prompts: Sequence[Layers], length: int) -> None:
+        """The first positions of every prompt, which are not run."""
+        for columns, of_layer in zip(self.layers, zip(*prompts, strict=True), strict=True):
             assert isinstance(columns, _Columns)
-            if layer is not None:
-                columns.update(*(kept[None, :, :length] for kept in layer))
+            there = [layer for layer in of_layer if layer is not None]
+            if there:
+                keys, values = ([kept[:, :length] for kept in side] for side in zip(*there, strict=True))
+                columns.update(_side_by_side(keys), _side_by_side(values))
+
+
+def _side_by_side(prompts: Sequence[Tensor]) -> Tensor:
+    """[head, pos, d_head] of each -> [prompt, head, pos, d_head]; no copy of one alone."""
+    return prompts[0][None] if len(prompts) == 1 else torch.stack(list(prompts))
 
 
 class _Columns(CacheLayerMixin):

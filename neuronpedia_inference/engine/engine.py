@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -194,11 +195,12 @@ class ModelEngine:
         """Length of one position's vector at a point with heads concatenated."""
         return self._finding(point).width
 
-    def watch(self, point: Point, reading: Reading, *, before: bool = False) -> Watch:
+    def watch(self, point: Point, reading: Reading, *, before: bool = False, proves: bool = False) -> Watch:
         """To read at a point that has been checked; computed points are read where they are computed from."""
         if point.place not in NORMALIZED:
-            return Watch(point, reading, before)
-        return Watch(Point(point.layer, NORMALIZED[point.place]), _Normalized(reading, self._tree.rms_eps), before)
+            return Watch(point, reading, before, proves)
+        read = _Normalized(reading, self._tree.rms_eps)
+        return Watch(Point(point.layer, NORMALIZED[point.place]), read, before, proves)
 
     def unwatched_because(self, n_positions: int) -> str:
         """Why texts that may reach so many positions cannot be watched; empty if they can."""
@@ -293,10 +295,10 @@ class _Normalized:
 
 
 def n_bytes(kept: Any) -> int:
-    """Of a tensor, or of lists of them."""
-    if isinstance(kept, Tensor):
+    """Of a tensor or an array, or of lists and mappings of them."""
+    if isinstance(kept, Tensor | np.ndarray):
         return kept.nbytes
-    return sum(map(n_bytes, kept or ()))
+    return sum(map(n_bytes, kept.values() if isinstance(kept, Mapping) else kept or ()))
 
 
 class Capturing:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from neuronpedia_inference.costs import NO_GRID, RECORDED_GRID, Grid
 from neuronpedia_inference.domain import Numbers
-from neuronpedia_inference.engine.cache import MaskForm, PromptCache, RowCache, RowMemory, SoloCache
+from neuronpedia_inference.engine.cache import MaskForm, RowCache, RowMemory, SoloCache
 from neuronpedia_inference.engine.decoder import Changes, Decoder, ends
 from neuronpedia_inference.engine.faults import failure_of, let_go
 from neuronpedia_inference.engine.prefixes import Prefixes
-from neuronpedia_inference.engine.prompts import PromptPass
+from neuronpedia_inference.engine.prompts import Prompt, PromptPass, passes_of
 from neuronpedia_inference.engine.protocol import NO_TOKEN, RowId, RowSpec, RowStep, StopReader
 from neuronpedia_inference.engine.reads import Reads
 from neuronpedia_inference.engine.ruled import Ruled
@@ -58,6 +58,8 @@ class _Row:
     """Of its text, where texts may end it."""
     length: int = 0
     """Positions whose keys and values are kept."""
+    read: list[Numbers] = field(default_factory=list)
+    """What was read of them: of the prompt, then position by position."""
     is_cut: bool = False
     """Behind them may be what was taken back."""
     is_returning: bool = False
@@ -85,10 +87,11 @@ class _Row:
             self.reader.ends_at(token)
 
     def look(self, numbers: Numbers | None) -> None:
-        """The rules see what a pass has read, and the first that wants to acts on the newest generated token."""
+        """What a pass has read: the rules see it, and the first that wants to acts on the newest generated token."""
         if self.is_returning or numbers is None:
             self.is_returning = False
             return
+        self.read.append(numbers)
         rule = self.ruled.see(numbers, self.generated[-1:] or self.spec.prompt_ids)
         if rule is None or not self.generated:
             return
@@ -101,6 +104,7 @@ class _Row:
         n_tokens, goes_on = self.ruled.refuse(rule, len(self.generated))
         refused = self.generated[-n_tokens:]
         del self.generated[-n_tokens:]
+        del self.read[-n_tokens:]
         self.sampler.take_back(refused)
         self.read_anew()
         self.length -= n_tokens + 1
@@ -224,9 +228,10 @@ class Lane:
             self._make_room([row.spec for row in staying])
             slot = len(self._decoding)
             for of_pass, prompts in passes:
-                places = [place for place, row in enumerate(of_pass) if not row.is_leaving]
-                self.memory.put(prompts.cache, places, [len(of_pass[n].spec.prompt_ids) for n in places], slot)
-                slot += len(places)
+                there = [(row, place) for row, place in zip(of_pass, prompts.places, strict=True) if not row.is_leaving]
+                lengths = [len(row.spec.prompt_ids) for row, _ in there]
+                self.memory.put(prompts.cache, [place for _, place in there], lengths, slot)
+                slot += len(there)
             for slot, row in enumerate(staying, len(self._decoding)):
                 row.length = len(row.spec.prompt_ids)
                 self._slots.put(row, slot)
@@ -249,7 +254,7 @@ class Lane:
         """As `logits` for one row's newest token, from the whole text, which takes the place of what was kept."""
         (row,) = self._decoding
         text = replace(row.spec, prompt_ids=(*row.spec.prompt_ids, *row.generated), n_generated=len(row.generated))
-        prompts = PromptPass(self.decoder, [text], self.memory.prompts(len(text.prompt_ids)))
+        prompts = PromptPass(self.decoder, [Prompt([text])], self.memory.prompts(len(text.prompt_ids)))
         prompts.advance(prompts.width)
         self.memory.put(prompts.cache, [0], [prompts.width], 0)
         self._numbers = [None if numbers is None else numbers[-1:] for numbers in prompts.numbers()]
@@ -293,8 +298,8 @@ class Lane:
     def _keep(self, slot: int, row: _Row) -> None:
         layers = self.memory.layers_of(slot, row.length)
         if layers is not None:
-            n_bytes = sum(one.nbytes for layer in layers if layer is not None for one in layer)
-            self.prefixes.keep(row.spec, row.generated, row.length, layers, n_bytes)
+            numbers = np.concatenate(row.read) if row.read else None
+            self.prefixes.keep(row.spec, row.generated, row.length, layers, numbers)
 
     def _make_room(self, new: Sequence[RowSpec]) -> Grid:
         """For rows beside those that are here, right behind those that decode; the grid that is needed for a step."""
@@ -385,26 +390,13 @@ class Joining:
 
     def __init__(self, lane: Lane, rows: NewRows) -> None:
         self.lane = lane
-        fresh: list[_Row] = []
         self._passes: list[tuple[Sequence[_Row], PromptPass]] = []
-        for id_, asked in rows:
-            spec = begun(asked)
-            finish = None if spec.sampling.max_new_tokens else "length"
-            row = _Row(id_, spec, Sampler(spec.sampling, spec.prompt_ids), Ruled(spec.rules), finish=finish)
-            row.read_anew()
-            # A prompt that is read has to pass.
-            known = lane.prefixes.find(spec) if lane.memory.in_pieces and not spec.is_read else None
-            if known is None:
-                fresh.append(row)
-            else:
-                cache = lane.memory.prompts(len(spec.prompt_ids))
-                assert isinstance(cache, PromptCache)
-                cache.begin_with(*known)
-                self._passes.append(([row], PromptPass(lane.decoder, [spec], cache, known[1])))
-        if fresh:
-            specs = [row.spec for row in fresh]
-            cache = lane.memory.prompts(max(len(spec.prompt_ids) for spec in specs))
-            self._passes.append((fresh, PromptPass(lane.decoder, specs, cache)))
+        begun_rows = [_begun(id_, asked) for id_, asked in rows]
+        specs = [row.spec for row in begun_rows]
+        for prompts in passes_of(specs, lane.prefixes if lane.memory.in_pieces else None):
+            of_pass = [begun_rows[place] for _, places in prompts for place in places]
+            cache = lane.memory.prompts(max(len(row.spec.prompt_ids) for row in of_pass))
+            self._passes.append((of_pass, PromptPass(lane.decoder, [prompt for prompt, _ in prompts], cache)))
         self.n_tokens = sum(prompts.n_tokens for _, prompts in self._passes)
         """Of all prompts, padding included and without what is known of them."""
         self.n_padding = sum(prompts.n_padding for _, prompts in self._passes)
@@ -421,12 +413,21 @@ class Joining:
         A rest of less than half a piece is run with the last: a pass costs a step, however little it has to do.
         """
         prompts = next(prompts for _, prompts in self._passes if not prompts.is_done)
-        n_positions = max(1, n_tokens // prompts.n_rows) if self.lane.memory.in_pieces else prompts.n_left
-        return prompts.n_rows * prompts.advance(prompts.n_left if 2 * prompts.n_left < 3 * n_positions else n_positions)
+        n_positions = max(1, n_tokens // prompts.n_prompts) if self.lane.memory.in_pieces else prompts.n_left
+        n_run = prompts.advance(prompts.n_left if 2 * prompts.n_left < 3 * n_positions else n_positions)
+        return prompts.n_prompts * n_run
 
     def join(self) -> list[RowStep]:
         """The rows join the lane with the first token of each. After an exception none has."""
         return self.lane.take_in(self._passes)
+
+
+def _begun(id_: RowId, asked: RowSpec) -> _Row:
+    spec = begun(asked)
+    finish = None if spec.sampling.max_new_tokens else "length"
+    row = _Row(id_, spec, Sampler(spec.sampling, spec.prompt_ids), Ruled(spec.rules), finish=finish)
+    row.read_anew()
+    return row
 
 
 def _of(logits: Tensor, places: Sequence[int]) -> Tensor:

@@ -6,7 +6,8 @@ give what the whole gives, up to rounding, in any causal model whose cache holds
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from neuronpedia_inference.domain import Numbers
 from neuronpedia_inference.engine.cache import PromptCache
 from neuronpedia_inference.engine.decoder import Decoder, ends
 from neuronpedia_inference.engine.hooks import Capture, edits
+from neuronpedia_inference.engine.prefixes import Known, Prefixes, text_of
 from neuronpedia_inference.engine.protocol import RowSpec
 from neuronpedia_inference.engine.reads import Reads
 from neuronpedia_inference.engine.steered import steering_edits
@@ -25,27 +27,49 @@ from neuronpedia_inference.engine.where import Passing, Span
 from neuronpedia_inference.points import PATTERN, Point
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """One that runs, for all rows that begin with it."""
+
+    rows: Sequence[RowSpec]
+    """They have the same tokens, and what edits the first one's edits the others' alike."""
+    known: Known | None = None
+    """What need not be run."""
+
+    @property
+    def n_done(self) -> int:
+        return 0 if self.known is None else self.known.n_positions
+
+
 class PromptPass:
     """Prompts that will be continued; at the end, the logits of each one's last position."""
 
-    def __init__(self, decoder: Decoder, specs: Sequence[RowSpec], cache: Cache, n_done: int = 0) -> None:
-        """`cache` gets the keys and values, and has those of the first `n_done` positions already."""
+    def __init__(self, decoder: Decoder, prompts: Sequence[Prompt], cache: Cache) -> None:
+        """`cache` gets the keys and values. As many positions of every prompt are known."""
         self._decoder = decoder
         self.cache = cache
+        specs = [prompt.rows[0] for prompt in prompts]
         self._lengths = [len(spec.prompt_ids) for spec in specs]
         self._ids = padded([spec.prompt_ids for spec in specs])
-        self._n_done = n_done
+        self._n_done = n_done = prompts[0].n_done
+        known = [prompt.known.layers for prompt in prompts if prompt.known is not None]
+        if known:
+            assert isinstance(cache, PromptCache)
+            cache.begin_with(known, n_done)
         self.n_tokens = len(specs) * (self.width - n_done)
         """To run, padding included."""
         self.n_padding = self.n_tokens + len(specs) * n_done - sum(self._lengths)
+        self.places = [place for place, prompt in enumerate(prompts) for _ in prompt.rows]
+        """Of every row, its prompt's."""
         self._passing = Passing()
-        self._reads = Reads(specs)
-        self._numbers: list[list[Numbers]] = [[] for _ in specs]
+        self._reads = Reads([row for prompt in prompts for row in prompt.rows], self.places)
+        told = [known for prompt in prompts for known in _numbers_of(prompt)]
+        self._numbers: list[list[Numbers]] = [[] if known is None else [known] for known in told]
         self._changes = steering_edits(specs, self._passing, self._reads)
         self._logits: list[Tensor | None] = [None] * len(specs)
 
     @property
-    def n_rows(self) -> int:
+    def n_prompts(self) -> int:
         return len(self._lengths)
 
     @property
@@ -69,7 +93,8 @@ class PromptPass:
         self._passing.span = Span([first] * len(self._lengths), ids)
         wanted = [(row, at - first) for row, at in ends(self._lengths) if first <= at < behind]
         inputs = {"past_key_values": self.cache}
-        self._reads.begin([max(0, min(length, behind) - first) for length in self._lengths], first)
+        lengths = [self._lengths[place] for place in self.places]
+        self._reads.begin([max(0, min(length, behind) - first) for length in lengths], first)
         logits = self._decoder.forward(ids, inputs, self._changes, wanted)
         for (row, _), of_row in zip(wanted, logits, strict=True):
             self._logits[row] = of_row
@@ -79,12 +104,44 @@ class PromptPass:
         return behind - first
 
     def logits(self) -> list[Tensor]:
-        """[vocab] of every prompt, float32."""
-        return [logits for logits in self._logits if logits is not None]
+        """[vocab] of every row, float32."""
+        found = [self._logits[place] for place in self.places]
+        return [logits for logits in found if logits is not None]
 
     def numbers(self) -> list[Numbers | None]:
-        """Of every prompt, [pos, n] as in `RowStep.numbers`; None of those that nobody watches."""
+        """Of every row, [pos, n] as in `RowStep.numbers`; None of those that nobody watches."""
         return [np.concatenate(kept) if kept else None for kept in self._numbers]
+
+
+def _numbers_of(prompt: Prompt) -> Sequence[Numbers | None]:
+    """Of every row what is known of it."""
+    return [None] * len(prompt.rows) if prompt.known is None else prompt.known.numbers
+
+
+def passes_of(rows: Sequence[RowSpec], prefixes: Prefixes | None) -> list[list[tuple[Prompt, list[int]]]]:
+    """How the prompts of these rows run: equal ones once, and those of which as much is known in one pass; with the
+    rows of each.
+
+    prefixes: what is known; None where every row runs by itself.
+    """
+    alike: dict[Hashable, list[int]] = {}
+    for place, row in enumerate(rows):
+        alike.setdefault(place if prefixes is None else _beginning(place, row), []).append(place)
+    by_length: dict[int, list[tuple[Prompt, list[int]]]] = {}
+    for places in alike.values():
+        of_prompt = [rows[place] for place in places]
+        prompt = Prompt(of_prompt, None if prefixes is None else prefixes.find(of_prompt))
+        by_length.setdefault(prompt.n_done, []).append((prompt, places))
+    return list(by_length.values())
+
+
+def _beginning(place: int, row: RowSpec) -> Hashable:
+    """Rows that have the same run their prompts once. What conditions see is each row's own, and what edits tell is
+    told of these very edits."""
+    if row.triggers:
+        return place
+    is_told = row.tells_edits and row.acts_from < row.n_prompt
+    return text_of(row), tuple(map(id, row.edits)) if is_told else ()
 
 
 class CapturePass:

@@ -10,6 +10,8 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import numpy as np
+
 from neuronpedia_inference.domain import Numbers, Refusal, Sampling
 from neuronpedia_inference.edits.rows import RowEdit, Trigger
 from neuronpedia_inference.points import Point
@@ -74,6 +76,8 @@ class Watch:
     reading: Reading
     before: bool = False
     """Read twice: before the edits of this point, and behind them."""
+    proves: bool = False
+    """It only says what the row's edits do: zeros at prompt positions before the first that they select."""
 
     @property
     def n_numbers(self) -> int:
@@ -157,6 +161,20 @@ class RowSpec:
     def is_read(self) -> bool:
         """Whether numbers are read at its positions."""
         return bool(self.watches) or (self.tells_edits and bool(self.edits))
+
+    @property
+    def readings(self) -> list[tuple[Watch, bool]]:
+        """What is read at a position, behind what its edits tell: of each watch, whether it is before the edits."""
+        return [
+            (watch, is_before) for watch in self.watches for is_before in ((True, False) if watch.before else (False,))
+        ]
+
+    @property
+    def acts_from(self) -> int:
+        """The first position of the prompt that one of its edits selects; the prompt's length where none does."""
+        places, ids = np.arange(self.n_prompt), np.array(self.prompt_ids[: self.n_prompt])
+        selected = [edit.on.weights(places, ids, self.n_prompt) > 0 for edit in self.edits]
+        return min((int(one.argmax()) for one in selected if one.any()), default=self.n_prompt)
 
     @property
     def triggers(self) -> list[Trigger]:

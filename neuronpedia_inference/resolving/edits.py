@@ -91,6 +91,22 @@ class EditResolver:
                     f"{n_positions - n_prompt} after it. Choose others, or leave `on` out."
                 )
 
+    def n_prompts(self, plans: Sequence[Plan | None], ids: Sequence[int]) -> int:
+        """How many prompts checked plans make of one: those that no edit selects anything of are one, seeds of a plan
+        too; what conditions see is each text's own."""
+        places, found = np.arange(len(ids)), set[object]()
+        for place, plan in enumerate(plans):
+            edits = () if plan is None else plan.edits
+            if any(edit.when is not None for edit in edits):
+                found.add((place,))
+            elif plan is not None and any(
+                self._selection(edit, plan).weights(places, np.asarray(ids), len(ids)).any() for edit in edits
+            ):
+                found.add(id(plan))
+            else:
+                found.add(None)
+        return len(found)
+
     def check_whole(self, plan: Plan) -> None:
         """Raises InvalidRequest for what texts that pass whole cannot be edited by: what one token has to wait for."""
         for edit in plan.edits:
@@ -144,9 +160,6 @@ class EditResolver:
             other, other_feature = None, None
             if edit.other is not None:
                 other, other_feature = yield from self._along(edit.other, edit)
-            is_normalised = feature is not None and feature.gauge.norm is not Norm.NONE
-            if is_normalised and bound is not None and bound.then is Then.REFUSE:
-                raise InvalidRequest(f"{edit.field}: its source normalises what it reads. {NO_DOSE_KNOWN}")
             found.append(
                 RowEdit(
                     point=self._points(edit.target)[-1],
@@ -207,9 +220,6 @@ class EditResolver:
             vector = weights.decoder.to(self._engine.device, torch.float32)
             gauge = gauge_of(weights, self._engine.device)
         self._check_norm(vector, source.hook, edit)
-        if gauge.norm is not Norm.NONE and (edit.unit is Unit.DOSE or source.is_transcoder):
-            what = "whose features cannot be set" if source.is_transcoder else "so that no dose can be given"
-            raise InvalidRequest(f"{edit.field}: source {source.name!r} normalises what it reads, {what}.")
         elsewhere = self._points(target)[0] if source.is_transcoder else None
         return vector, FeatureGauge((source.name, target.index), gauge, elsewhere)
 
@@ -238,6 +248,12 @@ class EditResolver:
             raise InvalidRequest(
                 f"max_dose: the length of decoder rows of {edit.target.source!r} is not known. {NO_DOSE_KNOWN}"
             )
+        if (
+            isinstance(edit.target, Feature)
+            and edit.reads_feature
+            and self._shelf.source(edit.target.source).normalises
+        ):
+            raise InvalidRequest(f"max_dose: source {edit.target.source!r} normalises what it reads. {NO_DOSE_KNOWN}")
         dose = largest_dose(
             edit.do,
             self._amount(edit),
@@ -284,6 +300,9 @@ class EditResolver:
                 f"Source {source.name!r} is of the kind {source.architecture}: {source.unread_alone_because}, so "
                 f"do {edit.do.value!r} would have to compute all of it at every token, which is not served. `add` is."
             )
+        if edit.reads_feature and source.normalises and (edit.unit is Unit.DOSE or source.is_transcoder):
+            what = "whose features cannot be set" if source.is_transcoder else "so that no dose can be given"
+            raise InvalidRequest(f"Source {source.name!r} normalises what it reads, {what}. `add` is served.")
         reads, writes = self._points(feature)
         self._engine.check(reads)
         self._engine.check(writes, write=True)

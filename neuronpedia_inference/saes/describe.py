@@ -18,7 +18,14 @@ from neuronpedia_inference.points import Point
 from neuronpedia_inference.saes import foreign, saelens
 from neuronpedia_inference.saes.asks import asked
 from neuronpedia_inference.saes.convert import converted_folder
-from neuronpedia_inference.saes.feature import ACROSS_LAYERS, NORMALISATIONS, FeatureWeights, check_rows
+from neuronpedia_inference.saes.feature import (
+    ACROSS_LAYERS,
+    CONSTANT_NORM,
+    LAYER_NORM,
+    NORMALISATIONS,
+    FeatureWeights,
+    check_rows,
+)
 from neuronpedia_inference.saes.files import Files, files_of
 from neuronpedia_inference.saes.kinds import SERVED, shapes_of
 from neuronpedia_inference.saes.layout import Layout
@@ -164,6 +171,7 @@ def source_of(spec: SourceSpec, config: Any) -> Source:
         has_dfa=hook.endswith("hook_z") and _reads_attention(spec, metadata.get("neuronpedia_id")),
         n_heads=getattr(config, "n_heads", 0),
         asks=asks,
+        normalises=config.normalize_activations in (CONSTANT_NORM, LAYER_NORM),
     )
 
 

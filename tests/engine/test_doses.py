@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,11 @@ from neuronpedia_inference.edits.plan import N_TOLD, OF_DIRECTIONS, OF_FEATURES,
 from neuronpedia_inference.edits.record import EditRecord
 from neuronpedia_inference.edits.row_table import RowTable
 from neuronpedia_inference.edits.table import EditTable
+from neuronpedia_inference.errors import InvalidRequest
+from tests import models
 from tests.edits_by_hand import WIDTH, Hand, sae
+from tests.engine.test_replays import SAE, served
+from tests.engine.test_verify import write_sae
 from tests.engine.test_watches import NoHostReads
 
 PLACE = "hook_resid_post"
@@ -85,3 +90,25 @@ def test_what_is_told_and_limited_waits_for_nothing() -> None:
     assert told.shape == (len(states()), N_TOLD * len(edits))
     assert float(told[:, N_TOLD - 1 :: N_TOLD].max()) == pytest.approx(0.2, rel=1e-4)
     assert not torch.equal(changed, states()[None])
+
+
+@pytest.mark.parametrize("normalisation", ["layer_norm", "constant_norm_rescale"])
+def test_where_a_source_normalises_no_dose_is_known_which_is_said_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, normalisation: str
+) -> None:
+    models.save("llama", tmp_path / "model")
+    write_sae(tmp_path / "saes" / SAE, "jumprelu", "blocks.1.hook_resid_post", normalisation)
+    clamp = {"do": "clamp", "feature": f"{SAE}/3", "amount": 2}
+    asked = {"max_new_tokens": 2, "compare": False}
+    with served(tmp_path) as (client, runtime):
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime, "_submit", None)
+            refused = {"edits": [clamp], "max_dose": {"value": 9, "then": "refuse"}}
+            with pytest.raises(InvalidRequest, match=f"edits.0: max_dose: source '{SAE}' normalises what it reads"):
+                client.steer("the cat", **refused, **asked)
+            with pytest.raises(InvalidRequest, match=f"edits.0: Source '{SAE}' normalises what it reads, so that no"):
+                client.steer("the cat", edits=[{**clamp, "unit": "dose"}], **asked)
+        bound = {"value": 9, "then": "clamp"}
+        receipt = client.steer("the cat", edits=[clamp], max_dose=bound, receipt=True, **asked).receipt
+    assert receipt is not None
+    assert receipt["edits"][0]["acted"], "the control: where the bound is on what is written, it steers"

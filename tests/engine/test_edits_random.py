@@ -124,9 +124,11 @@ def batches(draw: st.DrawFn, families: Sequence[str]) -> tuple[str, list[Mix]]:
 
 
 def numbers_by_hand(text: Text, mix: Mix) -> np.ndarray:
-    """[pos, n]: what is told of the edits, and then what the rules look at, at every token of the finished text."""
+    """[pos, n]: what is told of the edits, which is nothing where they do not act, and then what the rules look at, at
+    every token of the finished text."""
     hands, ruling, row = mix
-    found = [text.done[hand].numpy() for hand in hands] if row.tells_edits else []
+    done = [text.done[hand].numpy() for hand in hands] if row.tells_edits else []
+    found = [np.where(one[:, :1] > 0, one, 0) for one in done]
     return np.concatenate([*found, *([by_hand(text, ruling, row)] if ruling else [])], axis=1)
 
 

@@ -14,18 +14,19 @@ from hypothesis import strategies as st
 
 from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.edits.plan import Do
-from neuronpedia_inference.edits.select import Selection
+from neuronpedia_inference.edits.rows import RowEdit
+from neuronpedia_inference.edits.select import Phase, Selection
 from neuronpedia_inference.engine.cache import MaskForm
 from neuronpedia_inference.engine.engine import n_bytes
 from neuronpedia_inference.engine.generation import Lane
-from neuronpedia_inference.engine.protocol import NO_TOKEN, RowId, RowSpec, RowStep
+from neuronpedia_inference.engine.protocol import NO_TOKEN, RowId, RowSpec, RowStep, Watch
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.points import Point
 from neuronpedia_inference.recent import Recent
 from neuronpedia_inference.scheduler.jobs import CaptureWork, Steps
 from neuronpedia_inference.scheduler.policy import Limits
 from neuronpedia_inference.scheduler.worker import Worker
-from neuronpedia_inference.watches.readings import VectorReading
+from neuronpedia_inference.watches.readings import VectorReading, tracing
 from tests import models
 from tests.edits_by_hand import Hand, When, sae
 from tests.engine.engines import engine
@@ -109,48 +110,111 @@ def test_a_row_that_failed_leaves_nothing() -> None:
 
 
 turns = st.lists(
-    st.tuples(st.integers(0, 6), st.integers(0, 30), st.lists(st.integers(3, 5), max_size=6), st.integers(1, 5)),
+    st.tuples(
+        st.lists(st.integers(0, 15), min_size=1, max_size=4),
+        st.integers(0, 30),
+        st.lists(st.integers(3, 5), max_size=6),
+        st.integers(1, 5),
+    ),
     min_size=2,
-    max_size=6,
+    max_size=5,
 )
+
+
+def watched(*, before: bool = False, width: int = 32) -> Watch:
+    return engine("llama").watch(Point(1, "hook_resid_post"), VectorReading(width), before=before)
+
+
+def proof(edits: Sequence[RowEdit]) -> tuple[Watch, ...]:
+    return tuple(engine("llama").watch(point, one, before=True, proves=True) for point, one in tracing(edits).items())
 
 
 @cache
 def kinds() -> list[dict[str, Any]]:
-    """What may act on a row or read it: vectors, a feature set on some positions or on a condition, a watch."""
+    """What may act on a row or read it: vectors, a feature set on some positions or on a condition, watches on both
+    sides of edits, what edits say of themselves, and what proves that they acted."""
     of, place = sae("jumprelu"), "hook_resid_post"
     adds = [(steering("llama", place, Do.ADD, n, n),) for n in range(2)]
-    late = Hand(Do.CLAMP, 1, place, 4.0, of=of, index=3, on=Selection(start=4))
+    late = (Hand(Do.CLAMP, 1, place, 4.0, of=of, index=3, on=Selection(start=4)).resolved(),)
+    after = Selection(Phase.GENERATED)
+    generated = (Hand(Do.CLAMP, 1, place, 5.0, of=of, index=3, on=after).resolved(),)
+    stronger = (replace(generated[0], amount=9.0), replace(adds[1][0], on=after))
     when = When(of, 5, 0, place, above=0.5, n_tokens=3)
-    waiting = Hand(Do.ADD, 1, place, 3.0, of=of, index=7, when=when)
-    watch = engine("llama").watch(Point(1, place), VectorReading(32))
-    edits = [*adds, (late.resolved(),), (waiting.resolved(),), (*adds[0], late.resolved())]
-    return [*({"edits": one} for one in edits), {"watches": (watch,)}, {}]
+    waiting = (Hand(Do.ADD, 1, place, 3.0, of=of, index=7, when=when).resolved(),)
+    edited = [adds[0], adds[1], late, generated, stronger, waiting, (*adds[0], *late)]
+    seen = [
+        {"edits": edits, "watches": (watched(before=True), *proof(edits)), "tells_edits": True}
+        for edits in (late, generated, stronger, waiting)
+    ]
+    proven = [{"edits": edits, "watches": proof(edits)} for edits in (late, generated, stronger)]
+    return [*({"edits": edits} for edits in edited), *seen, *proven, {"watches": (watched(),)}, {}]
 
 
 @settings(max_examples=25)
 @given(turns, st.sampled_from([0, 20_000, 60_000, BUDGET]))
 def test_no_token_changes_whatever_is_kept_and_the_budget_holds(
-    program: Sequence[tuple[int, int, list[int], int]], budget: int
+    program: Sequence[tuple[list[int], int, list[int], int]], budget: int
 ) -> None:
-    """Texts that begin like earlier ones, cut anywhere, edited in one of several ways, watched, or left alone."""
+    """Texts that begin like earlier ones, cut anywhere, one or several at once, edited in some of many ways, watched,
+    or left alone: tokens and every number that is read are those of a row run alone."""
     recent: Recent[Any, Any] = Recent(budget, n_bytes)
     lane = lane_of("llama", recent)
     text = PROMPT
     for which, cut, more, n_new in program:
-        spec = RowSpec((*text[:cut], *more, 8), Sampling(n_new, n_logprobs=1), **kinds()[which])
-        steps, _ = run_steps(lane, spec)
-        fresh, _ = run_steps(lane_of("llama", Recent.nothing()), spec)
-        assert ids(steps) == ids(fresh)
-        found = [token for token in ids(steps) if token != NO_TOKEN]
-        for step, expected in zip(steps, fresh, strict=True):
-            assert step.logprob == pytest.approx(expected.logprob, abs=1e-4)
-            assert (step.numbers is None) == (expected.numbers is None)
-            if step.numbers is not None:
-                assert step.numbers == pytest.approx(expected.numbers, abs=1e-4)
-        text = (*spec.prompt_ids, *found, *PROMPT)
+        specs = [RowSpec((*text[:cut], *more, 8), Sampling(n_new, n_logprobs=1), **kinds()[kind]) for kind in which]
+        steps, _ = run_steps(lane, *specs)
+        for number, spec in enumerate(specs):
+            fresh, _ = run_steps(lane_of("llama", Recent.nothing()), spec)
+            expect_alike([step for step in steps if step.row.job == number], fresh)
+        found = [token for token in ids([step for step in steps if step.row.job == 0]) if token != NO_TOKEN]
+        text = (*specs[0].prompt_ids, *found, *PROMPT)
         assert recent.held_bytes <= budget
         assert recent.held_bytes == sum(n_bytes(recent.get(key)) for key in list(recent))
+
+
+def expect_alike(steps: Sequence[RowStep], fresh: Sequence[RowStep]) -> None:
+    assert ids(steps) == ids(fresh)
+    for step, expected in zip(steps, fresh, strict=True):
+        assert step.logprob == pytest.approx(expected.logprob, abs=1e-4)
+        assert (step.numbers is None) == (expected.numbers is None)
+        if step.numbers is not None:
+            # Sums over 32 numbers in float32, behind cached keys; states are up to 30 in size.
+            assert step.numbers == pytest.approx(expected.numbers, abs=1e-3, rel=1e-4)
+
+
+def test_one_prompt_serves_all_cells() -> None:
+    """Strengths, seeds and watches; where edits act on the prompt, cells of the same edit."""
+    late, stronger = kinds()[3]["edits"], kinds()[4]["edits"]
+    everywhere = kinds()[0]["edits"]
+    row = RowSpec(PROMPT, Sampling(3))
+    plain = replace(row, watches=(watched(),))
+    cells = [
+        replace(row, edits=edits, watches=(watched(before=True), *proof(edits)), tells_edits=True)
+        for edits in (late, stronger, late)
+    ]
+    lane = lane_of("llama", Recent(BUDGET, n_bytes))
+    steps, n_run = run_steps(lane, plain, *cells)
+    assert n_run == len(PROMPT)
+    for number, spec in enumerate((plain, *cells)):
+        fresh, n_alone = run_steps(lane_of("llama", Recent.nothing()), spec)
+        assert n_alone == len(PROMPT)
+        expect_alike([step for step in steps if step.row.job == number], fresh)
+    _, n_later = run_steps(lane, *cells, plain)
+    assert n_later == 1, "what the first of them has read is known, and only the last token runs"
+    other = replace(plain, watches=(engine("llama").watch(Point(0, "hook_resid_post"), VectorReading(32)),))
+    assert run_steps(lane, other)[1] == len(PROMPT), "what nobody has read has to pass"
+    seeds = [
+        replace(row, edits=everywhere, sampling=Sampling(3, temperature=1.0, seed=seed, n_logprobs=1))
+        for seed in (1, 2, 3)
+    ]
+    apart = replace(seeds[0], edits=(replace(everywhere[0], amount=3 * everywhere[0].amount),))
+    steps, n_run = run_steps(lane, *seeds, apart)
+    assert n_run == 2 * len(PROMPT), "steered prompts are others"
+    for number, spec in enumerate((*seeds, apart)):
+        fresh, _ = run_steps(lane_of("llama", Recent.nothing()), spec)
+        expect_alike([step for step in steps if step.row.job == number], fresh)
+    firsts = [next(step.logprob for step in steps if step.row.job == number) for number in (0, 3)]
+    assert firsts[0] != firsts[1], "the control: they differ"
 
 
 def test_what_is_kept_of_a_text_holds_no_other_and_is_not_copied_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

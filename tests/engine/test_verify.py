@@ -34,7 +34,7 @@ ALL = {"capture", "features of 1-res-tiny", "features of 0-gated-tiny", "effect"
 STEERED = {"steered, SIMPLE_ADDITIVE", "steered, ORTHOGONAL_DECOMP", "steered, PROJECTION_CAP"}
 
 
-def write_sae(folder: Path, kind: str, hook: str) -> None:
+def write_sae(folder: Path, kind: str, hook: str, normalisation: str = "none") -> None:
     """Seeded, as SAELens writes it, with decoder rows of other norms than one."""
     generator = torch.Generator().manual_seed(7)
 
@@ -49,7 +49,12 @@ def write_sae(folder: Path, kind: str, hook: str) -> None:
     metadata = {"hook_name": hook, "sae_lens_version": "6.0.0", "model_name": "tiny"}
     config = {
         **{"architecture": kind, "d_in": 32, "d_sae": D_SAE, "apply_b_dec_to_input": True, "dtype": "float32"},
-        **{"device": "cpu", "normalize_activations": "none", "reshape_activations": "none", "metadata": metadata},
+        **{
+            "device": "cpu",
+            "normalize_activations": normalisation,
+            "reshape_activations": "none",
+            "metadata": metadata,
+        },
     }
     folder.mkdir(parents=True)
     save_file(tensors, folder / "sae_weights.safetensors")
