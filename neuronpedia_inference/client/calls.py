@@ -136,7 +136,7 @@ def sweep(prompt: str | Sequence[str], makers: Makers, strengths: Sequence[float
 def _sweep(answer: Answer, prompts: tuple[str, ...], names: tuple[str, ...]) -> Sweep:
     texts, default = (tuple(map(SweepCell.of, answer[side])) for side in ("cells", "default"))
     suggested = () if answer["suggested"] is None else tuple(answer["suggested"]["strengths"])
-    return Sweep(prompts, names, texts, default, suggested)
+    return Sweep(prompts, names, texts, default, suggested, answer["receipt"])
 
 
 def score(prompt: str, continuations: Sequence[str], steering: Steering | None, **fields: Any) -> Call[Scores]:
@@ -181,10 +181,14 @@ def _steered(answer: Answer, prompt: str, steering: Steering) -> Steered:
 
 
 def capture(
-    prompt: str | Sequence[str] | Messages, points: str | Sequence[str], **fields: Any
+    prompt: str | Sequence[str] | Messages,
+    points: str | Sequence[str],
+    steering: Steering | None = None,
+    **fields: Any,
 ) -> TensorCall[list[Captured]]:
     sent = prompt if isinstance(prompt, str) else [one if isinstance(one, str) else dict(one) for one in prompt]
-    body = {"prompt": sent, "points": [points] if isinstance(points, str) else list(points), **_given(fields)}
+    chosen = (steering or Steering()).body()
+    body = {"prompt": sent, "points": [points] if isinstance(points, str) else list(points), **chosen, **_given(fields)}
     return TensorCall("capture", body, read_captured)
 
 

@@ -94,10 +94,15 @@ class Client:
         return self._ask(calls.contrast(a, b, **fields))
 
     def capture(
-        self, prompt: str | Sequence[str] | Messages, points: str | Sequence[str], **fields: Any
+        self,
+        prompt: str | Sequence[str] | Messages,
+        points: str | Sequence[str],
+        steering: Steering | None = None,
+        **fields: Any,
     ) -> list[Captured]:
-        """The vectors that pass at points, such as `"blocks.15.hook_resid_post"`, one result for each text."""
-        return self._ask_tensors(calls.capture(prompt, points, **fields))
+        """The vectors that pass at points, such as `"blocks.15.hook_resid_post"`, steered or plain, one result for
+        each text."""
+        return self._ask_tensors(calls.capture(prompt, points, steering, **fields))
 
     def mean_difference(self, a: Sequence[str], b: Sequence[str], point: str) -> Vector:
         """The vector from the texts of b to those of a at a point: the difference of the means of both sides, each
@@ -250,10 +255,15 @@ class AsyncClient:
         return await self._ask(calls.contrast(a, b, **fields))
 
     async def capture(
-        self, prompt: str | Sequence[str] | Messages, points: str | Sequence[str], **fields: Any
+        self,
+        prompt: str | Sequence[str] | Messages,
+        points: str | Sequence[str],
+        steering: Steering | None = None,
+        **fields: Any,
     ) -> list[Captured]:
-        """The vectors that pass at points, such as `"blocks.15.hook_resid_post"`, one result for each text."""
-        return await self._ask_tensors(calls.capture(prompt, points, **fields))
+        """The vectors that pass at points, such as `"blocks.15.hook_resid_post"`, steered or plain, one result for
+        each text."""
+        return await self._ask_tensors(calls.capture(prompt, points, steering, **fields))
 
     async def mean_difference(self, a: Sequence[str], b: Sequence[str], point: str) -> Vector:
         """The vector from the texts of b to those of a at a point, as `Client.mean_difference`."""

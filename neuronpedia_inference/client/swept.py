@@ -51,6 +51,8 @@ class Sweep(Result):
     default: tuple[SweepCell, ...] = ()
     suggested: tuple[float | None, ...] = ()
     """By steering, the strength with the largest effect whose texts hold; None where there is none."""
+    receipt: dict[str, Any] | None = None
+    """What the texts depended on, where `receipt=True` asked for it; `replay` runs it again."""
 
     def __repr__(self) -> str:
         told = ", ".join(

@@ -52,15 +52,17 @@ def plan_of(
     rt: Runtime,
     *,
     first: Steering | None = None,
+    behind: tuple[Edit, ...] = (),
     skip_special_tokens: bool = False,
     can_warn: bool = False,
 ) -> Plan | None:
     """What a steering does; None where it does nothing. Raises InvalidRequest and UnknownSource, naming the field.
 
-    first: another, whose edits act before its own. skip_special_tokens: edits of everything leave the prompt's special
-    tokens as they are, as in chats. can_warn: whether the answer has a place for doses that are too large.
+    first: another, whose edits act before its own. behind: edits that act after them. skip_special_tokens: edits of
+    everything leave the prompt's special tokens as they are, as in chats. can_warn: whether the answer has a place for
+    doses that are too large.
     """
-    edits = (*(() if first is None else edits_of(first, rt)), *edits_of(steering, rt))
+    edits = (*(() if first is None else edits_of(first, rt)), *edits_of(steering, rt), *behind)
     most = _max_dose(steering) or (None if first is None else _max_dose(first))
     if most is not None and most.then is Then.WARN and not can_warn:
         raise InvalidRequest("max_dose.then: this answer has no place for warnings. Take clamp or refuse.")

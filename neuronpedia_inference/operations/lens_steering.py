@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from neuronpedia_inference.domain import Lens, Numbers, Tokens
 from neuronpedia_inference.edits.plan import Direction, Do, Edit, Plan, Unit
 from neuronpedia_inference.edits.select import Phase, Selection
 from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.operations.edits import plan_of
 from neuronpedia_inference.points import RESID_POST, Point
 from neuronpedia_inference.schemas.lens import LensPromptRequest, LensSteerToken
 
@@ -21,21 +23,37 @@ FIELD = "steer_tokens"
 
 
 async def steering_plan(request: LensPromptRequest, prompt: Tokens, rt: Runtime) -> Plan | None:
-    """One edit per block; None where nothing is changed. A swap comes before ablation, and that before addition.
+    """The edits of `steering`, and then those of tokens' directions; None where nothing is changed.
 
-    Raises InvalidRequest for tokens or blocks that there are not, NoJacobianLens.
+    Raises InvalidRequest for tokens or blocks that there are not, NoJacobianLens, and what `plan_of` raises.
     """
+    skips = request.chat is not None and not request.input_token_ids
+    along = await _edits_of_tokens(request, prompt, rt)
+    if request.steering is None:
+        return Plan(along) if along else None
+    try:
+        plan = plan_of(request.steering, rt, behind=along, skip_special_tokens=skips)
+    except InvalidRequest as exc:
+        raise type(exc)(f"steering: {exc.message}") from exc
+    if plan is None:
+        return None
+    own = plan.edits[: len(plan.edits) - len(along)]
+    return replace(plan, edits=(*(replace(edit, field=f"steering.{edit.field}") for edit in own), *along))
+
+
+async def _edits_of_tokens(request: LensPromptRequest, prompt: Tokens, rt: Runtime) -> tuple[Edit, ...]:
+    """One per block. A swap comes before ablation, and that before addition."""
     has_tokens = bool(request.steer_tokens)
     is_active = request.swap_token is not None or (has_tokens and (request.steer_ablate or request.steer_strength != 0))
     if not request.steer_layers or not is_active:
-        return None
+        return ()
     if not has_tokens:
         raise InvalidRequest("swap_token: name in steer_tokens what it takes the place of")
     layers = _layers(request.steer_layers, rt.model.n_layers)
     along = await _directions(request.steer_tokens, FIELD, layers, rt)
     to = None if request.swap_token is None else await _directions([request.swap_token], "swap_token", layers, rt)
     how: dict[str, Any] = {"on": _where(request, prompt), "field": FIELD}
-    return Plan(tuple(_edit(request, layer, along, to, how) for layer in layers))
+    return tuple(_edit(request, layer, along, to, how) for layer in layers)
 
 
 def _edit(

@@ -19,6 +19,7 @@ from neuronpedia_inference.schemas.common import (
     examples,
 )
 from neuronpedia_inference.schemas.steer import AtMostMessages
+from neuronpedia_inference.schemas.steering import Steering
 from neuronpedia_inference.schemas.watch import MAX_LAYERS
 
 MAX_TYPES = 16
@@ -109,6 +110,11 @@ class LensPromptRequest(Wire):
     )
     steer_generated_tokens: bool = Field(
         default=False, description="Change it at generated tokens too, and not at the prompt's alone."
+    )
+    steering: Steering | None = Field(
+        default=None,
+        description="What else steers, as in `steer`; its edits act before the direction of `steer_tokens`, and its "
+        "`max_dose` bounds that too.",
     )
     filter_non_word_tokens: bool = Field(
         default=True,
