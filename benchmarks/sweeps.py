@@ -6,6 +6,7 @@ process; a ratio is the median of the ratios of each round. The requests one by 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import statistics
@@ -20,7 +21,6 @@ from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings
 
 RESULTS = Path(__file__).parent / "results" / "sweeps.json"
-N_ROUNDS = 3
 FEATURES = [
     {"source": "15-res-4k", "index": 1113},
     {"source": "10-res-4k", "index": 1608},
@@ -54,7 +54,7 @@ async def timed(what: Callable[[], Awaitable[list[str]]]) -> tuple[float, list[s
     return time.perf_counter() - started, texts
 
 
-async def measured(rt: Runtime) -> dict[str, Any]:
+async def measured(rt: Runtime, n_rounds: int) -> dict[str, Any]:
     contenders: dict[str, Callable[[], Awaitable[list[str]]]] = {
         "sweep": lambda: swept(rt),
         "one by one": lambda: one_by_one(rt),
@@ -62,7 +62,7 @@ async def measured(rt: Runtime) -> dict[str, Any]:
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     n_equal = 0
-    for number in range(N_ROUNDS + 1):
+    for number in range(n_rounds + 1):
         texts: dict[str, list[str]] = {}
         for name, contender in contenders.items():
             await rt.forget()
@@ -83,15 +83,26 @@ async def measured(rt: Runtime) -> dict[str, Any]:
 
 
 def main() -> None:
+    chosen = _arguments()
     load = Load()
     rt = Runtime.load(Settings.read())
     try:
-        found = asyncio.run(measured(rt))
+        found = asyncio.run(measured(rt, chosen.rounds))
     finally:
         rt.close()
     result = {"machine": description(), "load": load.since(), **found}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    chosen.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweeps", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, after one that warms up")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the result goes")
+    chosen = parser.parse_args()
+    if chosen.rounds < 1:
+        parser.error(f"--rounds {chosen.rounds}: at least one round is needed")
+    return chosen
 
 
 if __name__ == "__main__":

@@ -144,6 +144,9 @@ class Settings(BaseSettings):
         2**22, ge=1, description="Activations in one answer: results or `top_k` times tokens, or all that are not zero."
     )
     max_sweep_texts: int = Field(256, ge=1, description="Texts of one sweep, the unsteered ones too.")
+    max_sweep_tokens: int = Field(
+        32768, ge=1, description="New tokens of one sweep: `max_new_tokens` times its texts, the unsteered ones too."
+    )
     max_concurrent_requests: int = Field(32, ge=1, description="Requests admitted at once; more get a 503.")
     max_rows: int = Field(
         16, ge=1, le=256, description="Completions that decode together; more take turns, a new one first."

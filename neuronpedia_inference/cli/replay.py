@@ -27,8 +27,8 @@ def replay(
 ) -> None:
     """Run a receipt again, and name the first token or number that differs.
 
-    Receipts come with `"receipt": true` of [bold]steer[/]. What went in is compared first (prompt, weights, edits,
-    sampling), then the texts and what each edit did.
+    Receipts come with `"receipt": true` of [bold]steer[/] and [bold]sweep[/]. What went in is compared first (prompts,
+    weights, edits, sampling), then the texts and what each edit did.
 
     Exit code 0: no difference. 4: something differs. 5: texts or numbers differ, and so do circumstances (other
     weights, versions, device, or a receipt that is not reproducible), so that the two cannot be compared.

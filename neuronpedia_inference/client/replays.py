@@ -136,11 +136,58 @@ def _not_compared(was: Answer, now: Answer) -> Iterator[str]:
                 yield f"{what}: their digest is {one['status']} in {side}"
 
 
+# Prompts and texts of a receipt, each by its name
+
+ONE_CELL = dict.fromkeys(("prompt", "steering", "strength", "seed"))
+"""Of a receipt of `steer`: its request says it."""
+Named = Mapping[str, Answer]
+
+
+def _prompts(receipt: Answer) -> Named:
+    if "prompts" in receipt:
+        return {f"prompt {place}": one for place, one in enumerate(receipt["prompts"])}
+    return {"prompt": {"token_ids": receipt["prompt_ids"], "tokens": receipt["prompt_tokens"]}}
+
+
+def _cells(receipt: Answer) -> Named:
+    """Texts, with what steered them."""
+    if "cells" in receipt:
+        found: dict[str, Answer] = {}
+        for one in receipt["cells"]:
+            name = _told(one)
+            while name in found:
+                name += ", again"
+            found[name] = one
+        return found
+    sides = {"steered": receipt["edits"], "default": []}
+    texts = {side: {**ONE_CELL, "edits": edits, "text": receipt[side]} for side, edits in sides.items()}
+    return {side: one for side, one in texts.items() if one["text"] is not None}
+
+
+def _told(cell: Answer) -> str:
+    steered = "unsteered" if cell["steering"] is None else f"steering {cell['steering']} at {cell['strength']:g}"
+    return f"prompt {cell['prompt']}, {steered}, seed {cell['seed']}"
+
+
+def _paired(was: Named, now: Named) -> Iterator[tuple[str, Any, Any]]:
+    """Name by name; of as many on both sides one after the other, under the names that the receipt has."""
+    if len(was) == len(now):
+        yield from ((where, before, after) for (where, before), after in zip(was.items(), now.values(), strict=True))
+        return
+    yield from ((where, was.get(where), now.get(where)) for where in dict.fromkeys((*was, *now)))
+
+
+def _within(where: str, cell: Answer) -> str:
+    """Before what belongs to a text: nothing where there is one steered text alone."""
+    return "" if cell["prompt"] is None else f"{where}, "
+
+
 # What went in
 
 
 def _of_what_went_in(was: Answer, now: Answer) -> Iterator[Difference]:
-    yield from _first_token("prompt", was["prompt_ids"], was["prompt_tokens"], now["prompt_ids"], now["prompt_tokens"])
+    for where, before, after in _paired(_prompts(was), _prompts(now)):
+        yield from _first_token(where, before, after, went_in=True)
     for (source, index), (before, after) in _by(("source", "index"), was["features"], now["features"]).items():
         for part in dict.fromkeys((*_digests(before), *_digests(after))):
             where = f"feature {source}/{index}, {part.replace('_', ' ')}"
@@ -149,8 +196,8 @@ def _of_what_went_in(was: Answer, now: Answer) -> Iterator[Difference]:
         files = [None if one is None else [file["sha256"] for file in one["files"]] for one in both]
         if all(files):
             yield from _differs(f"files of {source}", *files)
-    for before, after in _aligned(was["edits"], now["edits"]):
-        yield from _edit(before, after)
+    for where, before, after in _paired(_cells(was), _cells(now)):
+        yield from _cell(where, before, after)
     for name in dict.fromkeys((*was["sampling"], *now["sampling"])):
         yield from _differs(f"sampling, {name}", was["sampling"].get(name), now["sampling"].get(name))
 
@@ -188,14 +235,24 @@ def _aligned(was: Sequence[Answer], now: Sequence[Answer]) -> Iterator[tuple[Ans
             yield from ((None, one) for one in now[first_now:last_now])
 
 
-def _edit(was: Answer | None, now: Answer | None) -> Iterator[Difference]:
+def _cell(where: str, was: Answer | None, now: Answer | None) -> Iterator[Difference]:
+    """What steered a text."""
+    if was is None or now is None:
+        return
+    for name in ("prompt", "steering", "strength", "seed"):
+        yield from _differs(f"{where}, {name}", was[name], now[name])
+    for before, after in _aligned(was["edits"], now["edits"]):
+        yield from _edit(_within(where, was), before, after)
+
+
+def _edit(within: str, was: Answer | None, now: Answer | None) -> Iterator[Difference]:
     if was is None or now is None:
         known: Answer = was or now or {}
         sides = ("there", "not there") if now is None else ("not there", "there")
-        yield Difference(f"edit {_named(known)}", *sides, went_in=True)
+        yield Difference(f"{within}edit {_named(known)}", *sides, went_in=True)
         return
     for name in ("unit", "amount", "norm"):
-        yield from _differs(f"edit {_named(was)}, {name}", was[name], now[name])
+        yield from _differs(f"{within}edit {_named(was)}, {name}", was[name], now[name])
 
 
 def _named(edit: Answer) -> str:
@@ -207,40 +264,39 @@ def _named(edit: Answer) -> str:
 
 
 def _of_what_came_out(was: Answer, now: Answer, *, is_exact: bool) -> Iterator[Difference]:
-    for side in ("steered", "default"):
-        before, after = was[side], now[side]
+    """Text by text: the first token, why it ended, and what edits did."""
+    for where, before, after in _paired(_cells(was), _cells(now)):
         if before is None or after is None:
-            yield from _differs(f"the {side} text", *("there" if one else "not there" for one in (before, after)))
+            yield from _differs(
+                f"the {where} text", *("not there" if one is None else "there" for one in (before, after))
+            )
             continue
-        tokens = [one for text in (before, after) for one in (text["token_ids"], text["tokens"])]
-        yield from _first_token(side, *tokens, went_in=False)
-        if before["finish_reason"] != after["finish_reason"]:
-            yield Difference(f"{side}, why it ended", before["finish_reason"], after["finish_reason"], went_in=False)
-    for before, after in _aligned(was["edits"], now["edits"]):
-        if before is not None and after is not None:
-            yield from _acted(before, after, is_exact=is_exact)
+        texts = before["text"], after["text"]
+        yield from _first_token(where, *texts, went_in=False)
+        reasons = [one["finish_reason"] for one in texts]
+        if reasons[0] != reasons[1]:
+            yield Difference(f"{where}, why it ended", *reasons, went_in=False)
+        for edit, edit_now in _aligned(before["edits"], after["edits"]):
+            if edit is not None and edit_now is not None:
+                yield from _acted(_within(where, before), edit, edit_now, is_exact=is_exact)
 
 
-def _first_token(
-    where: str,
-    ids: Sequence[int],
-    tokens: Sequence[str],
-    ids_now: Sequence[int],
-    tokens_now: Sequence[str],
-    *,
-    went_in: bool = True,
-) -> Iterator[Difference]:
+def _first_token(where: str, was: Answer | None, now: Answer | None, *, went_in: bool) -> Iterator[Difference]:
+    """was, now: with `token_ids` and `tokens`; nothing of what is not there."""
+    ids, ids_now = [[] if one is None else one["token_ids"] for one in (was, now)]
     for place in range(max(len(ids), len(ids_now))):
         both = [some[place] if place < len(some) else None for some in (ids, ids_now)]
         if both[0] != both[1]:
-            shown = [some[place] if place < len(some) else None for some in (tokens, tokens_now)]
+            shown = [
+                one["tokens"][place] if one is not None and place < len(one["tokens"]) else None for one in (was, now)
+            ]
             yield Difference(f"{where}, token {place}", *shown, went_in=went_in)
             return
 
 
-def _acted(was: Answer, now: Answer, *, is_exact: bool) -> Iterator[Difference]:
+def _acted(within: str, was: Answer, now: Answer, *, is_exact: bool) -> Iterator[Difference]:
     """The first thing that an edit did otherwise."""
-    where = f"edit {_named(was)}"
+    where = f"{within}edit {_named(was)}"
     if was["acted"] != now["acted"]:
         yield Difference(f"{where}, whether it acted", was["acted"], now["acted"], went_in=False)
         return

@@ -1,15 +1,14 @@
-"""The receipt of a steered text: what it depended on, and proof that it was steered."""
+"""Receipts of steered texts: what they depended on, and proof that they were steered."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel
 
-from neuronpedia_inference.completion import Completion
 from neuronpedia_inference.domain import FeatureDigest, Sampling
 from neuronpedia_inference.edits.plan import Direction, Feature, Plan, Unit, fires_in
 from neuronpedia_inference.edits.proof import Moment, Traced
@@ -29,12 +28,80 @@ from neuronpedia_inference.schemas.receipt import (
     ReceiptText,
 )
 from neuronpedia_inference.watches.plan import FeaturesRead
+from neuronpedia_inference.watches.rules import RulePlan
 
 if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
 WAIT_S = 2.0
 """For digests that are still being computed, before the text is told; after that they are `pending`."""
+
+
+class VectorDigest(NamedTuple):
+    norm: float
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Digests of what steers and reads some texts."""
+
+    features: Sequence[FeatureDigest]
+    vectors: Mapping[int, VectorDigest]
+    """By `id` of the numbers, which the plans hold."""
+    whole: Sequence[str]
+    """Sources that are read whole."""
+    rt: Runtime
+
+    @classmethod
+    async def of(cls, plans: Sequence[Plan | None], reads: RulePlan | None, rt: Runtime) -> Evidence:
+        """Raises EngineFailed where weights cannot be read."""
+        used = tuple(_used(plans, reads, rt))
+        features = await rt.ask(Fingerprints(used)) if used else []
+        whole = [] if reads is None else [source.name for source in reads.watches.held]
+        await rt.provenance.settled(whole, WAIT_S)
+        return cls(features, await paced(_vectors(plans)), whole, rt)
+
+    def circumstances(
+        self, operation: str, request: BaseModel, sampling: dict[str, Any], *, is_reproducible: bool
+    ) -> dict[str, Any]:
+        """The fields of `schemas.receipt.Circumstances`."""
+        provenance = self.rt.provenance
+        model = provenance.model
+        sources = [(name, provenance.source(name)) for name in self.whole]
+        return {
+            "format": FORMAT,
+            "operation": operation,
+            "versions": provenance.versions,
+            "model": ReceiptModel.model_construct(
+                name=provenance.name, status=model.status, files=_files(model.files), sha256=model.sha256
+            ),
+            "device": provenance.device,
+            "dtype": provenance.dtype,
+            "products": {} if is_reproducible else {name: list(of) for name, of in provenance.products.items()},
+            "reproducible": is_reproducible,
+            "request": as_sent(request),
+            "sampling": sampling,
+            "features": Rows(len(self.features), lambda n: ReceiptFeature.model_construct(**asdict(self.features[n]))),
+            "sources": [
+                ReceiptSource.model_construct(source=name, status=found.status, files=_files(found.files))
+                for name, found in sources
+            ],
+        }
+
+    def edits(self, row: Transcript) -> Sequence[ReceiptEdit]:
+        """Of a text that has ended."""
+        if row.proof is None:
+            return []
+        norms = {Feature(one.source, one.index): one.norm for one in self.features}
+        proof = row.proof
+
+        def edit(number: int) -> ReceiptEdit:
+            target = proof.edits[number].edit.target
+            vector = self.vectors[id(target.vector)] if isinstance(target, Direction) else None
+            return _edit(proof.traced(number), norms, vector)
+
+        return Rows(len(proof.edits), edit)
 
 
 @dataclass(frozen=True)
@@ -44,10 +111,7 @@ class Account:
     operation: str
     request: BaseModel
     story: Story
-    features: Sequence[FeatureDigest]
-    vectors: Sequence[VectorDigest | None]
-    """Of the edits of the first row, in order; None of those by a feature."""
-    rt: Runtime
+    evidence: Evidence
 
     @classmethod
     async def of(cls, operation: str, request: BaseModel, story: Story, rt: Runtime) -> Account:
@@ -55,67 +119,35 @@ class Account:
         cannot be read."""
         async with AsyncExitStack() as on_failure:
             on_failure.push_async_callback(story.aclose)
-            used = tuple(_used(story.wanted, rt))
-            features = await rt.ask(Fingerprints(used)) if used else []
-            vectors = await paced(_vectors(story.wanted.plans[0]))
-            await rt.provenance.settled(_whole(story.wanted), WAIT_S)
+            evidence = await Evidence.of(story.wanted.plans, story.wanted.reads, rt)
             on_failure.pop_all()
-        return cls(operation, request, story, features, vectors, rt)
+        return cls(operation, request, story, evidence)
 
     def receipt(self) -> Receipt | None:
         """Once the story has ended; None before."""
         if not self.story.has_ended:
             return None
-        begun, provenance, rows = self.story.begun, self.rt.provenance, self.story.rows
-        model = provenance.model
-        sources = [(name, provenance.source(name)) for name in _whole(self.story.wanted)]
+        begun, rows = self.story.begun, self.story.rows
+        sampling = sampling_as_sent(self.story.wanted.sampling)
         return Receipt.model_construct(
-            format=FORMAT,
-            operation=self.operation,
-            versions=provenance.versions,
-            model=ReceiptModel.model_construct(
-                name=provenance.name,
-                status=model.status,
-                files=_files(model.files),
-                sha256=model.sha256,
+            **self.evidence.circumstances(
+                self.operation, self.request, sampling, is_reproducible=begun.is_reproducible
             ),
-            device=provenance.device,
-            dtype=provenance.dtype,
-            products={} if begun.is_reproducible else {name: list(of) for name, of in provenance.products.items()},
-            reproducible=begun.is_reproducible,
-            request=as_sent(self.request),
             prompt_ids=list(begun.prompt.ids),
             prompt_tokens=list(begun.prompt.strings),
-            sampling=_sampling(self.story.wanted.sampling),
-            features=Rows(len(self.features), lambda n: ReceiptFeature.model_construct(**asdict(self.features[n]))),
-            sources=[
-                ReceiptSource.model_construct(source=name, status=found.status, files=_files(found.files))
-                for name, found in sources
-            ],
-            edits=self._edits(rows[0]),
-            steered=_text(rows[0]),
-            default=_text(rows[1]) if len(rows) > 1 else None,
+            edits=self.evidence.edits(rows[0]),
+            steered=text_receipt(rows[0]),
+            default=text_receipt(rows[1]) if len(rows) > 1 else None,
         )
 
-    def _edits(self, row: Transcript) -> Sequence[ReceiptEdit]:
-        if row.proof is None:
-            return []
-        norms = {Feature(one.source, one.index): one.norm for one in self.features}
-        proof = row.proof
-        return Rows(len(proof.edits), lambda n: _edit(proof.traced(n), norms, self.vectors[n]))
 
-
-class VectorDigest(NamedTuple):
-    norm: float
-    sha256: str
-
-
-def _vectors(plan: Plan | None) -> Generator[None, None, list[VectorDigest | None]]:
-    found: list[VectorDigest | None] = []
-    for edit in () if plan is None else plan.edits:
-        numbers = edit.target.vector if isinstance(edit.target, Direction) else None
-        found.append(None if numbers is None else VectorDigest(norm_of(numbers), sha256_of(numbers)))
-        yield
+def _vectors(plans: Sequence[Plan | None]) -> Generator[None, None, dict[int, VectorDigest]]:
+    found: dict[int, VectorDigest] = {}
+    for edit in (edit for plan in plans if plan is not None for edit in plan.edits):
+        if isinstance(edit.target, Direction) and id(edit.target.vector) not in found:
+            numbers = edit.target.vector
+            found[id(numbers)] = VectorDigest(norm_of(numbers), sha256_of(numbers))
+            yield
     return found
 
 
@@ -134,31 +166,28 @@ def as_sent(value: Any) -> Any:
     return value
 
 
-def _used(wanted: Completion, rt: Runtime) -> Iterator[UsedFeature]:
+def _used(plans: Sequence[Plan | None], wanted: RulePlan | None, rt: Runtime) -> Iterator[UsedFeature]:
     """Features of SAEs, each once; of those that only steer, the decoder row."""
     reads: dict[Feature, bool] = {}
-    for edit in (edit for plan in wanted.plans if plan is not None for edit in plan.edits):
+    for edit in (edit for plan in plans if plan is not None for edit in plan.edits):
         for target in edit.targets:
             if isinstance(target, Feature):
                 reads[target] = reads.get(target, False) or edit.reads_feature
         if edit.when is not None:
             reads |= {fires.feature: True for fires in fires_in(edit.when)}
-    for read in () if wanted.reads is None else wanted.reads.watches.reads:
+    for read in () if wanted is None else wanted.watches.reads:
         if isinstance(read, FeaturesRead) and not read.source.is_neurons:
             reads |= {Feature(read.source.name, index): True for index in read.indices}
     for feature, is_read in reads.items():
         yield UsedFeature(rt.shelf.source(feature.source), feature.index, is_read)
 
 
-def _whole(wanted: Completion) -> list[str]:
-    return [] if wanted.reads is None else [source.name for source in wanted.reads.watches.held]
-
-
 def _files(found: Sequence[Any]) -> list[ReceiptFile]:
     return [ReceiptFile.model_construct(name=one.name, bytes=one.n_bytes, sha256=one.sha256) for one in found]
 
 
-def _sampling(sampling: Sampling) -> dict[str, Any]:
+def sampling_as_sent(sampling: Sampling) -> dict[str, Any]:
+    """How tokens are drawn, as JSON-ready values."""
     return {
         name: list(map(_listed, value)) if isinstance(value, tuple) else value
         for name, value in asdict(sampling).items()
@@ -204,5 +233,6 @@ def _moment(moment: Moment | None) -> ReceiptMoment | None:
     )
 
 
-def _text(row: Transcript) -> ReceiptText:
+def text_receipt(row: Transcript) -> ReceiptText:
+    """Of a text that has ended."""
     return ReceiptText.model_construct(token_ids=row.token_ids, tokens=row.tokens, finish_reason=row.finish_reason)

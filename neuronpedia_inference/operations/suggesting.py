@@ -19,7 +19,7 @@ class Mean:
     lost: float
     """Nats per token."""
     repeated: float
-    """As a share."""
+    """As a share; of texts that repeat less than the unsteered ones 0."""
     effect: float
     """How far what the strength is for has moved."""
 

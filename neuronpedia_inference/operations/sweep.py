@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from neuronpedia_inference.costs import kept_bytes
 from neuronpedia_inference.edits.plan import Feature
 from neuronpedia_inference.errors import Overloaded
 from neuronpedia_inference.operations.judging import judge
@@ -20,6 +21,7 @@ from neuronpedia_inference.operations.operation import Operation
 from neuronpedia_inference.operations.steer import text_story
 from neuronpedia_inference.operations.story import Story, Transcript
 from neuronpedia_inference.operations.suggesting import MOST_LOST, MOST_REPEATED, Mean, suggested
+from neuronpedia_inference.operations.sweep_account import SweepAccount
 from neuronpedia_inference.operations.sweep_plan import Cell, Sweep, planned_sweep
 from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.scheduler.stay import Stay
@@ -50,13 +52,17 @@ async def sweep(request: SweepRequest, rt: Runtime) -> SweepResponse:
         cells=[cell for event in found for cell in event.cells],
         default=[cell for event in found for cell in event.default],
         suggested=found[-1].suggested,
+        receipt=found[-1].receipt,
     )
 
 
 async def sweep_events(request: SweepRequest, rt: Runtime) -> Sweeping:
     """What it takes, every text by itself, and what is suggested. Raises every 4xx and 503 before it returns."""
     planned, takes = await planned_sweep(request, rt)
-    first = None if request.dry_run else await _begun(planned, planned.generations[0], rt)
+    if request.dry_run:
+        return Sweeping(_only(takes), None)
+    rt.keep_room(kept_bytes(takes.n_new_tokens, takes.n_watched))
+    first = await _begun(planned, planned.generations[0], rt)
     return Sweeping(_events(planned, takes, first, rt), first)
 
 
@@ -101,25 +107,32 @@ async def _begun(sweep: Sweep, cells: Sequence[Cell], rt: Runtime) -> Generation
     return Generation(cells, features, story, stay)
 
 
+async def _only(takes: SweepTakes) -> AsyncGenerator[SweepResponse, None]:
+    yield SweepResponse(takes=takes)
+
+
 async def _events(
-    sweep: Sweep, takes: SweepTakes, first: Generation | None, rt: Runtime
+    sweep: Sweep, takes: SweepTakes, first: Generation, rt: Runtime
 ) -> AsyncGenerator[SweepResponse, None]:
     yield SweepResponse(takes=takes)
-    if first is None:
-        return
     told: list[SweepCell] = []
+    account = await SweepAccount.of(sweep, rt) if sweep.request.receipt else None
     for cells in sweep.generations:
         generation = first if cells is first.cells else await _once_there_is_room(partial(_begun, sweep, cells, rt), rt)
         try:
             written = await _written(sweep, generation, rt)
         finally:
             await generation.close()
+        if account is not None:
+            account.add(cells, generation.story)
         for cell in written:
-            told.append(cell)
+            told.append(cell.model_copy(update={"watch": None}))  # what was watched is held by nobody but its reader
             plain, steered = ([cell], []) if cell.steering is None else ([], [cell])
-            yield SweepResponse.model_construct(takes=None, cells=steered, default=plain, suggested=None)
-    if sweep.request.judge:
-        yield SweepResponse(suggested=_suggestion(sweep, told))
+            yield SweepResponse.model_construct(takes=None, cells=steered, default=plain, suggested=None, receipt=None)
+    suggested = _suggestion(sweep, told) if sweep.request.judge else None
+    receipt = None if account is None else account.receipt()
+    if suggested is not None or receipt is not None:
+        yield SweepResponse.model_construct(takes=None, cells=[], default=[], suggested=suggested, receipt=receipt)
 
 
 async def _once_there_is_room(attempt: Callable[[], Awaitable[T]], rt: Runtime) -> T:
@@ -207,7 +220,7 @@ def _mean(sweep: Sweep, told: Sequence[SweepCell], steering: int, strength: floa
     return Mean(
         strength,
         lost=float(np.mean([other.logprob_per_token - one.logprob_per_token for one, other in judged] or [inf])),
-        repeated=float(np.mean([one.repetition - other.repetition for one, other in judged] or [1.0])),
+        repeated=float(np.mean([max(0.0, one.repetition - other.repetition) for one, other in judged] or [1.0])),
         effect=float(np.mean(np.abs(moved))) if moved else abs(strength),
     )
 

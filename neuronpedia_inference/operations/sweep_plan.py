@@ -17,6 +17,7 @@ from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.steer import turns
 from neuronpedia_inference.operations.watching import watch_plan
 from neuronpedia_inference.pacing import paced
+from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.schemas.edits import SteerEdit
 from neuronpedia_inference.schemas.steer import NPSteerChatMessage
 from neuronpedia_inference.schemas.steering import SteerByFeature, Steering
@@ -55,6 +56,16 @@ class Sweep:
     """Each of one prompt."""
     reads: RulePlan | None
 
+    @property
+    def sampling(self) -> Sampling:
+        """Of every text, but for its seed."""
+        return Sampling(max_new_tokens=self.request.max_new_tokens, temperature=self.request.temperature)
+
+    @property
+    def plans(self) -> list[Plan | None]:
+        """Of all texts, in order."""
+        return [cell.plan for cells in self.generations for cell in cells]
+
     @cached_property
     def all_features(self) -> list[Feature]:
         return list(dict.fromkeys(feature for some in self.features for feature in some))
@@ -73,10 +84,10 @@ class Sweep:
         return Completion(
             self.prompts[cells[0].prompt],
             [cell.plan for cell in cells],
-            Sampling(max_new_tokens=request.max_new_tokens, temperature=request.temperature),
+            self.sampling,
             seeds=[cell.seed for cell in cells],
             reads=self.reads,
-            proves=request.judge,
+            proves=request.judge or request.receipt,
             then=(lambda prompt: longest(prompt, len(cells), request.max_new_tokens, rt, features))
             if request.judge
             else None,
@@ -97,7 +108,8 @@ async def planned_sweep(request: SweepRequest, rt: Runtime) -> tuple[Sweep, Swee
     at_once = rt.settings.max_rows
     generations = [some[first : first + at_once] for some in cells for first in range(0, len(some), at_once)]
     sweep = Sweep(request, prompts, features, generations, watch_plan(request.watch or (), (), rt))
-    return sweep, await _takes(sweep, rt)
+    with reproducibly(request.reproducible):
+        return sweep, await _takes(sweep, rt)
 
 
 def _prompts(request: SweepRequest) -> tuple[Sequence[Prompt], bool]:
@@ -177,6 +189,12 @@ def _check_size(n_prompts: int, kind: str, request: SweepRequest, rt: Runtime) -
             f"{n_prompts} prompts × {n_steerings} {kind} × {n_strengths} strengths × {n_seeds} seeds are {n_texts} "
             f"texts with the unsteered ones, the most is {most}. Sweep less at once, or raise MAX_SWEEP_TEXTS."
         )
+    n_tokens, most = n_texts * request.max_new_tokens, rt.settings.max_sweep_tokens
+    if n_tokens > most:
+        raise LimitExceeded(
+            f"max_new_tokens: {n_texts} texts of {request.max_new_tokens} are {n_tokens} new tokens, the most of one "
+            f"sweep is {most}. Sweep less at once, ask for shorter texts, or raise MAX_SWEEP_TOKENS."
+        )
 
 
 def _cells(request: SweepRequest, prompt: int, plans: Sequence[Sequence[Plan]]) -> list[Cell]:
@@ -196,10 +214,10 @@ async def _takes(sweep: Sweep, rt: Runtime) -> SweepTakes:
     n_tokens = n_watched = 0
     for cells in sweep.generations:
         _, prompt = await rt.checked(sweep.completion(cells, rt))
-        n_tokens += len(prompt) * len(cells)
+        n_tokens += len(prompt) * rt.n_prompts(prompt, [cell.plan for cell in cells])
         if sweep.reads is not None:
             n_positions = len(prompt) + sweep.request.max_new_tokens
-            n_watched += n_positions * sum(sweep.reads.watches.n_numbers(rt.edited(cell.plan)) for cell in cells)
+            n_watched += n_positions * sum(_n_watched(cell, sweep.reads, rt) for cell in cells)
     most = rt.settings.max_result_values // WATCHED_SHARE
     if n_watched > most:
         raise LimitExceeded(
@@ -215,4 +233,10 @@ async def _takes(sweep: Sweep, rt: Runtime) -> SweepTakes:
         n_generations=len(sweep.generations),
         n_prompt_tokens=n_tokens,
         n_new_tokens=n_texts * sweep.request.max_new_tokens,
+        n_watched=n_watched,
     )
+
+
+def _n_watched(cell: Cell, reads: RulePlan, rt: Runtime) -> int:
+    """Numbers of one position."""
+    return reads.watches.n_numbers(rt.edited(cell.plan), 0 if cell.plan is None else len(cell.plan.edits))

@@ -105,12 +105,8 @@ class ReceiptText(Reply):
     finish_reason: str | None = Field(description="Why it ended.")
 
 
-class Receipt(Reply):
-    """Everything that the texts depended on. `neuronpedia-inference replay FILE` runs it again and compares.
-
-    It holds the prompt, and goes to whoever asked and nowhere else: never to a log. No path and no name of a machine is
-    in it.
-    """
+class Circumstances(Reply):
+    """What texts depended on, beside their prompts and what steered them."""
 
     format: int = Field(description=f"{FORMAT}; it changes with the meaning of what follows.")
     operation: str = Field(description="The operation that was asked, such as `steer`.")
@@ -124,11 +120,47 @@ class Receipt(Reply):
     )
     reproducible: bool = Field(description="Whether the same request has the same bytes whatever else there is to do.")
     request: dict[str, Any] = Field(description="The request as it came, without what was left out of it.")
-    prompt_ids: list[int] = Field(description="Ids of the prompt's tokens, as the model read them.")
-    prompt_tokens: list[str] = Field(description="The same as text.")
-    sampling: dict[str, Any] = Field(description="How tokens were drawn, the seed among it, with defaults filled in.")
+    sampling: dict[str, Any] = Field(
+        description="How tokens were drawn, with defaults filled in; the seed too, unless every text has its own."
+    )
     features: list[ReceiptFeature] = Field(description="Features of SAEs that were used, each once.")
     sources: list[ReceiptSource] = Field(description="SAEs that were read whole, for a watched `top_k`.")
+
+
+class Receipt(Circumstances):
+    """Everything that the texts depended on. `neuronpedia-inference replay FILE` runs it again and compares.
+
+    It holds the prompt, and goes to whoever asked and nowhere else: never to a log. No path and no name of a machine is
+    in it.
+    """
+
+    prompt_ids: list[int] = Field(description="Ids of the prompt's tokens, as the model read them.")
+    prompt_tokens: list[str] = Field(description="The same as text.")
     edits: list[ReceiptEdit] = Field(description="What `steered` was edited by, in order.")
     steered: ReceiptText = Field(description="The steered text.")
     default: ReceiptText | None = Field(description="The unsteered text; null when `compare` is false.")
+
+
+class ReceiptPrompt(Reply):
+    """A prompt of a sweep."""
+
+    token_ids: list[int] = Field(description="Ids of its tokens, as the model read them.")
+    tokens: list[str] = Field(description="The same as text.")
+
+
+class ReceiptCell(Reply):
+    """A text of a sweep."""
+
+    prompt: int = Field(description="Place of its prompt in the list.")
+    steering: int | None = Field(description="Place of what steers it; null for an unsteered text.")
+    strength: float | None = Field(description="Its strength; null for an unsteered text.")
+    seed: int = Field(description="Its seed.")
+    edits: list[ReceiptEdit] = Field(description="What it was edited by, in order.")
+    text: ReceiptText = Field(description="What was written.")
+
+
+class SweepReceipt(Circumstances):
+    """Everything that the texts of a sweep depended on; as the receipt of `steer`, and run again like it."""
+
+    prompts: list[ReceiptPrompt] = Field(description="The prompts, in order.")
+    cells: list[ReceiptCell] = Field(description="Every text in the order in which it was told, unsteered ones too.")

@@ -19,6 +19,7 @@ from neuronpedia_inference.schemas.common import (
 )
 from neuronpedia_inference.schemas.edits import MAX_EDITS, SteerEdit
 from neuronpedia_inference.schemas.judge import SteerJudge
+from neuronpedia_inference.schemas.receipt import SweepReceipt
 from neuronpedia_inference.schemas.steer import (
     AtMostMessages,
     NewTokens,
@@ -28,7 +29,7 @@ from neuronpedia_inference.schemas.steer import (
     Temperature,
 )
 from neuronpedia_inference.schemas.steering import Steering, Strength
-from neuronpedia_inference.schemas.watch import SteerWatch, SteerWatched
+from neuronpedia_inference.schemas.watch import AskedWatch, SteerWatched
 from neuronpedia_inference.watches.plan import MAX_WATCHES
 
 MAX_PROMPTS, MAX_STRENGTHS, MAX_SEEDS = 16, 64, 64
@@ -70,10 +71,17 @@ class SweepRequest(Ours):
     )
     max_new_tokens: NewTokens = 32
     temperature: Temperature = 0.0
-    watch: Annotated[Many[SteerWatch], AtMost(MAX_WATCHES)] | None = Field(
-        default=None, description="What to read at every token of prompt and text, in every cell."
+    watch: Annotated[Many[AskedWatch], AtMost(MAX_WATCHES)] | None = Field(
+        default=None,
+        description='What to read at every token of prompt and text, in every cell; "edits" for what every edit finds '
+        "and does.",
     )
     judge: bool = Field(default=True, description="Judge every text, as `steer` does; without, nothing is suggested.")
+    receipt: bool = Field(
+        default=False,
+        description="Also answer what the texts depended on, with proof that every edit acted: `receipt`, with the "
+        "last event of a stream. It costs what `watch` does.",
+    )
     steer_special_tokens: SteerSpecialTokens = False
     dry_run: bool = Field(default=False, description="Only say what it would take, and check everything.")
     stream: Stream = False
@@ -105,8 +113,12 @@ class SweepTakes(Reply):
     n_plain: int = Field(description="Unsteered texts beside them.")
     n_rows_at_once: int = Field(description="Texts that are written together.")
     n_generations: int = Field(description="How often so many of them are.")
-    n_prompt_tokens: int = Field(description="Tokens of prompts that are run, over all texts.")
+    n_prompt_tokens: int = Field(
+        description="Tokens of prompts that are run at the most: of texts that are written together, those whose edits "
+        "leave the prompt alone, or do the same to it, have it run once."
+    )
     n_new_tokens: int = Field(description="Tokens that are written at the most, over all texts.")
+    n_watched: int = Field(description="Numbers that are watched at the most, over all texts.")
 
 
 class SweepCell(Reply):
@@ -139,7 +151,10 @@ class SweepMean(Reply):
         description="By how many nats per token its texts are less likely than the unsteered ones of the same prompts "
         "and seeds; null where there is no text."
     )
-    repeated: float = Field(description="By how much more of their runs of three tokens repeat.")
+    repeated: float = Field(
+        description="By how much more of their runs of three tokens repeat, in the mean; one that repeats less than "
+        "its unsteered text makes up for no other."
+    )
     effect: float = Field(
         description="Mean over its features of how far their activation in the texts is from that in the unsteered "
         "texts of the same prompts and seeds; of a steering without features the size of the strength."
@@ -166,3 +181,6 @@ class SweepResponse(Reply):
     cells: list[SweepCell] = Field(default=[], description="The steered texts.")
     default: list[SweepCell] = Field(default=[], description="The unsteered texts, for every prompt and seed.")
     suggested: SweepSuggestion | None = Field(default=None, description="Null without `judge`.")
+    receipt: SweepReceipt | None = Field(
+        default=None, description="What the texts depended on; null unless asked for, and before all have ended."
+    )

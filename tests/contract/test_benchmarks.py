@@ -105,3 +105,20 @@ def test_bars_are_as_long_as_the_ratios(rendering: ModuleType, body: dict[str, A
     ]
     lengths = sorted(float(bar.attrib["width"]) / (one - zero) for bar in bars)
     assert lengths == pytest.approx(sorted(expected), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [(["--help"], 0, "usage: python -m benchmarks.sweeps"), (["--rounds", "0"], 2, "at least one round is needed")],
+)
+def test_what_a_sweep_takes_is_measured_only_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, says: str
+) -> None:
+    sweeps = importlib.import_module("benchmarks.sweeps")
+    monkeypatch.setattr(sys, "argv", ["sweeps", *arguments])
+    monkeypatch.setattr(sweeps, "Runtime", None)
+    with pytest.raises(SystemExit) as ended:
+        sweeps.main()
+    assert ended.value.code == code
+    told = capsys.readouterr()
+    assert says in told.out + told.err

@@ -186,6 +186,91 @@ def test_a_changed_number_of_the_sae_is_named(
     assert not any(one.where.startswith(f"feature {SAE}/5") for one in replay.differences)
 
 
+SWEPT: dict[str, Any] = {
+    "prompt": ["the cat sat on", "a dog"],
+    "edits": [
+        {"do": "add", "feature": f"{SAE}/5", "amount": 1},
+        {"do": "clamp", "feature": f"{SAE}/7", "amount": 1, "on": {"phase": "generated"}},
+    ],
+    "strengths": [3, 6],
+    "seeds": [1, 2],
+    "temperature": 1.0,
+    "max_new_tokens": 5,
+    "receipt": True,
+    "reproducible": True,
+}
+
+
+def swept(client: Client, **changes: Any) -> dict[str, Any]:
+    """The receipt of a sweep, once nothing of it is pending."""
+    body = {**SWEPT, **changes}
+    while True:
+        found = client._transport.ask("sweep", body)["receipt"]
+        if found["model"]["status"] != "pending":
+            return json.loads(json.dumps(found))
+
+
+def test_a_sweep_is_the_same_again_and_whatever_was_changed_is_named(folder: Path, client: Client) -> None:
+    receipt = swept(client)
+    assert [one["tokens"] for one in receipt["prompts"]] != []
+    assert len(receipt["cells"]) == 2 * 2 * (1 + 2 * 2)
+    assert len({json.dumps(one["text"]["token_ids"]) for one in receipt["cells"]}) > 10, "they are different texts"
+    with served(folder) as (again, _):
+        replay = again.replay(receipt)
+    assert (str(replay), replay.is_same, replay.is_comparable) == ("no difference", True, True)
+    place, cell = next((n, one) for n, one in enumerate(receipt["cells"]) if one["steering"] == 1)
+    name = f"prompt 0, steering 1 at 3, seed {cell['seed']}"
+
+    stronger = deepcopy(receipt)
+    stronger["request"]["strengths"] = [3, 7]
+    differences = client.replay(stronger).differences
+    assert (differences[0].where, differences[0].was, differences[0].now) == (
+        "prompt 0, steering 0 at 6, seed 1, strength",
+        6,
+        7,
+    )
+    assert {one.where for one in differences} >= {
+        f"prompt 1, steering 1 at 6, seed 2, edit edits.1 (clamp {SAE}/7 at blocks.1.hook_resid_post), amount"
+    }
+
+    other = deepcopy(receipt)
+    other["request"]["prompt"][1] = "a cat"
+    [first, *_] = client.replay(other).differences
+    assert first.where.startswith("prompt 1, token ")
+    assert first.went_in
+
+    dropped = deepcopy(receipt)
+    del dropped["request"]["edits"][1]
+    gone = [one for one in client.replay(dropped).differences if one.now == "not there"]
+    assert {one.where for one in gone} >= {f"the {name} text", "the prompt 1, steering 1 at 6, seed 2 text"}
+    assert len(gone) == 8
+
+    written = deepcopy(receipt)
+    text = written["cells"][place]["text"]
+    text["token_ids"][2], text["tokens"][2] = text["token_ids"][2] + 1, "another"
+    [only] = client.replay(written).differences
+    assert (only.where, only.was) == (f"{name}, token 2", "another")
+
+    hidden = deepcopy(receipt)
+    hidden["cells"][place]["edits"][0]["last"]["after"] *= 1.01
+    [only] = client.replay(hidden).differences
+    assert only.where.startswith(f"{name}, edit edits.1 (clamp {SAE}/7")
+    assert only.where.endswith("after at its last token")
+
+
+def test_a_changed_row_of_the_sae_is_named_in_a_sweep(folder: Path, client: Client, tmp_path: Path) -> None:
+    receipt = swept(client)
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    file = other / "saes" / SAE / "sae_weights.safetensors"
+    tensors = load_file(file)
+    tensors["W_dec"][7, 0] *= 1.001
+    save_file(tensors, file)
+    with served(other) as (changed, _):
+        replay = changed.replay(receipt)
+    assert f"feature {SAE}/7, decoder row" in {one.where for one in replay.differences if one.went_in}
+    assert not any(one.where.startswith(f"feature {SAE}/5") for one in replay.differences)
+
+
 def test_other_weights_of_the_model_are_said(folder: Path, receipt: dict[str, Any], tmp_path: Path) -> None:
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     file = other / "model" / "model.safetensors"

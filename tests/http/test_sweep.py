@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from served import SOON_S, Serve, Wrapped, small_settings
 
+from neuronpedia_inference.costs import Demand
 from neuronpedia_inference.runtime import Runtime
 
 PROMPT = "The most important thing is"
-ECONOMY, MOON, SCHOLARS = (("15-res-4k", 1113), ("10-res-4k", 1608), ("20-res-4k", 2657))
+ECONOMY, MOON = (("15-res-4k", 1113), ("10-res-4k", 1608))
 BODY: dict[str, Any] = {
     "prompt": [PROMPT, "I think that"],
     "features": [{"source": source, "index": index} for source, index in (ECONOMY, MOON)],
@@ -70,6 +74,96 @@ def test_a_cell_is_what_steering_by_itself_says(http: httpx.Client, found: dict[
         assert cell["text"] != plain[cell["prompt"], cell["seed"]]["text"]  # the control: steered
 
 
+GENERATED = {"do": "clamp", "feature": "15-res-4k/1113", "amount": 1, "on": {"phase": "generated"}}
+LONG = "The most important thing for a country is what its people make of the hours of their days, and that"
+
+
+def test_a_cell_s_receipt_and_edits_are_those_of_steering_by_itself(http: httpx.Client) -> None:
+    """Where it leaves the prompt alone, whose numbers are read once for all cells, and where it does not."""
+    everywhere = {**GENERATED, "on": {"phase": "both", "from": 2}}
+    asked = {"prompt": LONG, "max_new_tokens": 4, "watch": ["edits", {"source": "15-res-4k", "index": 1113}]}
+    told = swept(http, **asked, edits=[GENERATED, everywhere], strengths=[40, 60], seeds=[3], receipt=True)
+    cells, receipt = told["cells"], told["receipt"]
+    assert [one["edits"] for one in receipt["cells"] if one["steering"] is None] == [[]]
+    assert [one["tokens"] for one in receipt["prompts"]] == [told["cells"][0]["watch"]["tokens"][:-4]]
+    for cell, kept in zip(cells, (one for one in receipt["cells"] if one["steering"] is not None), strict=True):
+        edit = [GENERATED, everywhere][cell["steering"]]
+        steered = {"edits": [{**edit, "amount": cell["strength"]}], "seed": 3, "receipt": True, "compare": False}
+        alone = http.post("/v1/steer", json={**asked, **steered}).json()
+        assert kept["text"] == alone["receipt"]["steered"]
+        [proof], [expected] = kept["edits"], alone["receipt"]["edits"]
+        assert (proof["field"], proof["amount"], proof["acted"]) == (
+            f"edits.{cell['steering']}",
+            cell["strength"],
+            True,
+        )
+        for moment in ("first", "last"):
+            for name, value in expected[moment].items():
+                close = pytest.approx(value, rel=1e-3, abs=1e-2) if isinstance(value, float) else value
+                assert proof[moment][name] == close
+        for mine, theirs in zip(cell["watch"]["values"], alone["steered"]["watch"]["values"], strict=True):
+            for one, other in zip(mine.get("edits") or [mine], theirs.get("edits") or [theirs], strict=True):
+                for name in ("share", "before", "target", "after", "dose"):
+                    expect_close(one.get(name), other.get(name))
+    assert receipt["request"]["strengths"] == [40, 60]
+    assert "seed" not in receipt["sampling"]
+
+
+def expect_close(some: list[float | None] | None, others: list[float | None] | None) -> None:
+    """null where null; sums over 576 numbers of another order."""
+    assert (some is None) == (others is None)
+    for one, other in zip(some or (), others or (), strict=True):
+        assert one == (None if other is None else pytest.approx(other, rel=1e-3, abs=1e-2))
+
+
+def test_one_prompt_is_run_for_all_cells(http: httpx.Client, runtime: Runtime) -> None:
+    """Of two generations the second finds it known, and of judged and watched cells too."""
+    body = {"prompt": LONG, "edits": [GENERATED], "max_new_tokens": 2, "strengths": list(range(1, 21))}
+    for watch, n_later in ((None, 1), ([{"source": "15-res-4k", "index": 1113}, "edits"], 1)):
+        asyncio.run(runtime.forget())
+        before = n_prefilled(http)
+        told = swept(http, **body, watch=watch, receipt=True)
+        n_prompt = len(told["receipt"]["prompts"][0]["tokens"])
+        assert told["takes"]["n_generations"] == 2
+        assert told["takes"]["n_prompt_tokens"] == 2 * n_prompt, "at the most: once for each generation"
+        assert n_prefilled(http) - before == n_prompt + n_later
+    everywhere = swept(http, **{**body, "edits": [{**GENERATED, "on": None}]}, dry_run=True)["takes"]
+    assert everywhere["n_prompt_tokens"] == 21 * n_prompt, "each strength makes another of it"
+
+
+def n_prefilled(http: httpx.Client) -> int:
+    [line] = [
+        line
+        for line in http.get("/metrics").text.splitlines()
+        if "tokens_total{" in line and 'pass="prefill"' in line and "padding" not in line
+    ]
+    return int(float(line.split()[-1]))
+
+
+def test_what_is_kept_until_the_answer_is_whole_is_admitted(
+    http: httpx.Client, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the first generation: 512 bytes of each new token and 96 of each watched number."""
+    body = {**BODY, "max_new_tokens": 4, "watch": [{"source": "15-res-4k", "index": 1113}]}
+    takes = swept(http, **body, dry_run=True)["takes"]
+    kept = 512 * takes["n_new_tokens"] + 96 * takes["n_watched"]
+    seen: list[int] = []
+    permit = runtime._admission.permit
+
+    def counted(demand: Demand, *others: Any) -> Any:
+        seen.append(demand.bytes)
+        return permit(demand, *others)
+
+    monkeypatch.setattr(runtime._admission, "permit", counted)
+    assert takes["n_watched"] > 0
+    swept(http, **body)
+    assert seen[0] == kept
+    assert runtime._admission.inside.bytes < kept or runtime._admission.inside.requests == 0
+    monkeypatch.setattr(runtime._admission, "bounds", replace(runtime._admission.bounds, bytes=kept - 1))
+    answer = http.post("/v1/sweep", json=body)
+    assert (answer.status_code, "MiB of memory" in answer.json()["error"]) == (400, True)
+
+
 def test_an_effect_is_how_much_of_the_feature_is_in_the_text(http: httpx.Client, found: dict[str, Any]) -> None:
     """By the unsteered model, over the generated tokens but the last."""
     looked_at = max(found["cells"], key=lambda one: one["effects"][0])
@@ -95,7 +189,8 @@ def test_a_stream_says_what_it_takes_then_cell_by_cell_the_same(http: httpx.Clie
         texts = [one["text"] for event in told for one in event[name]]
         assert texts == [one["text"] for one in found[name] if (one["prompt"], one["seed"]) == (0, 1)]
     assert last["suggested"] == swept(http, **body)["suggested"]
-    assert swept(http, **body, dry_run=True) == {"takes": first["takes"], "cells": [], "default": [], "suggested": None}
+    nothing = {"cells": [], "default": [], "suggested": None, "receipt": None}
+    assert swept(http, **body, dry_run=True) == {"takes": first["takes"], **nothing}
 
 
 def test_edits_and_steerings_are_multiplied(http: httpx.Client) -> None:
@@ -120,24 +215,31 @@ def test_edits_and_steerings_are_multiplied(http: httpx.Client) -> None:
     assert (by_steering["suggested"], by_steering["cells"][0]["judge"]) == (None, None)
 
 
-WINDOWS = {ECONOMY: (35, 130), MOON: (35, 75), SCHOLARS: (45, 115)}
-"""Strengths at which the text is about the feature and is English: below it hardly ever is about it, above it falls
-apart or loops. Those of economy and scholars were found by reading continuations of a prompt, drawn three times at 20,
-35, 50, ... 200; that of the moon is from the strength that its documentation names and the numbers of such texts."""
+def windows() -> dict[tuple[str, int], tuple[float, float]]:
+    """Strengths between which texts were found usable by reading them, from the page on steering."""
+    page = (Path(__file__).parents[2] / "docs" / "steering.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- windows:start -->")[2].partition("<!-- windows:end -->")[0]
+    rows = re.findall(r"^\| `([^/]+)/(\d+)` \| (\d+) \| (\d+) \|", table, re.MULTILINE)
+    return {(source, int(index)): (float(low), float(high)) for source, index, low, high in rows}
 
 
 @pytest.mark.long
-def test_what_is_suggested_lies_in_the_window_found_by_hand(http: httpx.Client) -> None:
-    features = [{"source": source, "index": index} for source, index in WINDOWS]
-    strengths = [10, 20, 50, 65, 95, 160, 220]
-    body = {"prompt": [PROMPT, "Yesterday I"], "features": features, "strengths": strengths, "max_new_tokens": 20}
-    suggested = swept(http, **body)["suggested"]
-    for strength, (low, high) in zip(suggested["strengths"], WINDOWS.values(), strict=True):
-        assert strength is not None
-        assert low <= strength <= high, suggested
-    for mean in suggested["means"]:
-        within = mean["lost"] <= suggested["most_lost"] and mean["repeated"] <= suggested["most_repeated"]
-        assert mean["holds"] == within
+def test_what_is_suggested_lies_in_the_window_found_by_reading(http: httpx.Client) -> None:
+    found = windows()
+    assert len(found) == 8
+    features = [{"source": source, "index": index} for source, index in found]
+    strengths = [20, 35, 50, 60, 70, 80, 95, 110, 130, 160, 200]
+    body = {"prompt": [PROMPT, "Yesterday I"], "strengths": strengths, "max_new_tokens": 24}
+    for feature, (low, high) in zip(features, found.values(), strict=True):
+        suggested = swept(http, **body, features=[feature])["suggested"]
+        [strength] = suggested["strengths"]
+        assert strength is not None, (feature, suggested)
+        assert low <= strength <= high, (feature, suggested)
+        for mean in suggested["means"]:
+            within = mean["lost"] <= suggested["most_lost"] and mean["repeated"] <= suggested["most_repeated"]
+            assert mean["holds"] == within
+        assert strengths[0] < low
+        assert high < strengths[-1], "the control: some strengths are too weak, and some too strong"
 
 
 def test_others_have_their_turns_between_two_generations(serve: Serve, runtime: Runtime) -> None:
@@ -200,7 +302,12 @@ def test_a_sweep_waits_for_nothing_that_it_holds_itself(
         ),
         ({"strengths": [1] * 65}, "strengths: 65 items are too many, the most is 64."),
         ({"features": [{"source": "15-res-4k", "index": 4096}]}, "features.0: Feature index 4096 is out of range"),
-        ({"max_new_tokens": 10**6}, "No room to generate"),
+        (
+            {"max_new_tokens": 1639},
+            "max_new_tokens: 20 texts of 1639 are 32780 new tokens, the most of one sweep is 32768. Sweep less at "
+            "once, ask for shorter texts, or raise MAX_SWEEP_TOKENS.",
+        ),
+        ({"strengths": [1], "seeds": [1], "max_new_tokens": 4096}, "No room to generate"),
         (
             {"watch": [{"hook": "blocks.15.hook_resid_post"}], "max_new_tokens": 20},
             "watch: the texts of this sweep have up to",
