@@ -55,13 +55,17 @@ class Places:
 
 
 class RowTable:
-    """Its rounds are the groups of its edits, one after the other."""
+    """Its rounds are the groups of its edits, one after the other.
+
+    What only adds needs little of it; the rest is made when it is first asked for.
+    """
 
     def __init__(self, edits: Sequence[RowEdit], columns: Mapping[RowEdit, int] | None = None) -> None:
         """edits: at least one, all at one point. columns: of the weights, which belongs to an edit; None where none of
         these edits is ever weighted."""
         wrote = written(edits)
-        groups = groups_of(edits, wrote)
+        self._groups = groups = groups_of(edits, wrote)
+        self._column_of = columns
         self.edits = edits
         self.lengths = wrote.lengths
         """[edit]: the norm of what is written where an edit's number changes by 1."""
@@ -69,26 +73,54 @@ class RowTable:
         self.n_steps = np.array([len(group.steps) for group in groups])
         self.traits = np.array([_traits(group) for group in groups])
         self.needs_norm = bool((self.traits & (Trait.HAS_DOSES | Trait.IS_LIMITED)).any())
-        cells = [(n, 0, place, cell) for n, group in enumerate(groups) for place, cell in enumerate(group.cells)]
-        self.cells = Places.of([at for *at, _ in cells])
-        self.vectors = torch.stack([cell.vector for *_, cell in cells])
+        self._cells = [(n, 0, place, cell) for n, group in enumerate(groups) for place, cell in enumerate(group.cells)]
+        self.cells = Places.of([at for *at, _ in self._cells])
+        self.vectors = torch.stack([cell.vector for *_, cell in self._cells])
         """[cell, width], float32"""
-        self.reads_its_vectors = all(cell.gauge is not None and cell.gauge.is_direction for *_, cell in cells)
+
+    @cached_property
+    def reads_its_vectors(self) -> bool:
         """Whether every number is the size of what passes along the vector that its change is written along."""
-        points = {cell.elsewhere for *_, cell in cells if cell.gauge is not None}
-        self.reads = {point: self._read_at(cells, point) for point in points}
+        return all(cell.gauge is not None and cell.gauge.is_direction for *_, cell in self._cells)
+
+    @cached_property
+    def reads(self) -> Mapping[Point | None, tuple[Places, Gauges]]:
         """By point, None for the edits' own: which cells are read there, and how."""
-        moves = [(n, at, move) for n, group in enumerate(groups) for at, of in enumerate(group.steps) for move in of]
-        numbers = {edit: number for number, edit in enumerate(edits)}
-        self.moves = Places.of([(n, at, move.cell) for n, at, move in moves])
-        self.steps = _steps([move for *_, move in moves], numbers, self.lengths)
+        points = {cell.elsewhere for *_, cell in self._cells if cell.gauge is not None}
+        return {point: self._read_at(self._cells, point) for point in points}
+
+    @cached_property
+    def _moves(self) -> Sequence[tuple[int, int, Move]]:
+        """With round and step."""
+        groups = enumerate(self._groups)
+        return [(n, at, move) for n, group in groups for at, step in enumerate(group.steps) for move in step]
+
+    @cached_property
+    def moves(self) -> Places:
+        return Places.of([(n, at, move.cell) for n, at, move in self._moves])
+
+    @cached_property
+    def steps(self) -> Tensor:
         """[move, 6] as STAYS, float32"""
-        self.columns = np.array([0 if columns is None else columns[move.edit] for *_, move in moves])
+        numbers = {edit: number for number, edit in enumerate(self.edits)}
+        return _steps([move for *_, move in self._moves], numbers, self.lengths)
+
+    @cached_property
+    def columns(self) -> Ints:
         """[move]: columns of the weights"""
-        self.gifts = [(n, at, move.cell, move.gives_to) for n, at, move in moves if move.gives_to is not None]
-        found = {one.edit: (n, one.step, one.cell) for n, group in enumerate(groups) for one in group.found}
-        self.found = Places.of([found[edit] for edit in edits])
+        column_of = self._column_of
+        return np.array([0 if column_of is None else column_of[move.edit] for *_, move in self._moves])
+
+    @cached_property
+    def gifts(self) -> Sequence[tuple[int, int, int, int]]:
+        """Round, step, the cell that gives and the one that gets."""
+        return [(n, at, move.cell, move.gives_to) for n, at, move in self._moves if move.gives_to is not None]
+
+    @cached_property
+    def found(self) -> Places:
         """Of every edit, where what it finds and does is told."""
+        found = {one.edit: (n, one.step, one.cell) for n, group in enumerate(self._groups) for one in group.found}
+        return Places.of([found[edit] for edit in self.edits])
 
     def _read_at(self, cells: Sequence[tuple[int, int, int, Cell]], point: Point | None) -> tuple[Places, Gauges]:
         """At least one cell is read there."""

@@ -76,7 +76,7 @@ class TopReading:
         self._k = k
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        best: tuple[Tensor, Tensor] | None = None
+        best: tuple[Tensor, ...] | None = None
         for first, acts in self._reader.blocks(hidden, max(256, BLOCK_ELEMENTS // len(hidden))):
             values, indices = stable_topk(acts, min(self._k, acts.shape[1]))
             found = (values, indices + first)

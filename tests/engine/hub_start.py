@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +18,7 @@ from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings
 
 PROMPT = "Hello, hub!"
+WAIT_S = 600.0
 
 
 async def answers(runtime: Runtime) -> dict[str, Any]:
@@ -47,12 +49,21 @@ async def lens(runtime: Runtime) -> dict[str, Any]:
     return {"layers": said["meta"]["layers_by_type"]["JACOBIAN_LENS"], "probs": [one["top_probs"] for one in tokens]}
 
 
+def wait_for_all(runtime: Runtime) -> None:
+    """For what a start does not wait for, so that the next one finds everything."""
+    end_s = time.monotonic() + WAIT_S
+    while runtime.shelf.coming:
+        assert time.monotonic() < end_s, f"{runtime.shelf.coming} are still to come"
+        time.sleep(0.05)
+
+
 def main() -> None:
     try:
         runtime = Runtime.load(Settings.read())
     except StartupError as exc:
         print(json.dumps({"stopped": str(exc)}))
         sys.exit(1)
+    wait_for_all(runtime)
     print(json.dumps(asyncio.run(answers(runtime))))
     runtime.close()
 

@@ -251,7 +251,7 @@ def test_features_that_are_set_on_the_real_model_equal_saelens_by_hand(runtime: 
 @pytest.mark.parametrize(
     ("edit", "why"),
     [
-        (Edit(Do.CLAMP, Feature("7-topk", 3), 1.0, field="edits.0"), "edits.0: Source '7-topk' is a topk"),
+        (Edit(Do.CLAMP, Feature("7-topk", 3), 1.0, field="edits.0"), "edits.0: Source '7-topk' is of the kind topk"),
         (Edit(Do.CLAMP, Feature("3", 3), 1.0, field="edits.0"), "edits.0: Source '3' is MLP neurons"),
         (
             Edit(Do.CLAMP, Feature("5-std", 3), 1.0, unit=Unit.OF_MAX, field="edits.0"),

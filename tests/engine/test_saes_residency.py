@@ -332,6 +332,7 @@ def build(number: int, kind: str, **options: Any) -> Any:
     sae_class, config_class = get_sae_class(kind)
     options |= {"k": 4} if "topk" in kind else {}
     options |= {"max_iterations": 4} if kind == "matching_pursuit" else {}
+    options |= {"n_heads": 2, "bottleneck_factor": 4, "kval_topk": 4} if kind == "temporal" else {}
     options |= {"d_out": D_IN + 1, "apply_b_dec_to_input": False} if "transcoder" in kind else {}
     sae = sae_class(config_class(d_in=D_IN, d_sae=D_SAE, **options))
     sae.cfg.metadata.hook_name = f"blocks.{number}.hook_resid_post"

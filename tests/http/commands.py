@@ -23,8 +23,9 @@ Process = subprocess.Popen[str]
 
 
 def surroundings(**environment: str) -> dict[str, str]:
-    """The package is found whether or not it is installed."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "NUM_THREADS": "1", **environment}
+    """The package is found whether or not it is installed, and a terminal is as wide as it is."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    return {**inherited, "PYTHONPATH": str(ROOT), "NUM_THREADS": "1", **environment}
 
 
 @contextmanager

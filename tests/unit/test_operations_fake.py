@@ -386,6 +386,12 @@ class FakeRuntime:
             raise InvalidRequest("Prompt is empty")
         return rendered, prompt
 
+    def n_prompts(self, prompt: Tokens, plans: Sequence[Plan | None]) -> int:
+        return len(plans)
+
+    def keep_room(self, n_bytes: int) -> None:
+        assert n_bytes > 0
+
     async def complete(self, wanted: Completion, *, stream: bool) -> Begun:
         rendered, prompt = await self.checked(wanted)
         if wanted.reads is not None and wanted.reads.watches.lenses:
