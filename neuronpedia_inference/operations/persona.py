@@ -44,7 +44,9 @@ async def persona_monitor(request: PersonaMonitorRequest, rt: Runtime) -> Person
     if not request.conversation:
         raise InvalidRequest("conversation: at least one message is required")
     messages = [ChatMessage(one.role, one.content) for one in request.conversation]
-    means = await message_means(messages, persona, rt)
+    if persona.blanks_system_message and messages[0].role == SYSTEM:
+        messages[0] = replace(messages[0], content="")
+    means = await message_means(messages, persona.layer, rt)
     return PersonaMonitorResponse(
         pc_titles=list(persona.titles),
         turns=[
@@ -57,12 +59,14 @@ async def persona_monitor(request: PersonaMonitorRequest, rt: Runtime) -> Person
 async def assistant_axis(
     kind: NPSteerType, messages: Sequence[ChatMessage], n_prompt: int, plan: Plan | None, rt: Runtime
 ) -> AssistantAxis:
-    """Of one output. n_prompt: tokens of the chat before its answer; plan: what has steered that."""
+    """Of one output, of a chat as it is read. n_prompt: tokens of the chat before its answer; plan: what has steered that."""
     persona = persona_here(rt)
     limit = n_prompt + rt.settings.max_tokens + CLOSING
-    plain = await message_means(messages, persona, rt, limit=limit)
+    plain = await message_means(messages, persona.layer, rt, limit=limit)
     steered = (
-        None if plan is None else await message_means(messages, persona, rt, limit=limit, plan=plan, n_prompt=n_prompt)
+        None
+        if plan is None
+        else await message_means(messages, persona.layer, rt, limit=limit, plan=plan, n_prompt=n_prompt)
     )
     turns = [
         AssistantAxisTurn(
@@ -89,22 +93,20 @@ def as_read(said: Sequence[NPSteerChatMessage], persona: Persona) -> list[NPStee
 
 async def message_means(
     messages: Sequence[ChatMessage],
-    persona: Persona,
+    layer: int,
     rt: Runtime,
     *,
     limit: int = 0,
     plan: Plan | None = None,
     n_prompt: int = 0,
 ) -> list[Numbers]:
-    """Of every message of the assistant's the mean over its tokens where the axes measure: [d_model].
+    """Of every message of the assistant's the mean behind a layer over its tokens: [d_model].
 
     limit: tokens of the chat; 0 is TOKEN_LIMIT.
     """
-    if persona.blanks_system_message and messages[0].role == SYSTEM:
-        messages = [replace(messages[0], content=""), *messages[1:]]
     chat = await rt.apply_chat_template(messages, generation_prompt=False, options={}, limit=limit)
     generated = () if plan is None else (max(0, len(chat.tokens) - n_prompt),)
-    question = _states(chat.tokens, persona.layer, rt)
+    question = _states(chat.tokens, layer, rt)
     [states] = await rt.ask(question, plan, generated)
     [point] = question.points
     found: list[Numbers] = []
