@@ -59,15 +59,13 @@ async def persona_monitor(request: PersonaMonitorRequest, rt: Runtime) -> Person
 async def assistant_axis(
     kind: NPSteerType, messages: Sequence[ChatMessage], n_prompt: int, plan: Plan | None, rt: Runtime
 ) -> AssistantAxis:
-    """Of one output, of a chat as it is read. n_prompt: tokens of the chat before its answer; plan: what has steered that."""
+    """Of one output. messages: as they are rendered; n_prompt: tokens before the answer; plan: what has steered it."""
     persona = persona_here(rt)
     limit = n_prompt + rt.settings.max_tokens + CLOSING
     plain = await message_means(messages, persona.layer, rt, limit=limit)
-    steered = (
-        None
-        if plan is None
-        else await message_means(messages, persona.layer, rt, limit=limit, plan=plan, n_prompt=n_prompt)
-    )
+    steered = None
+    if plan is not None:
+        steered = await message_means(messages, persona.layer, rt, limit=limit, plan=plan, n_prompt=n_prompt)
     turns = [
         AssistantAxisTurn(
             pc_values=persona.values(plain[number]),
