@@ -88,9 +88,9 @@ class When:
         return any(fired[first:behind]) != self.negated
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Hand:
-    """One edit, as a person would say it."""
+    """One edit, as a person would say it. Two that say the same are two."""
 
     do: Do
     layer: int
