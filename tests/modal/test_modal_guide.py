@@ -60,7 +60,7 @@ def run(service: Deployed, line: str) -> subprocess.CompletedProcess[str]:
     for named, stand_in in STAND_INS.items():
         line = line.replace(named, stand_in)
     line = line.replace(".venv/bin/", f"{BIN}/")
-    line = re.sub(r"\b(prompts|out)\.jsonl", lambda match: str(service.folder / match.group()), line)
+    line = re.sub(r"\b((prompts|out)\.jsonl|answer\.json)\b", lambda match: str(service.folder / match.group()), line)
     if ADDRESS in line:
         # The default deployment's model cannot be downloaded here.
         service.deploy(GPU="none", MODEL_ID="smollm2-135m-instruct")
