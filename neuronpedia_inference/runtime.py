@@ -447,8 +447,7 @@ class Runtime(Texts):
                 f"{most}. Take back fewer or less often, or ask for fewer tokens."
             )
         n_positions = len(prompt) + max(0, sampling.max_new_tokens - 1)
-        for plan in filter(None, plans):
-            self._edits.check_selections(plan, prompt.ids, n_prompt=len(prompt), n_positions=n_positions)
+        self._edits.check_selections(plans, prompt.ids, n_prompt=len(prompt), n_positions=n_positions)
 
     def _submit(
         self,

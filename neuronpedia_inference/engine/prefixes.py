@@ -29,8 +29,8 @@ Layers = Sequence[tuple[Tensor, Tensor] | None]
 """Keys and values [head, pos, d_head] by layer; None of a layer that attends to those of another."""
 
 
-Acts = tuple[tuple[str, float], ...]
-"""Of every edit that acts at a position what it does, as a digest, and how much of it."""
+Acts = str
+"""What every edit that acts at a position does, and how much of it, as a digest; empty where none acts."""
 Read = Mapping[Hashable, Numbers]
 """By point, side of its edits and reading: [pos, n_numbers], of the first positions."""
 
@@ -136,14 +136,17 @@ def text_of(spec: RowSpec, generated: Sequence[int] = (), length: int | None = N
     """A row's tokens with what acts on them; of its prompt if nothing is said of what it has generated."""
     tokens = [*spec.prompt_ids, *generated][:length]
     if not spec.edits:
-        return Text(tuple((token, ()) for token in tokens))
+        return Text(tuple((token, "") for token in tokens))
     places, ids = np.arange(len(tokens)), np.array(tokens)
-    weights = np.stack([edit.on.weights(places, ids, len(spec.prompt_ids)) for edit in spec.edits], axis=1)
-    digests = [_digest(edit) if weights[:, n].any() else "" for n, edit in enumerate(spec.edits)]
+    column = {selection: place for place, selection in enumerate(dict.fromkeys(edit.on for edit in spec.edits))}
+    weights = np.stack([selection.weights(places, ids, len(spec.prompt_ids)) for selection in column], axis=1)
+    somewhere = [bool(of_selection.any()) for of_selection in weights.T]
+    does = [(column[edit.on], _digest(edit)) for edit in spec.edits if somewhere[column[edit.on]]]
     acts: dict[bytes, Acts] = {}
     for row in weights:
         if row.tobytes() not in acts:
-            acts[row.tobytes()] = tuple((digests[n], float(row[n])) for n in np.flatnonzero(row))
+            here = [f"{digest} {float(row[place]).hex()}" for place, digest in does if row[place]]
+            acts[row.tobytes()] = hashlib.sha256("\n".join(here).encode()).hexdigest() if here else ""
     return Text(tuple((token, acts[row.tobytes()]) for token, row in zip(tokens, weights, strict=True)))
 
 

@@ -19,7 +19,7 @@ from neuronpedia_inference.points import Point
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from neuronpedia_inference.engine.where import MadeEdits
+    from neuronpedia_inference.edits.made import MadeEdits
     from neuronpedia_inference.recent import Recent
 
 NO_TOKEN = -1
@@ -173,7 +173,8 @@ class RowSpec:
     def acts_from(self) -> int:
         """The first position of the prompt that one of its edits selects; the prompt's length where none does."""
         places, ids = np.arange(self.n_prompt), np.array(self.prompt_ids[: self.n_prompt])
-        selected = [edit.on.weights(places, ids, self.n_prompt) > 0 for edit in self.edits]
+        selections = dict.fromkeys(edit.on for edit in self.edits)
+        selected = [selection.weights(places, ids, self.n_prompt) > 0 for selection in selections]
         return min((int(one.argmax()) for one in selected if one.any()), default=self.n_prompt)
 
     @property

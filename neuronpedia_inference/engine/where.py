@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from neuronpedia_inference.edits.gauges import GaugeTable
+from neuronpedia_inference.edits.made import MadeEdits, place_of
 from neuronpedia_inference.edits.plan import Both, Condition, Either, Fires
-from neuronpedia_inference.edits.row_table import RowTable
 from neuronpedia_inference.edits.rows import Gate, RowEdit, Trigger
-from neuronpedia_inference.edits.select import Selection
 from neuronpedia_inference.engine.protocol import RowSpec
 from neuronpedia_inference.points import Point
 
@@ -42,54 +41,17 @@ class Passing:
     span: Span = field(default_factory=Span)
 
 
-Place = tuple[Selection, Gate | None]
-
-
-@dataclass(frozen=True, eq=False)
-class MadeEdits:
-    """What is made of a row's edits once, so that rows that join and leave have nothing made anew."""
-
-    tables: Mapping[Point, RowTable]
-    triggers: Sequence[Trigger]
-    """What they wait for."""
-    fired: Tensor | None
-    """[trigger, position] of bool: what has been seen of that; None where they wait for nothing."""
-    places: Sequence[Place]
-    """Where edits act and triggers look: the row's columns of the weights."""
-    columns: Mapping[RowEdit, int]
-    """Which of them belongs to an edit."""
-
-    @property
-    def is_even(self) -> bool:
-        """Whether each acts everywhere, wholly."""
-        return all(on.is_everything and when is None for on, when in self.places)
-
-
 def begun(row: RowSpec) -> RowSpec:
     """The row with what is made of its edits."""
-    return row if row.made is not None else replace(row, made=_made(row))
+    if row.made is not None:
+        return row
+    n_positions = len(row.prompt_ids) + row.sampling.max_new_tokens
+    return replace(row, made=MadeEdits.of(row.edits, row.triggers, n_positions))
 
 
 def made_of(row: RowSpec) -> MadeEdits:
     assert row.made is not None, "the row has not begun"
     return row.made
-
-
-def _made(row: RowSpec) -> MadeEdits:
-    places: dict[Place, int] = {}
-    for one in (*row.edits, *(triggers := row.triggers)):
-        places.setdefault(_place(one), len(places))
-    columns = {edit: places[edit.place] for edit in row.edits}
-    by_point: dict[Point, list[RowEdit]] = {}
-    for edit in row.edits:
-        by_point.setdefault(edit.point, []).append(edit)
-    tables = {point: RowTable(edits, columns) for point, edits in by_point.items()}
-    fired = None
-    if triggers:
-        n_positions = len(row.prompt_ids) + row.sampling.max_new_tokens
-        device = row.edits[0].vector.device
-        fired = torch.zeros(len(triggers), n_positions, dtype=torch.bool, device=device)
-    return MadeEdits(tables, triggers, fired, list(places), columns)
 
 
 class Weights:
@@ -163,7 +125,7 @@ class Weights:
                 assert made.fired is not None, row
                 size = numbers[row, :, cell]
                 is_so = size < one.threshold if one.is_below else size > one.threshold
-                is_so = is_so & (weights[row, :, made.places.index(_place(one))] > 0)
+                is_so = is_so & (weights[row, :, made.places.index(place_of(one))] > 0)
                 into = made.fired[made.triggers.index(one), first : first + len(is_so)]
                 into.copy_(is_so[: len(into)])
 
@@ -198,10 +160,6 @@ class Weights:
         ends = torch.arange(first, first + n, device=kept.device) + (0 if _is_late(trigger, edit) else 1)
         begins = torch.zeros_like(ends) if n_tokens is None else (ends - n_tokens).clamp(min=0)
         return n_before[ends] > n_before[begins]
-
-
-def _place(one: RowEdit | Trigger) -> Place:
-    return one.place if isinstance(one, RowEdit) else (one.on, None)
 
 
 def _is_late(trigger: Trigger, edit: RowEdit) -> bool:

@@ -16,7 +16,7 @@ from neuronpedia_inference.operations.judging import longest
 from neuronpedia_inference.operations.prompts import check_model
 from neuronpedia_inference.operations.steer import turns
 from neuronpedia_inference.operations.watching import watch_plan
-from neuronpedia_inference.pacing import paced
+from neuronpedia_inference.pacing import Pace, paced
 from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.schemas.edits import SteerEdit
 from neuronpedia_inference.schemas.steer import NPSteerChatMessage
@@ -211,8 +211,9 @@ def _cells(request: SweepRequest, prompt: int, plans: Sequence[Sequence[Plan]]) 
 
 async def _takes(sweep: Sweep, rt: Runtime) -> SweepTakes:
     """Raises what would be refused while it runs: for every prompt, with everything that steers it."""
-    n_tokens = n_watched = 0
+    n_tokens, n_watched, pace = 0, 0, Pace()
     for cells in sweep.generations:
+        await pace.give_way()
         _, prompt = await rt.checked(sweep.completion(cells, rt))
         n_tokens += len(prompt) * rt.n_prompts(prompt, [cell.plan for cell in cells])
         if sweep.reads is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -72,20 +73,24 @@ class EditResolver:
                 raise type(exc)(f"{edit.field}: {exc.message}") from exc
             yield
 
-    def check_selections(self, plan: Plan, ids: Sequence[int], *, n_prompt: int, n_positions: int) -> None:
+    def check_selections(
+        self, plans: Iterable[Plan | None], ids: Sequence[int], *, n_prompt: int, n_positions: int
+    ) -> None:
         """Raises InvalidRequest for an edit that would act on no position of a text.
 
         n_prompt: tokens of its prompt; what comes behind counts as generated. n_positions: how long it may become,
         beyond the `ids` that are known.
         """
-        places = np.arange(n_positions)
+        places, tokens = np.arange(n_positions), np.asarray(ids)
         known, unknown = places[: len(ids)], places[len(ids) :]
-        for edit in plan.edits:
-            selection = edit.on
-            if selection is None or selection.is_everything:
-                continue
-            of_known = selection.weights(known, np.asarray(ids), n_prompt)
-            if not (of_known.any() or selection.weights(unknown, None, n_prompt).any()):
+
+        @cache
+        def acts(selection: Selection) -> bool:
+            of_known = selection.weights(known, tokens, n_prompt)
+            return bool(of_known.any() or selection.weights(unknown, None, n_prompt).any())
+
+        for edit in (edit for plan in plans if plan is not None for edit in plan.edits):
+            if edit.on is not None and not edit.on.is_everything and not acts(edit.on):
                 raise InvalidRequest(
                     f"{edit.field}.on: selects none of the {n_prompt} positions of the prompt and the "
                     f"{n_positions - n_prompt} after it. Choose others, or leave `on` out."
@@ -94,18 +99,20 @@ class EditResolver:
     def n_prompts(self, plans: Sequence[Plan | None], ids: Sequence[int]) -> int:
         """How many prompts checked plans make of one: those that no edit selects anything of are one, seeds of a plan
         too; what conditions see is each text's own."""
-        places, found = np.arange(len(ids)), set[object]()
-        for place, plan in enumerate(plans):
-            edits = () if plan is None else plan.edits
-            if any(edit.when is not None for edit in edits):
-                found.add((place,))
-            elif plan is not None and any(
-                self._selection(edit, plan).weights(places, np.asarray(ids), len(ids)).any() for edit in edits
-            ):
-                found.add(id(plan))
-            else:
-                found.add(None)
-        return len(found)
+        places, tokens = np.arange(len(ids)), np.asarray(ids)
+
+        @cache
+        def acts(selection: Selection) -> bool:
+            return bool(selection.weights(places, tokens, len(ids)).any())
+
+        def begins_as(place: int, plan: Plan | None) -> Hashable:
+            if plan is None:
+                return None
+            if any(edit.when is not None for edit in plan.edits):
+                return (place,)
+            return id(plan) if any(acts(self._selection(edit, plan)) for edit in plan.edits) else None
+
+        return len({begins_as(place, plan) for place, plan in enumerate(plans)})
 
     def check_whole(self, plan: Plan) -> None:
         """Raises InvalidRequest for what texts that pass whole cannot be edited by: what one token has to wait for."""
@@ -142,7 +149,7 @@ class EditResolver:
         self.check_whole(plan)
         behind = n_generated or [0] * len(texts)
         for text, n in zip(texts, behind, strict=True):
-            self.check_selections(plan, text.ids, n_prompt=len(text) - n, n_positions=len(text))
+            self.check_selections([plan], text.ids, n_prompt=len(text) - n, n_positions=len(text))
         return lambda: self._texts(texts, behind, plan)
 
     def _texts(self, texts: Sequence[Tokens], n_generated: Sequence[int], plan: Plan) -> Steps:

@@ -235,6 +235,14 @@ def test_no_circle_of_imports() -> None:
     assert not _in_a_circle(_imported())
 
 
+def test_no_two_modules_know_each_other() -> None:
+    """What only type checkers read included; a package and what is inside it are one."""
+    paths = dict(modules())
+    known = {module: _known_by(path, set(paths)) for module, path in paths.items()}
+    mutual = {tuple(sorted((one, other))) for one, of in known.items() for other in of if one in known.get(other, ())}
+    assert not {pair for pair in mutual if not f"{pair[1]}.".startswith(f"{pair[0]}.")}
+
+
 def test_no_circle_of_packages() -> None:
     """Neither two that import each other, nor a longer way back: whoever reads one reads what is below it first."""
     graph: dict[str, set[str]] = {}
@@ -278,6 +286,11 @@ def _all_imports(path: Path, known: set[str]) -> set[str]:
         if package == PACKAGE.name:
             found.add(inner if inner in known else inner.rpartition(".")[0])
     return found - {""}
+
+
+def _known_by(path: Path, known: set[str]) -> set[str]:
+    inner = {name.partition(".")[2] for name in imports(path, everywhere=True) if name.split(".")[0] == PACKAGE.name}
+    return {name if name in known else name.rpartition(".")[0] for name in inner} - {""}
 
 
 def _names_outside_type_checking(node: ast.AST) -> Iterator[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from neuronpedia_inference.domain import Sampling
+from neuronpedia_inference.edits import made as made_module
 from neuronpedia_inference.edits.plan import Do
 from neuronpedia_inference.edits.row_table import RowTable
 from neuronpedia_inference.edits.table import EditTable
@@ -91,7 +92,7 @@ def test_what_is_made_of_a_row_is_made_once_whoever_comes_and_goes(monkeypatch: 
         return RowTable(edits, *args)  # pyright: ignore
 
     lane = engine("llama").lane
-    monkeypatch.setattr(where, "RowTable", counted)
+    monkeypatch.setattr(made_module, "RowTable", counted)
     edits = tuple(hand.resolved() for hand in some(3, 6))
     rows = [RowSpec((5, 6, 7, 8 + n), Sampling(30), edits) for n in range(3)]
     with torch.inference_mode():
