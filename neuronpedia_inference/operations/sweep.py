@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from neuronpedia_inference.operations.story import Story, Transcript
 from neuronpedia_inference.operations.suggesting import MOST_LOST, MOST_REPEATED, Mean, suggested
 from neuronpedia_inference.operations.sweep_account import SweepAccount
 from neuronpedia_inference.operations.sweep_plan import Cell, Sweep, planned_sweep
+from neuronpedia_inference.pacing import paced
 from neuronpedia_inference.reproducible import reproducibly
 from neuronpedia_inference.scheduler.stay import Stay
 from neuronpedia_inference.schemas.sweep import (
@@ -124,12 +125,12 @@ async def _events(
         finally:
             await generation.close()
         if account is not None:
-            account.add(cells, generation.story)
+            await paced(account.adding(cells, generation.story))
         for cell in written:
             told.append(cell.model_copy(update={"watch": None}))  # what was watched is held by nobody but its reader
             plain, steered = ([cell], []) if cell.steering is None else ([], [cell])
             yield SweepResponse.model_construct(takes=None, cells=steered, default=plain, suggested=None, receipt=None)
-    suggested = _suggestion(sweep, told) if sweep.request.judge else None
+    suggested = await paced(_suggesting(sweep, told)) if sweep.request.judge else None
     receipt = None if account is None else account.receipt()
     if suggested is not None or receipt is not None:
         yield SweepResponse.model_construct(takes=None, cells=[], default=[], suggested=suggested, receipt=receipt)
@@ -155,15 +156,23 @@ async def _written(sweep: Sweep, generation: Generation, rt: Runtime) -> list[Sw
     async for _ in story:
         pass
     if not sweep.request.judge:
-        return [_cell(*pair, None) for pair in zip(story.rows, generation.cells, strict=True)]
+        return await paced(_cells(generation, None))
     generation.stay.close()  # what it held is free for what judges it
     judging = partial(judge, story, rt, reproducible=sweep.request.reproducible, features=features)
     with generation.stay:
         found = await _once_there_is_room(judging, rt)
-    return [
-        _cell(row, cell, [of_row[features.index(one)] for one in sweep.read_of(cell)])
-        for row, cell, of_row in zip(story.rows, generation.cells, found, strict=True)
-    ]
+    place = {feature: n for n, feature in enumerate(features)}
+    read = zip(found, map(sweep.read_of, generation.cells), strict=True)
+    return await paced(_cells(generation, [[of_row[place[one]] for one in of_cell] for of_row, of_cell in read]))
+
+
+def _cells(generation: Generation, effects: Sequence[list[float]] | None) -> Generator[None, None, list[SweepCell]]:
+    """-> its texts, with a yield after each."""
+    told: list[SweepCell] = []
+    for place, (row, cell) in enumerate(zip(generation.story.rows, generation.cells, strict=True)):
+        told.append(_cell(row, cell, None if effects is None else effects[place]))
+        yield
+    return told
 
 
 def _cell(row: Transcript, cell: Cell, effects: list[float] | None) -> SweepCell:
@@ -184,11 +193,21 @@ def _cell(row: Transcript, cell: Cell, effects: list[float] | None) -> SweepCell
 # What a sweep has found
 
 
-def _suggestion(sweep: Sweep, told: Sequence[SweepCell]) -> SweepSuggestion:
-    means = [
-        [_mean(sweep, told, steering, strength) for strength in dict.fromkeys(sweep.request.strengths)]
-        for steering in range(len(sweep.features))
-    ]
+def _suggesting(sweep: Sweep, told: Sequence[SweepCell]) -> Generator[None, None, SweepSuggestion]:
+    """-> what is suggested, with a yield after each strength."""
+    plain = {(one.prompt, one.seed): one for one in told if one.steering is None}
+    own: dict[tuple[int | None, float | None], list[SweepCell]] = {}
+    for one in told:
+        own.setdefault((one.steering, one.strength), []).append(one)
+    place = {feature: n for n, feature in enumerate(sweep.all_features)}
+    means: list[list[Mean]] = []
+    for steering, features in enumerate(sweep.features):
+        columns, of_steering = [place[feature] for feature in features], list[Mean]()
+        for strength in dict.fromkeys(sweep.request.strengths):
+            pairs = [(one, plain[one.prompt, one.seed]) for one in own[steering, strength]]
+            of_steering.append(_mean(strength, pairs, columns))
+            yield
+        means.append(of_steering)
     replies = [
         SweepMean(
             steering=steering,
@@ -206,13 +225,12 @@ def _suggestion(sweep: Sweep, told: Sequence[SweepCell]) -> SweepSuggestion:
     )
 
 
-def _mean(sweep: Sweep, told: Sequence[SweepCell], steering: int, strength: float) -> Mean:
-    """Texts without any token are no texts to judge."""
-    plain = {(one.prompt, one.seed): one for one in told if one.steering is None}
-    own = [one for one in told if (one.steering, one.strength) == (steering, strength)]
-    pairs = [(one, plain[one.prompt, one.seed]) for one in own]
+def _mean(strength: float, pairs: Sequence[tuple[SweepCell, SweepCell]], columns: Sequence[int]) -> Mean:
+    """Of texts at one strength, each with the unsteered one. Texts without any token are no texts to judge.
+
+    columns: of what is read of the unsteered ones, where the features of these lie.
+    """
     judged = [(one.judge, other.judge) for one, other in pairs if one.judge is not None and other.judge is not None]
-    columns = [sweep.all_features.index(feature) for feature in sweep.features[steering]]
     moved = [
         np.mean([(one.effects or [])[n] - (other.effects or [])[column] for one, other in pairs])
         for n, column in enumerate(columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -30,8 +30,8 @@ class SweepAccount:
         """Raises EngineFailed where weights cannot be read."""
         return cls(sweep, await Evidence.of(sweep.plans, sweep.reads, rt))
 
-    def add(self, cells: Sequence[Cell], story: Story) -> None:
-        """Texts of one prompt, which have ended."""
+    def adding(self, cells: Sequence[Cell], story: Story) -> Generator[None, None, None]:
+        """Texts of one prompt, which have ended; a yield after each."""
         begun = story.begun
         self.is_reproducible = begun.is_reproducible
         self.prompts[cells[0].prompt] = ReceiptPrompt.model_construct(
@@ -48,6 +48,7 @@ class SweepAccount:
                     text=text_receipt(row),
                 )
             )
+            yield
 
     def receipt(self) -> SweepReceipt:
         """Once all texts have been added."""
