@@ -25,7 +25,8 @@ from benchmarks.process import Child, Process
 from benchmarks.served import Served
 
 RESULTS = Path(__file__).parent / "results" / "compare.json"
-SETTINGS = {"NUM_THREADS": "1", "TOKEN_LIMIT": "640", "MAX_TOKENS": "4096"}
+SETTINGS = {"NUM_THREADS": "1", "TOKEN_LIMIT": "640", "MAX_TOKENS": "4096", "REUSE_MEMORY_GIB": "0"}
+"""Every round asks the same: what a server keeps of the round before would be its answer."""
 LEFT_OUT = "left out of this run (`--without-peer`)"
 
 

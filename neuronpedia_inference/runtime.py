@@ -25,6 +25,7 @@ from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
 from neuronpedia_inference.engine.stops import StopStrings
 from neuronpedia_inference.errors import BUSY, Busy, InvalidRequest, LimitExceeded, NotReady
 from neuronpedia_inference.kept_vectors import KeptVectors
+from neuronpedia_inference.large_pages import moving
 from neuronpedia_inference.lensing import Lenses, SteerToken
 from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n_threads
 from neuronpedia_inference.metrics import Metrics
@@ -123,7 +124,10 @@ class Runtime(Texts):
         """Load everything that `host` does not hold and start the worker; blocks. Raises StartupError."""
         started = time.monotonic()
         read_variants(settings.variants)  # what is wrong with the files is said before anything is loaded
-        runtime = cls(settings, load(settings, progress, host))
+        loaded = load(settings, progress, host)
+        runtime = cls(settings, loaded)
+        if runtime.model.device == "cpu":
+            runtime._worker.submit(CallWork(lambda: moving(loaded.engine.decoder.model)))
         log.info("ready", extra={"model": runtime.model.name, "seconds": round(time.monotonic() - started, 2)})
         return runtime
 

@@ -9,6 +9,7 @@ numbers of rows, and each linear layer takes the fastest.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,13 +24,15 @@ from torch.nn import functional
 
 TIMED_ROWS = (1, 2, 4, 8, 16, 64)
 """What is fastest for one of these is taken for all numbers of rows down to the one before, and from the last on."""
-TIMED_BY = "the thread's own time, in turns"
+TIMED_BY = "the thread's own time, in turns, the median layer"
 """What was chosen another way is chosen again."""
 _PART_SIZES = (*range(1, 9), *range(12, 33, 4), *range(40, 65, 8), *range(80, 257, 16))
 _PART_ROWS = _PART_SIZES[-1]
 _AHEAD_NUMBERS = 2**29
-_TIMED_BYTES = 2**27
-"""Weights that are timed in turn: several times what a cache holds, as in a real step."""
+_TIMED_BYTES, _TIMED_BYTES_MANY_ROWS = 2**27, 2**25
+"""Weights that are timed in turn: several times what a cache holds, as in a real step. With many rows time goes into
+arithmetic, whatever the cache holds.
+"""
 _ROUNDS = 3
 _CHECKED_ROWS = (1, 3, 40)
 _CHECKED_AGAIN_ROWS = (3,)
@@ -87,7 +90,7 @@ def choose_products(model: nn.Module, remembered: Names | None = None) -> dict[S
     """
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     with torch.inference_mode():
-        chosen = _remembered(remembered or {}, layers) or _fastest(_timed(layers))
+        chosen = _remembered(remembered or {}, layers) or _fastest(layers)
         _compile_ahead({_shape(layer): layer for layer in layers}, chosen)
     for layer in layers:
         if any(product is not linear for product in chosen[_shape(layer)]):
@@ -145,12 +148,12 @@ def _remembered(names: Names, layers: Sequence[nn.Linear]) -> dict[Shape, Chosen
     return chosen if all(_is_right(product, layers, _CHECKED_AGAIN_ROWS) for product in others) else None
 
 
-def _timed(layers: Sequence[nn.Linear]) -> list[nn.Linear]:
+def _timed(layers: Sequence[nn.Linear], most_bytes: int) -> list[nn.Linear]:
     """The first layers, as many as are enough, and one of every other shape."""
     timed: list[nn.Linear] = []
     n_bytes, shapes = 0, set()
     for layer in layers:
-        if n_bytes < _TIMED_BYTES or _shape(layer) not in shapes:
+        if n_bytes < most_bytes or _shape(layer) not in shapes:
             timed.append(layer)
             n_bytes += layer.weight.nbytes
             shapes.add(_shape(layer))
@@ -161,8 +164,7 @@ def _fastest(layers: Sequence[nn.Linear]) -> dict[Shape, Chosen]:
     candidates = [product for product in (turned, onednn) if _is_right(product, layers)]
     chosen: dict[Shape, list[Product]] = {_shape(layer): [] for layer in layers}
     for n_rows in TIMED_ROWS:
-        # With many rows time goes into arithmetic, whatever the cache holds: one layer of each shape will do.
-        timed = layers if n_rows <= 8 else list({_shape(layer): layer for layer in layers}.values())
+        timed = _timed(layers, _TIMED_BYTES if n_rows <= 8 else _TIMED_BYTES_MANY_ROWS)
         taken = _seconds((linear, *candidates), n_rows, timed)
         for shape, products in chosen.items():
             best = min(candidates, key=lambda product, shape=shape: taken[product][shape], default=linear)
@@ -205,17 +207,23 @@ def _is_right(product: Product, layers: Sequence[nn.Linear], rows: Sequence[int]
 def _seconds(
     products: Sequence[Product], n_rows: int, layers: Sequence[nn.Linear]
 ) -> dict[Product, dict[Shape, float]]:
-    """By product and shape, the fastest of the rounds through all layers: what disturbs a round only makes it slower.
+    """By product and shape, the median layer's fastest round: what disturbs a round only makes it slower.
 
-    The products take turns, so that what lasts longer than a round is in all of them.
+    The products take turns, so that what lasts longer than a round is in all of them. The first of a kind may take some
+    milliseconds more than the next, which in a real pass is one of hundreds.
     """
     inputs = {_shape(one): torch.ones(n_rows, one.in_features, dtype=one.weight.dtype) for one in layers}
-    best = {product: dict.fromkeys(inputs, math.inf) for product in products}
+    best = {product: [math.inf] * len(layers) for product in products}
     for product in [*products] * _ROUNDS:
-        taken = dict.fromkeys(inputs, 0.0)
-        for layer in layers:
+        for place, layer in enumerate(layers):
             started = _clock()
             product(inputs[_shape(layer)], layer.weight, layer.bias)
-            taken[_shape(layer)] += _clock() - started
-        best[product] = {shape: min(best[product][shape], seconds) for shape, seconds in taken.items()}
-    return best
+            best[product][place] = min(best[product][place], _clock() - started)
+    return {product: _medians(layers, seconds) for product, seconds in best.items()}
+
+
+def _medians(layers: Sequence[nn.Linear], seconds: Sequence[float]) -> dict[Shape, float]:
+    by_shape: dict[Shape, list[float]] = {}
+    for layer, taken in zip(layers, seconds, strict=True):
+        by_shape.setdefault(_shape(layer), []).append(taken)
+    return {shape: statistics.median(taken) for shape, taken in by_shape.items()}

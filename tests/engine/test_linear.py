@@ -141,6 +141,25 @@ def test_all_are_timed_for_every_shape() -> None:
         torch.testing.assert_close(net(torch.ones(3, 64)), before, rtol=1e-5, atol=1e-6)
 
 
+def test_a_first_call_that_is_slow_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a pass a product follows hundreds of its own kind: only then is it as fast as it will be."""
+    now_s, last = 0.0, None
+
+    def product(seconds: float, first: float) -> products.Product:
+        def takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            nonlocal now_s, last
+            now_s += seconds if last is takes else first
+            last = takes
+            return linear(x, weight, bias)
+
+        return takes
+
+    monkeypatch.setattr(products, "_clock", lambda: now_s)
+    steady, warms_up = product(2.0, 2.0), product(1.0, 50.0)
+    taken = products._seconds([steady, warms_up], 64, [nn.Linear(8, 6) for _ in range(5)])
+    assert taken == {steady: {(6, 8): 2.0}, warms_up: {(6, 8): 1.0}}
+
+
 def test_what_was_chosen_before_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
     pretend(monkeypatch, {1: products.turned, 8: products.onednn})

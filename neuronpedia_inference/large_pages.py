@@ -1,0 +1,118 @@
+"""Weights on a CPU, moved into large pages of memory, where the system has them.
+
+A decode step reads every weight once, and a tenth of its time goes into finding the small pages that a file is mapped
+to. The move is work that gives way: a server is ready before it, and answers within it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from neuronpedia_inference.scheduler.jobs import Steps
+
+log = logging.getLogger(__name__)
+
+LARGE_PAGE = 2**21
+STEP_BYTES = 2**24
+"""Others may have a turn after so many."""
+_ALIGNMENT = 64
+"""Of every weight in bytes: a line of the processor's cache."""
+Region = tuple[int, int]
+"""First address, and the one behind the last."""
+_REGIONS = Path("/proc/self/smaps")
+_HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+)")
+"""Of a region: from, to, and the inode of the file behind it, 0 where there is none."""
+_UNWRITTEN = re.compile(r"Anonymous: +0 kB")
+
+
+def moving(model: nn.Module) -> Steps:
+    """Move the parameters that lie on the host, bit for bit; returns how many bytes it were.
+
+    Nothing else may use the model while a step runs. What is mapped from files is let go weight by weight, so that it
+    is not in memory twice. Where the system has no large pages, or no memory for the copy, all stay where they are.
+    """
+    plain = [one for one in model.parameters() if _is_plain(one.data)]
+    memory = _memory(sum(_room(one) for one in plain) + LARGE_PAGE) if plain else None
+    if memory is None:
+        return 0
+    files = _mapped_files()
+    place = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % LARGE_PAGE
+    for parameter in plain:
+        old, new = parameter.data, _there(memory, place, parameter.data)
+        for before, after in zip(_parts(old), _parts(new), strict=True):
+            after.copy_(before)
+            yield None
+        parameter.data = new
+        _let_go(old, files)
+        place += _room(old)
+    n_bytes = sum(one.nbytes for one in plain)
+    log.debug("%.0f MiB of weights are in large pages", n_bytes / 2**20)
+    return n_bytes
+
+
+def _memory(n_bytes: int) -> mmap.mmap | None:
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is None:
+        return None
+    try:
+        memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(advice)
+    except OSError as exc:
+        log.info("weights stay in small pages: %s", exc)
+        return None
+    return memory
+
+
+@torch.inference_mode(False)
+def _there(memory: mmap.mmap, place: int, like: Tensor) -> Tensor:
+    """A tensor at that place, usable as `like` is."""
+    return torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=place).view(like.shape)
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    return tensor.view(-1).split(STEP_BYTES // tensor.element_size())
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    on_host = tensor.device.type == "cpu" and tensor.layout is torch.strided
+    return on_host and type(tensor) is Tensor and tensor.is_contiguous() and tensor.numel() > 0
+
+
+def _room(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _mapped_files() -> Sequence[Region]:
+    """Addresses behind which are files as they are on the disk, in order: what is let go there is read again."""
+    try:
+        lines = _REGIONS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ()
+    regions: list[Region] = []
+    region = None
+    for line in lines:
+        if head := _HEAD.match(line):
+            region = (int(head[1], 16), int(head[2], 16)) if head[3] != "0" else None
+        elif region is not None and _UNWRITTEN.match(line):
+            regions.append(region)
+    return sorted(regions)
+
+
+def _let_go(tensor: Tensor, files: Sequence[Region]) -> None:
+    """Its whole pages, if a file is behind them."""
+    size = mmap.PAGESIZE
+    first = -(-tensor.data_ptr() // size) * size
+    behind = (tensor.data_ptr() + tensor.nbytes) // size * size
+    place = bisect_right(files, first, key=itemgetter(0)) - 1
+    if first < behind and place >= 0 and behind <= files[place][1]:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(behind - first), mmap.MADV_DONTNEED)
