@@ -1,7 +1,8 @@
 """What one forward pass costs by rows, tokens, precision and threads: the choices behind the defaults.
 
 `python -m benchmarks.steps` prints tables and writes `benchmarks/results/steps.json`. Embedded model, plain Hugging
-Face; `chosen products` is the same model after `engine/linear.py` has timed its layers.
+Face; `chosen products` is the same model after `engine/linear.py` has timed its layers, and `large pages` after
+`large_pages.py` has moved its weights there from the file that they are mapped to.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from benchmarks.machine import Load, description
 from benchmarks.plain import StopError, hooked
 from neuronpedia_inference.embedded.weights import model_folder
 from neuronpedia_inference.engine.linear import choose_products
+from neuronpedia_inference.large_pages import moving
 
 RESULTS = Path(__file__).parent / "results" / "steps.json"
 ROWS = (1, 2, 3, 4, 8, 16)
@@ -76,12 +78,17 @@ def with_threads(n_threads: int, run: Callable[[], float]) -> float:
 
 def decode_steps() -> dict[int, dict[str, float]]:
     usual, chosen, half = load_model(torch.float32), load_model(torch.float32), load_model(torch.bfloat16)
-    choose_products(chosen)
+    moved = load_model(torch.float32)
+    for model in (chosen, moved):
+        choose_products(model)
+    for _ in moving(moved):
+        pass
     return {
         n: alternating(
             {
                 "float32": lambda n=n: step_ms(usual, n),
                 "float32, chosen products": lambda n=n: step_ms(chosen, n),
+                "float32, chosen products, large pages": lambda n=n: step_ms(moved, n),
                 "bfloat16": lambda n=n: step_ms(half, n),
                 "float32, 2 threads": lambda n=n: with_threads(2, lambda: step_ms(usual, n)),
             }

@@ -101,6 +101,7 @@ class Runtime(Texts):
             max_wait_s=settings.request_timeout_s or None,
             metrics=self.metrics,
         )
+        self._moved = self._worker.submit(CallWork(lambda: moving(loaded.engine.decoder.model))).future
         self.metrics.watch(
             waiting=lambda: self._worker.n_waiting,
             running=lambda: self._worker.n_running,
@@ -124,10 +125,7 @@ class Runtime(Texts):
         """Load everything that `host` does not hold and start the worker; blocks. Raises StartupError."""
         started = time.monotonic()
         read_variants(settings.variants)  # what is wrong with the files is said before anything is loaded
-        loaded = load(settings, progress, host)
-        runtime = cls(settings, loaded)
-        if runtime.model.device == "cpu":
-            runtime._worker.submit(CallWork(lambda: moving(loaded.engine.decoder.model)))
+        runtime = cls(settings, load(settings, progress, host))
         log.info("ready", extra={"model": runtime.model.name, "seconds": round(time.monotonic() - started, 2)})
         return runtime
 
@@ -160,6 +158,7 @@ class Runtime(Texts):
         where there is no room, and what its reduction raises.
         """
         question.check(self._engine, self.model.vocab_size)
+        await self._weights_at_rest()
         points = question.points
         if not points:
             work: Work = CallWork(lambda: question.reduce((), self.shelf))
@@ -212,6 +211,7 @@ class Runtime(Texts):
         if not prompt.ids:
             raise InvalidRequest("Prompt is empty")
         self._check_room(prompt, wanted.plans, wanted.sampling, wanted.reads)
+        await self._weights_at_rest()
         return rendered, prompt
 
     async def check_steering(self, plan: Plan) -> None:
@@ -337,6 +337,11 @@ class Runtime(Texts):
         return vitals(self.model.name, load, usage(self._engine.device))
 
     # Inside
+
+    async def _weights_at_rest(self) -> None:
+        """Reproducible work waits for the weights' move: the last bits of a product depend on how they are aligned."""
+        if self._is_reproducible and not self._moved.done():
+            await asyncio.wait([asyncio.wrap_future(self._moved)])
 
     @property
     def _is_reproducible(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -161,12 +161,12 @@ class EditResolver:
     def resolve(self, plan: Plan) -> Steps:
         """-> tuple[RowEdit, ...]: the edits as tensors on the engine's device. Runs on the worker."""
         found: list[RowEdit] = []
-        bound = plan.max_dose
+        bound, directions = plan.max_dose, self._directions(plan)
         for edit in plan.edits:
-            vector, feature = yield from self._along(edit.target, edit)
+            vector, feature = yield from self._along(edit.target, edit, directions)
             other, other_feature = None, None
             if edit.other is not None:
-                other, other_feature = yield from self._along(edit.other, edit)
+                other, other_feature = yield from self._along(edit.other, edit, directions)
             found.append(
                 RowEdit(
                     point=self._points(edit.target)[-1],
@@ -210,23 +210,37 @@ class EditResolver:
             return self._ordinary
         return self._without_special if plan.skip_special_tokens else EVERYTHING
 
-    def _along(self, target: Target, edit: Edit) -> Steps:
+    def _directions(self, plan: Plan) -> Mapping[int, Tensor]:
+        """Callers' own vectors on the engine's device, by the identity of each: one by one, hundreds take long."""
+        by_hook: dict[str, list[tuple[Direction, Edit]]] = {}
+        for edit in plan.edits:
+            for target in edit.targets:
+                if isinstance(target, Direction):
+                    by_hook.setdefault(target.hook, []).append((target, edit))
+        found: dict[int, Tensor] = {}
+        for hook, some in by_hook.items():
+            numbers = np.stack([np.asarray(one.vector, np.float32) for one, _ in some])
+            vectors = torch.from_numpy(numbers).to(self._engine.device)
+            for (one, edit), vector, norm in zip(some, vectors, norms(vectors)[:, 0].tolist(), strict=True):
+                _check_norm(norm, hook, edit)
+                found[id(one)] = vector
+        return found
+
+    def _along(self, target: Target, edit: Edit, directions: Mapping[int, Tensor]) -> Steps:
         """-> the vector on the engine's device, and how the feature is read where the edit does."""
         if isinstance(target, Direction):
-            vector = torch.tensor(target.vector, dtype=torch.float32, device=self._engine.device)
-            self._check_norm(vector, target.hook, edit)
-            return vector, None
+            return directions[id(target)], None
         source = self._shelf.source(target.source)
         if not edit.reads_feature:
             with (yield self._shelf.decoder_row(source, target.index)) as row:
                 vector = row.to(self._engine.device)
-            self._check_norm(vector, source.hook, edit)
+            _check_norm(float(norms(vector)), source.hook, edit)
             return vector, None
         with (yield self._shelf.feature(source, target.index)) as weights:
             assert weights.decoder is not None, source
             vector = weights.decoder.to(self._engine.device, torch.float32)
             gauge = gauge_of(weights, self._engine.device)
-        self._check_norm(vector, source.hook, edit)
+        _check_norm(float(norms(vector)), source.hook, edit)
         elsewhere = self._points(target)[0] if source.is_transcoder else None
         return vector, FeatureGauge((source.name, target.index), gauge, elsewhere)
 
@@ -350,10 +364,10 @@ class EditResolver:
             source.hook_out if source.is_transcoder and source.hook_out else source.hook
         )
 
-    def _check_norm(self, vector: Tensor, hook: str, edit: Edit) -> None:
-        norm = float(norms(vector))
-        if not math.isfinite(norm) or (edit.needs_direction and norm == 0):
-            raise InvalidRequest(f"The steering vector at {hook!r} has the norm {norm:g} and no direction.")
+
+def _check_norm(norm: float, hook: str, edit: Edit) -> None:
+    if not math.isfinite(norm) or (edit.needs_direction and norm == 0):
+        raise InvalidRequest(f"The steering vector at {hook!r} has the norm {norm:g} and no direction.")
 
 
 def gauge_of(weights: FeatureWeights, device: torch.device) -> Gauge:

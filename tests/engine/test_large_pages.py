@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import re
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from neuronpedia_inference import large_pages
 from neuronpedia_inference.large_pages import moving
+from neuronpedia_inference.operations import answer, by_name
+from neuronpedia_inference.runtime import Runtime
+from neuronpedia_inference.scheduler.jobs import Steps
+from neuronpedia_inference.settings import Settings
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked for large pages")
 
@@ -124,3 +130,36 @@ def test_where_it_cannot_be_everything_stays(lack: str, tmp_path: Path, monkeypa
         monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
     assert run(model) == 0
     assert [one.data_ptr() for one in model.parameters()] == places
+
+
+def test_reproducible_requests_wait_for_the_move_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last bits of a product depend on how its weights are aligned."""
+    gate: Future[None] = Future()
+
+    def held(_: Any) -> Steps:
+        yield gate
+        return 0
+
+    monkeypatch.setattr("neuronpedia_inference.runtime.moving", held)
+    runtime = Runtime.load(Settings.read(num_threads=1))
+    read = {"prompt": "The cat", "source": "15-res-4k", "top_k": 1}
+    written = {"prompt": "The cat", "features": [], "max_new_tokens": 1, "compare": False}
+
+    async def ask() -> None:
+        for operation, body in (("top_k", read), ("steer", written)):
+            await answer(by_name[operation], body, runtime)
+        waiting = [
+            asyncio.create_task(answer(by_name[operation], {**body, "reproducible": True}, runtime))
+            for operation, body in (("top_k", read), ("steer", written))
+        ]
+        await answer(by_name["steer"], written, runtime)
+        await asyncio.sleep(0.2)
+        assert not any(one.done() for one in waiting)
+        gate.set_result(None)
+        await asyncio.gather(*waiting)
+
+    try:
+        asyncio.run(ask())
+    finally:
+        gate.cancel()
+        runtime.close()
