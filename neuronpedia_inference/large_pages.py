@@ -23,6 +23,8 @@ from neuronpedia_inference.scheduler.jobs import Steps
 log = logging.getLogger(__name__)
 
 LARGE_PAGE = 2**21
+_ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
+"""What Linux is told; others have no such thing."""
 STEP_BYTES = 2**24
 """Others may have a turn after so many."""
 _ALIGNMENT = 64
@@ -41,7 +43,7 @@ def moving(model: nn.Module) -> Steps:
     Nothing else may use the model while a step runs. What is mapped from files is let go weight by weight, so that it
     is not in memory twice. Where the system has no large pages, or no memory for the copy, all stay where they are.
     """
-    plain = [one for one in model.parameters() if _is_plain(one.data)]
+    plain = _plain(model)
     memory = _memory(sum(_room(one) for one in plain) + LARGE_PAGE) if plain else None
     if memory is None:
         return 0
@@ -60,13 +62,20 @@ def moving(model: nn.Module) -> Steps:
     return n_bytes
 
 
+def n_bytes_to_come(model: nn.Module) -> int:
+    """Memory that the move will take and nothing takes now: of weights that are mapped from files."""
+    if _ADVICE is None:
+        return 0
+    files = _mapped_files()
+    return sum(one.nbytes for one in _plain(model) if _whole_pages(one.data, files) is not None)
+
+
 def _memory(n_bytes: int) -> mmap.mmap | None:
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is None:
+    if _ADVICE is None:
         return None
     try:
         memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(advice)
+        memory.madvise(_ADVICE)
     except OSError as exc:
         log.info("weights stay in small pages: %s", exc)
         return None
@@ -81,6 +90,11 @@ def _there(memory: mmap.mmap, place: int, like: Tensor) -> Tensor:
 
 def _parts(tensor: Tensor) -> Sequence[Tensor]:
     return tensor.view(-1).split(STEP_BYTES // tensor.element_size())
+
+
+def _plain(model: nn.Module) -> Sequence[nn.Parameter]:
+    """Those on the host that are nothing but numbers."""
+    return [one for one in model.parameters() if _is_plain(one.data)]
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -108,11 +122,19 @@ def _mapped_files() -> Sequence[Region]:
     return sorted(regions)
 
 
-def _let_go(tensor: Tensor, files: Sequence[Region]) -> None:
-    """Its whole pages, if a file is behind them."""
+def _whole_pages(tensor: Tensor, files: Sequence[Region]) -> Region | None:
+    """Those of a tensor that a file is behind."""
     size = mmap.PAGESIZE
     first = -(-tensor.data_ptr() // size) * size
     behind = (tensor.data_ptr() + tensor.nbytes) // size * size
     place = bisect_right(files, first, key=itemgetter(0)) - 1
-    if first < behind and place >= 0 and behind <= files[place][1]:
+    is_there = first < behind and place >= 0 and behind <= files[place][1]
+    return (first, behind) if is_there else None
+
+
+def _let_go(tensor: Tensor, files: Sequence[Region]) -> None:
+    """Its pages, if a file is behind them."""
+    pages = _whole_pages(tensor, files)
+    if pages is not None:
+        first, behind = pages
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(behind - first), mmap.MADV_DONTNEED)

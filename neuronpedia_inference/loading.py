@@ -37,6 +37,7 @@ from neuronpedia_inference.engine.protocol import ModelInfo
 from neuronpedia_inference.engine.tokens import TextCodec
 from neuronpedia_inference.errors import StartupError, UnknownPoint
 from neuronpedia_inference.jacobian_files import jacobian_file
+from neuronpedia_inference.large_pages import n_bytes_to_come
 from neuronpedia_inference.lenses.jacobians import Jacobians, read_jacobians
 from neuronpedia_inference.load_options import without_places
 from neuronpedia_inference.memory import needs_at_start
@@ -199,13 +200,14 @@ def _load(
     if settings.cuda_graphs and engine.graphs_off_because:
         log.warning("decode steps are not replayed as CUDA graphs: %s", engine.graphs_off_because)
     codec = TextCodec(tokenizer, chatml_fallback=settings.chatml_fallback)
+    free_beside = partial(_free_beside, n_bytes_to_come(model))
     store = SaeStore(
         catalogue.specs,
         dtype=settings.sae_dtype,
         device=str(engine.device),
         max_loaded=settings.max_loaded_saes,
-        host_bytes=_bytes(settings.sae_host_gib) or int(SAE_SHARE * free_bytes(torch.device("cpu"))),
-        budget_bytes=_bytes(settings.sae_memory_gib) or int(SAE_SHARE * free_bytes(engine.device)),
+        host_bytes=_bytes(settings.sae_host_gib) or int(SAE_SHARE * free_beside("cpu")),
+        budget_bytes=_bytes(settings.sae_memory_gib) or int(SAE_SHARE * free_beside(engine.device)),
     )
     coming = _fetch_some(catalogue.specs, settings, progress)
     store.describe_all(progress, but={spec.name for spec in coming})
@@ -214,7 +216,7 @@ def _load(
     _say_what_is_asked(store.sources)
     jacobians = _jacobians(settings, engine, progress, asks_hub=not host.was_here)
     sae_bytes = store.most_bytes if coming or settings.download_on_request else store.n_bytes
-    left_bytes = max(0, free_bytes(engine.device) - sae_bytes)
+    left_bytes = max(0, free_beside(engine.device) - sae_bytes)
     request_bytes = _bytes(settings.request_memory_gib) or int(REQUEST_SHARE * left_bytes)
     info = engine.model_info(
         has_bos=codec.has_bos,
@@ -228,6 +230,11 @@ def _load(
         info, store, files=_files(settings), products=names_of(chosen), folder=default_cache_dir() / "digests"
     )
     return Loaded(engine, codec, store, info, annotations, request_bytes, newcomers, provenance, jacobians)
+
+
+def _free_beside(to_come: int, device: torch.device | str) -> int:
+    """Bytes that are free there, beside those that weights will take."""
+    return max(0, free_bytes(torch.device(device)) - to_come)
 
 
 def _files(settings: Settings) -> list[Stamp] | None:

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from neuronpedia_inference import large_pages
-from neuronpedia_inference.large_pages import moving
+from neuronpedia_inference.large_pages import moving, n_bytes_to_come
 from neuronpedia_inference.operations import answer, by_name
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.scheduler.jobs import Steps
@@ -64,11 +64,14 @@ def run(model: Any) -> int:
 def test_every_weight_is_the_same_and_the_file_is_let_go(tmp_path: Path) -> None:
     model = saved(tmp_path)
     assert is_mapped(tmp_path / "model.safetensors")
+    large = [one for one in model.parameters() if one.nbytes > 2 * mmap.PAGESIZE]
+    assert n_bytes_to_come(model) == sum(one.nbytes for one in large)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.inference_mode():
         logits = model(IDS).logits
     assert run(model) == sum(one.nbytes for one in model.parameters())
     assert not is_mapped(tmp_path / "model.safetensors")
+    assert n_bytes_to_come(model) == 0
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -127,7 +130,7 @@ def test_where_it_cannot_be_everything_stays(lack: str, tmp_path: Path, monkeypa
     if lack == "of memory":
         monkeypatch.setattr(mmap, "mmap", refused)
     else:
-        monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+        monkeypatch.setattr(large_pages, "_ADVICE", None)
     assert run(model) == 0
     assert [one.data_ptr() for one in model.parameters()] == places
 
