@@ -6,19 +6,22 @@ to. The move is work that gives way: a server is ready before it, and answers wi
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import ctypes
 import logging
 import mmap
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from concurrent.futures import wait
 from operator import itemgetter
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from neuronpedia_inference.scheduler.jobs import Steps
+from neuronpedia_inference.scheduler.jobs import Steps, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +30,7 @@ _ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 """What Linux is told; others have no such thing."""
 STEP_BYTES = 2**24
 """Others may have a turn after so many."""
+STOP_S = 2.0
 _ALIGNMENT = 64
 """Of every weight in bytes: a line of the processor's cache."""
 Region = tuple[int, int]
@@ -35,6 +39,26 @@ _REGIONS = Path("/proc/self/smaps")
 _HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+)")
 """Of a region: from, to, and the inode of the file behind it, 0 where there is none."""
 _UNWRITTEN = re.compile(r"Anonymous: +0 kB")
+
+
+class Move:
+    """The move of a model's weights, in the hands of a worker."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        """ticket: of what `moving` gives. An interpreter that ends beside a thread that copies would be aborted."""
+        self._ticket = ticket
+        atexit.register(self.stop)
+        ticket.future.add_done_callback(lambda _: atexit.unregister(self.stop))
+
+    async def ended(self) -> None:
+        """Wait until the weights are where they stay."""
+        if not self._ticket.future.done():
+            await asyncio.wait([asyncio.wrap_future(self._ticket.future)])
+
+    def stop(self) -> None:
+        """What has not moved stays; waits for the step under way."""
+        self._ticket.cancel()
+        wait([self._ticket.future], STOP_S)
 
 
 def moving(model: nn.Module) -> Steps:

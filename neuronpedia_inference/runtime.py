@@ -25,7 +25,7 @@ from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
 from neuronpedia_inference.engine.stops import StopStrings
 from neuronpedia_inference.errors import BUSY, Busy, InvalidRequest, LimitExceeded, NotReady
 from neuronpedia_inference.kept_vectors import KeptVectors
-from neuronpedia_inference.large_pages import moving
+from neuronpedia_inference.large_pages import Move, moving
 from neuronpedia_inference.lensing import Lenses, SteerToken
 from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n_threads
 from neuronpedia_inference.metrics import Metrics
@@ -101,7 +101,7 @@ class Runtime(Texts):
             max_wait_s=settings.request_timeout_s or None,
             metrics=self.metrics,
         )
-        self._moved = self._worker.submit(CallWork(lambda: moving(loaded.engine.decoder.model))).future
+        self._move = Move(self._worker.submit(CallWork(lambda: moving(loaded.engine.decoder.model))))
         self.metrics.watch(
             waiting=lambda: self._worker.n_waiting,
             running=lambda: self._worker.n_running,
@@ -131,6 +131,7 @@ class Runtime(Texts):
 
     def close(self) -> None:
         """Finish what was accepted, then stop."""
+        self._move.stop()
         self._newcomers.close()
         self.provenance.close()
         self._worker.close()
@@ -340,8 +341,8 @@ class Runtime(Texts):
 
     async def _weights_at_rest(self) -> None:
         """Reproducible work waits for the weights' move: the last bits of a product depend on how they are aligned."""
-        if self._is_reproducible and not self._moved.done():
-            await asyncio.wait([asyncio.wrap_future(self._moved)])
+        if self._is_reproducible:
+            await self._move.ended()
 
     @property
     def _is_reproducible(self) -> bool:

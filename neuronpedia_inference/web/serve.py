@@ -85,7 +85,11 @@ class LoadingRuntime:
             from neuronpedia_inference.runtime import Runtime
 
             runtime = Runtime.load(self._settings, self._note)
-            asyncio.run(check_variants(runtime))
+            try:
+                asyncio.run(check_variants(runtime))
+            except BaseException:
+                runtime.close()
+                raise
         settle()
         return runtime
 

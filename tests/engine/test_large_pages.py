@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 import re
+import subprocess
 import sys
 from concurrent.futures import Future
 from pathlib import Path
@@ -166,3 +167,16 @@ def test_reproducible_requests_wait_for_the_move_and_others_do_not(monkeypatch: 
     finally:
         gate.cancel()
         runtime.close()
+
+
+def test_a_process_may_end_within_the_move() -> None:
+    """A thread that copies while the interpreter ends would have the process aborted."""
+    program = (
+        "from neuronpedia_inference.runtime import Runtime; from neuronpedia_inference.settings import Settings; "
+        "kept = Runtime.load(Settings.read(num_threads=1))"
+    )
+    for end in ("", "; kept.close()", "; del kept"):
+        command = [sys.executable, "-c", program + end]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        assert not done.stderr
