@@ -156,14 +156,17 @@ def test_promises_are_about_cases_that_exist() -> None:
 
 def test_promises_divide_the_right_medians() -> None:
     medians = {
-        "steers_serial": {"http": 300.0, "plain": 360.0},
+        "steers_serial": {"http": 500.0, "plain": 360.0},
         "steers_together": {"http": 100.0, "plain": 100.0},
         "feature_10": {"http": 46.0, "plain": 40.0},
+        "features_together": {"http": 70.0, "in_process": 60.0, "plain": 100.0},
         "full_forward": {"plain": 100.0},
     }
     found = lines(medians, {})
-    assert (found["1", "http"]["value"], found["1", "http"]["met"], found["1", "http"]["plain"]) == (3.0, True, 3.6)
+    assert (found["1", "http"]["value"], found["1", "http"]["met"], found["1", "http"]["plain"]) == (5.0, True, 3.6)
     assert (found["3", "http"]["value"], found["3", "http"]["met"], found["3", "http"]["plain"]) == (0.46, False, 0.4)
+    assert (found["2 batch", "http"]["value"], found["2 batch", "http"]["met"]) == (0.7, False)
+    assert (found["2 batch", "in_process"]["value"], found["2 batch", "in_process"]["met"]) == (0.6, True)
 
 
 def test_what_was_not_measured_is_not_kept() -> None:
