@@ -2,7 +2,7 @@
 
 `python -m benchmarks.steps` prints tables and writes `benchmarks/results/steps.json`. Embedded model, plain Hugging
 Face; `chosen products` is the same model after `engine/linear.py` has timed its layers, and `large pages` after
-`large_pages.py` has moved its weights there from the file that they are mapped to.
+`host_memory.py` has moved its weights there from the file that they are mapped to.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.machine import Load, description
 from benchmarks.plain import StopError, hooked
 from neuronpedia_inference.embedded.weights import model_folder
 from neuronpedia_inference.engine.linear import choose_products
-from neuronpedia_inference.large_pages import moving
+from neuronpedia_inference.host_memory import moving
 
 RESULTS = Path(__file__).parent / "results" / "steps.json"
 ROWS = (1, 2, 3, 4, 8, 16)

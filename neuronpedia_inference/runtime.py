@@ -24,8 +24,8 @@ from neuronpedia_inference.engine.memory import usage
 from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
 from neuronpedia_inference.engine.stops import StopStrings
 from neuronpedia_inference.errors import BUSY, Busy, InvalidRequest, LimitExceeded, NotReady
+from neuronpedia_inference.host_memory import Move, moving
 from neuronpedia_inference.kept_vectors import KeptVectors
-from neuronpedia_inference.large_pages import Move, moving
 from neuronpedia_inference.lensing import Lenses, SteerToken
 from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n_threads
 from neuronpedia_inference.metrics import Metrics

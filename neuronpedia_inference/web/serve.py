@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from neuronpedia_inference.errors import EngineDied, NotReady, StartupError
@@ -85,11 +86,10 @@ class LoadingRuntime:
             from neuronpedia_inference.runtime import Runtime
 
             runtime = Runtime.load(self._settings, self._note)
-            try:
+            with ExitStack() as unless_checked:
+                unless_checked.callback(runtime.close)
                 asyncio.run(check_variants(runtime))
-            except BaseException:
-                runtime.close()
-                raise
+                unless_checked.pop_all()
         settle()
         return runtime
 

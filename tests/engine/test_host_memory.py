@@ -1,4 +1,4 @@
-"""Weights that move into large pages: the same numbers, in memory once, and with the server at work."""
+"""Weights that move into large pages: the same numbers, in memory once, and with the server at work; blocks kept."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from neuronpedia_inference import large_pages
-from neuronpedia_inference.large_pages import moving, n_bytes_to_come
+from neuronpedia_inference import host_memory
+from neuronpedia_inference.host_memory import moving, n_bytes_to_come
 from neuronpedia_inference.operations import answer, by_name
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.scheduler.jobs import Steps
@@ -84,7 +84,7 @@ def test_every_weight_is_the_same_and_the_file_is_let_go(tmp_path: Path) -> None
 
 def test_between_two_steps_the_model_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of a large weight are copied before anybody sees them."""
-    monkeypatch.setattr(large_pages, "STEP_BYTES", 2**20)
+    monkeypatch.setattr(host_memory, "STEP_BYTES", 2**20)
     model = saved(tmp_path)
     with torch.inference_mode():
         logits = model(IDS).logits
@@ -131,7 +131,7 @@ def test_where_it_cannot_be_everything_stays(lack: str, tmp_path: Path, monkeypa
     if lack == "of memory":
         monkeypatch.setattr(mmap, "mmap", refused)
     else:
-        monkeypatch.setattr(large_pages, "_ADVICE", None)
+        monkeypatch.setattr(host_memory, "_ADVICE", None)
     assert run(model) == 0
     assert [one.data_ptr() for one in model.parameters()] == places
 
@@ -180,3 +180,35 @@ def test_a_process_may_end_within_the_move() -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         assert not done.stderr
+
+
+def test_blocks_that_are_freed_are_had_again_without_the_system() -> None:
+    """Where they are not, every layer of a long prompt asks for its pages anew."""
+    program = """
+import resource, sys
+import torch
+from neuronpedia_inference.host_memory import keep_blocks
+
+if sys.argv[1:]:
+    keep_blocks()
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def layer():
+    return sum(len(one) for one in [torch.zeros(2**20) for _ in range(10)])
+
+layer()
+before = faults()
+for _ in range(20):
+    layer()
+print(faults() - before)
+"""
+    taken = []
+    for arguments in ((), ("kept",)):
+        command = [sys.executable, "-c", program, *arguments]
+        taken.append(int(subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout))
+    given_back, kept = taken
+    n_pages = 10 * 2**22 // mmap.PAGESIZE
+    assert given_back > 10 * n_pages  # a control: in twenty rounds
+    assert kept < n_pages
