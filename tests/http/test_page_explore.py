@@ -98,11 +98,12 @@ def test_the_code_that_is_copied_runs(visit: Visit) -> None:
     visit.rested()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     index = page.locator(".card-head code").first.inner_text().rpartition("/")[2]
-    for way, said in (("Python", f"index={index}"), ("OpenAI", " ")):
+    for way, said in (("Python", f"index={index}"), ("OpenAI", "\n")):  # what a steered chat says is drawn
         page.get_by_role("tab", name=way).click()
         code = page.get_by_role("tabpanel").inner_text()
         assert index in code
         ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr
         assert said in ran.stdout, ran.stderr
     page.get_by_role("tab", name="curl").click()
     assert f"{visit.url}/v1/steer" in page.get_by_role("tabpanel").inner_text()
