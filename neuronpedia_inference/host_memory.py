@@ -33,8 +33,7 @@ _ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 """What Linux is told; others have no such thing."""
 STEP_BYTES = 2**24
 """Others may have a turn after so many."""
-KEPT_BLOCK = 2**25
-"""The largest that glibc ever keeps, of its own accord too."""
+KEPT_BLOCK, KEPT = 2**22, 2**26
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of malloc.h."""
 STOP_S = 2.0
@@ -49,11 +48,14 @@ _UNWRITTEN = re.compile(r"Anonymous: +0 kB")
 
 
 def keep_blocks() -> None:
-    """Let glibc keep what it keeps once a block of KEPT_BLOCK has been freed. Others have their own ways."""
+    """Let glibc keep blocks of up to KEPT_BLOCK, and KEPT of them at the end of its memory. Others have their own ways.
+
+    Larger ones go back at once: they are few, and between smaller ones they would leave gaps that nothing fills.
+    """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, KEPT_BLOCK)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2 * KEPT_BLOCK)
+        libc.mallopt(_M_TRIM_THRESHOLD, KEPT)
 
 
 class Move:

@@ -196,7 +196,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 def layer():
-    return sum(len(one) for one in [torch.zeros(2**20) for _ in range(10)])
+    return sum(len(one) for one in [torch.zeros(3 * 2**18) for _ in range(13)])
 
 layer()
 before = faults()
@@ -209,6 +209,5 @@ print(faults() - before)
         command = [sys.executable, "-c", program, *arguments]
         taken.append(int(subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout))
     given_back, kept = taken
-    n_pages = 10 * 2**22 // mmap.PAGESIZE
-    assert given_back > 10 * n_pages  # a control: in twenty rounds
-    assert kept < n_pages
+    n_pages = 13 * 3 * 2**20 // mmap.PAGESIZE
+    assert kept < n_pages < given_back  # in twenty rounds
