@@ -1,9 +1,9 @@
 """The host's memory as a model on a CPU needs it: weights in large pages, and freed blocks kept for the next.
 
 A decode step reads every weight once, and a tenth of its time goes into finding the small pages that a file is mapped
-to. The move is work that gives way: a server is ready before it, and answers within it. Whether glibc gives a freed
-block of some MiB back to the system, to have it again with the next layer, it learns from the blocks that it has seen
-freed; of weights that are mapped it sees none.
+to. The move is done aside: a server is ready before it, and answers within it. Whether glibc gives a freed block of
+some MiB back to the system, to have it again with the next layer, it learns from the blocks that it has seen freed; of
+weights that are mapped it sees none.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import mmap
 import platform
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from operator import itemgetter
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from neuronpedia_inference.scheduler.jobs import Steps, Ticket
+from neuronpedia_inference.scheduler.jobs import CallWork, Steps, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,10 @@ _ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 """What Linux is told; others have no such thing."""
 STEP_BYTES = 2**24
 """Others may have a turn after so many."""
-KEPT_BLOCK, KEPT = 2**22, 2**26
+MLP_WIDTH = 4
+"""About how many times as wide as the residual stream an MLP is inside."""
+KEPT_BLOCKS, MOST_BLOCK = 16, 2**25
+"""How many are kept at the end of glibc's memory, and the largest that it can keep."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of malloc.h."""
 STOP_S = 2.0
@@ -47,15 +51,26 @@ _HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+)")
 _UNWRITTEN = re.compile(r"Anonymous: +0 kB")
 
 
-def keep_blocks() -> None:
-    """Let glibc keep blocks of up to KEPT_BLOCK, and KEPT of them at the end of its memory. Others have their own ways.
+def accommodate(model: PreTrainedModel, n_positions: int, submit: Callable[[CallWork], Ticket]) -> Move:
+    """Let the process use the host's memory as the model needs it, which a worker that takes `submit` owns from now on.
 
-    Larger ones go back at once: they are few, and between smaller ones they would leave gaps that nothing fills.
+    n_positions: of a pass. Nothing changes where the model lies on a device.
+    """
+    if model.device.type == "cpu":
+        keep_blocks(n_positions * model.config.get_text_config().hidden_size * model.dtype.itemsize)
+    return Move(submit(CallWork(lambda: moving(model), is_aside=True)))
+
+
+def keep_blocks(n_bytes: int) -> None:
+    """Let glibc keep the blocks that a pass makes again and again. Others have their own ways.
+
+    n_bytes: of the residual stream in a pass. Larger blocks than are made of it go back at once: they are few, and
+    between smaller ones they would leave gaps that nothing fills.
     """
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, KEPT_BLOCK)
-        libc.mallopt(_M_TRIM_THRESHOLD, KEPT)
+        libc, block = ctypes.CDLL(None), min(MLP_WIDTH * n_bytes, MOST_BLOCK)
+        libc.mallopt(_M_MMAP_THRESHOLD, block)
+        libc.mallopt(_M_TRIM_THRESHOLD, KEPT_BLOCKS * block)
 
 
 class Move:

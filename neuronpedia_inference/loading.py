@@ -36,7 +36,7 @@ from neuronpedia_inference.engine.memory import free_bytes
 from neuronpedia_inference.engine.protocol import ModelInfo
 from neuronpedia_inference.engine.tokens import TextCodec
 from neuronpedia_inference.errors import StartupError, UnknownPoint
-from neuronpedia_inference.host_memory import keep_blocks, n_bytes_to_come
+from neuronpedia_inference.host_memory import n_bytes_to_come
 from neuronpedia_inference.jacobian_files import jacobian_file
 from neuronpedia_inference.lenses.jacobians import Jacobians, read_jacobians
 from neuronpedia_inference.load_options import without_places
@@ -164,7 +164,6 @@ def _load_quantised(settings: Settings, tokenizer: PreTrainedTokenizerBase, devi
 def load(settings: Settings, progress: Progress, host: HostWeights | None = None) -> Loaded:
     """`progress` gets a sentence before each long step; a `host` of other weights is not used. Raises StartupError."""
     torch.set_num_threads(n_threads(settings))
-    keep_blocks()
     catalogue = resolve(settings)
     device = weights.pick_device(settings.device)
     needs, room = needs_at_start(settings), room_on(torch.device(device))

@@ -24,7 +24,7 @@ from neuronpedia_inference.engine.memory import usage
 from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
 from neuronpedia_inference.engine.stops import StopStrings
 from neuronpedia_inference.errors import BUSY, Busy, InvalidRequest, LimitExceeded, NotReady
-from neuronpedia_inference.host_memory import Move, moving
+from neuronpedia_inference.host_memory import accommodate
 from neuronpedia_inference.kept_vectors import KeptVectors
 from neuronpedia_inference.lensing import Lenses, SteerToken
 from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n_threads
@@ -101,7 +101,7 @@ class Runtime(Texts):
             max_wait_s=settings.request_timeout_s or None,
             metrics=self.metrics,
         )
-        self._move = Move(self._worker.submit(CallWork(lambda: moving(loaded.engine.decoder.model))))
+        self._move = accommodate(loaded.engine.decoder.model, PASS_TOKENS["cpu"], self._worker.submit)
         self.metrics.watch(
             waiting=lambda: self._worker.n_waiting,
             running=lambda: self._worker.n_running,
@@ -159,13 +159,13 @@ class Runtime(Texts):
         where there is no room, and what its reduction raises.
         """
         question.check(self._engine, self.model.vocab_size)
-        await self._weights_at_rest()
         points = question.points
         if not points:
             work: Work = CallWork(lambda: question.reduce((), self.shelf))
             return await asyncio.wrap_future(self._submit(work, Demand()).future)
         for point in sorted(points):
             self._engine.check(point)
+        await self._weights_at_rest()
         work = CaptureWork(
             [prompt.ids for prompt in question.prompts],
             points,
@@ -294,6 +294,7 @@ class Runtime(Texts):
 
     async def directions(self, tokens: Sequence[SteerToken], layers: Sequence[int]) -> dict[int, Numbers]:
         """[d_model] by layer: see `Lenses.directions`."""
+        await self._weights_at_rest()
         work = CallWork(lambda: self.lenses.directions(tokens, layers))
         return await asyncio.wrap_future(self._submit(work, Demand()).future)
 

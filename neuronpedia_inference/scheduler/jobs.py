@@ -104,6 +104,8 @@ class CallWork:
     """Anything else that needs the device."""
 
     run: Callable[[], Steps]
+    is_aside: bool = False
+    """Whether it goes on beside everything else, a step at a time, and nobody waits for its end before he begins."""
 
 
 Work = CaptureWork | GenerateWork | CallWork

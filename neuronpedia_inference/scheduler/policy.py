@@ -72,7 +72,7 @@ class UnderWay:
     parked: Sequence[Stint] = ()
     """Who has waited longest comes first."""
     paused: Sequence[Job] = ()
-    """Those who wait for weights, and hold up nobody."""
+    """Those who wait for weights or are done aside, and hold up nobody."""
 
 
 def plan_tick(waiting: Sequence[Job], under_way: UnderWay, limits: Limits, now_s: float) -> Tick:

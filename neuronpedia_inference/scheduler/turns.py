@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from neuronpedia_inference.scheduler.ends import Ends
-from neuronpedia_inference.scheduler.jobs import Job, Steps
+from neuronpedia_inference.scheduler.jobs import CallWork, Job, Steps
 
 
 @dataclass(eq=False)
@@ -24,13 +24,14 @@ class _Turn:
 
 
 class Turns:
-    """The oldest goes first, to its end or to where it has to wait."""
+    """The oldest goes first, to its end or to where it has to wait; what is done aside goes on beside them."""
 
     def __init__(self, ends: Ends, wake: Callable[[], None]) -> None:
         """`wake` is called, on any thread, when what somebody waits for is there."""
         self._ends = ends
         self._wake = wake
         self._ready: deque[_Turn] = deque()
+        self._aside: deque[_Turn] = deque()
         self._waiting: list[_Turn] = []
 
     @property
@@ -38,12 +39,17 @@ class Turns:
         return [turn.job for turn in self._ready]
 
     @property
+    def aside(self) -> list[Job]:
+        """Those who hold up nobody."""
+        return [turn.job for turn in self._aside]
+
+    @property
     def waiting(self) -> list[Job]:
         """Those who wait for weights."""
         return [turn.job for turn in self._waiting]
 
     def add(self, job: Job, steps: Steps, done: Callable[[Any], None]) -> None:
-        self._ready.append(_Turn(job, steps, done))
+        self._queue_of(job).append(_Turn(job, steps, done))
 
     def at_once(self, job: Job, steps: Steps, done: Callable[[Any], None]) -> None:
         """As `add`, but run now, before all others."""
@@ -61,15 +67,21 @@ class Turns:
             if time.perf_counter() >= until:
                 return
 
+    def step_aside(self) -> None:
+        """One step of the oldest that is done aside."""
+        turn = self._aside[0]
+        self._ends.attempt(turn.job, partial(self._step, turn))
+
     def resume(self) -> None:
         """Whoever waited for what is there now is ready again."""
         there = [turn for turn in self._waiting if turn.awaited is not None and turn.awaited.done()]
         self._waiting = [turn for turn in self._waiting if turn not in there]
-        self._ready.extend(there)
+        for turn in there:
+            self._queue_of(turn.job).append(turn)
 
     def forget(self, job: Job) -> None:
         """Its steps are closed, and what it waits for is given back when it comes."""
-        for turn in [turn for turn in (*self._ready, *self._waiting) if turn.job is job]:
+        for turn in [turn for turn in (*self._ready, *self._aside, *self._waiting) if turn.job is job]:
             self._remove(turn)
             turn.steps.close()
             if turn.awaited is not None:
@@ -90,8 +102,12 @@ class Turns:
             self._waiting.append(turn)
             needed.add_done_callback(lambda _: self._wake())
 
+    def _queue_of(self, job: Job) -> deque[_Turn]:
+        return self._aside if isinstance(job.work, CallWork) and job.work.is_aside else self._ready
+
     def _remove(self, turn: _Turn) -> None:
         self._ready = deque(one for one in self._ready if one is not turn)
+        self._aside = deque(one for one in self._aside if one is not turn)
         self._waiting = [one for one in self._waiting if one is not turn]
 
 

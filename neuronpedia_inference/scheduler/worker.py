@@ -61,7 +61,7 @@ class Worker:
         self._pace = pace
         self._n_expected, self._expected_until_s = 0, 0.0
         """How many may share the next pass of captures, and how long they are waited for."""
-        self._pieces = deque([self._join_piece, self._turn, self._read_piece])
+        self._pieces = deque([self._join_piece, self._turn, self._read_piece, self._aside_piece])
         """What is not decoding; the first comes first after the next step."""
         self._ids = itertools.count()
         self._closing = False
@@ -126,7 +126,8 @@ class Worker:
 
         While rows decode, for no longer than a step takes: edits are made ready here, and others come after the next.
         """
-        idle = not (self._waiting or self._turns.ready or self._readings.jobs or self._generations.inside)
+        begun = self._turns.ready or self._turns.aside or self._readings.jobs or self._generations.inside
+        idle = not (self._waiting or begun)
         if idle and self._closing and self._inbox.empty() and not self._turns.waiting:
             return False
         if idle:
@@ -185,7 +186,7 @@ class Worker:
             can_be_passed=inside.can_be_passed,
             decoding=inside.decoding,
             parked=inside.parked,
-            paused=self._turns.waiting,
+            paused=[*self._turns.waiting, *self._turns.aside],
         )
 
     def _carry_out(self, tick: Tick) -> None:
@@ -241,6 +242,13 @@ class Worker:
             return False
         steps = self._generations.steps_between
         self._turns.run(TURN_S if steps is None else self._pace.between_s(steps))
+        return True
+
+    def _aside_piece(self) -> bool:
+        """Whether there was one."""
+        if not self._turns.aside:
+            return False
+        self._turns.step_aside()
         return True
 
     def _fail_everything(self) -> None:

@@ -105,7 +105,7 @@ KEPT_TO = {
         "embedded.weights",
         "checks",
     ),
-    "transformers": ("engine", "embedded.weights", "loading"),
+    "transformers": ("engine", "embedded.weights", "host_memory", "loading"),
     "transformer_lens": ("engine.description",),
     "sae_lens": ("saes.saelens",),
     "fastapi": ("web",),
