@@ -26,7 +26,8 @@ INTRODUCTION = """\
 The same work on the same weights: the embedded model, 135 million parameters in float32, with its three SAEs of 4096
 features. Each contender is a process of its own with one thread, and while one works the others wait. In every round
 another begins. A first round, which is not timed, warms up and compares: values must be within a thousandth of the
-largest one that plain Hugging Face finds, greedy texts must be equal. Who does something else gets no time.
+largest one that plain Hugging Face finds, greedy texts must be equal. Who does something else gets no time. Every round
+asks the same, so this project keeps nothing of prompts here (`REUSE_MEMORY_GIB=0`): it would answer from that.
 
 ```sh
 python -m benchmarks.compare
