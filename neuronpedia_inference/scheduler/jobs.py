@@ -43,7 +43,8 @@ class Ticket:
 
     def abandon(self) -> None:
         """Close the future of a cancelled ticket, so that nothing waits on it for ever."""
-        self.future.cancel()
+        if self.future.cancel():
+            self.future.set_running_or_notify_cancel()  # before it, `concurrent.futures.wait` takes it for pending
 
 
 Steps = Generator[Future[Any] | None, Any, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from types import SimpleNamespace
 from typing import Any
 
@@ -178,6 +178,13 @@ def test_a_cancelled_generation_leaves_at_the_next_step(worker: Worker, engine: 
     assert engine.steps <= 2
     assert len(events) == 1
     assert counts(worker)["cancelled"] == 1
+
+
+def test_who_waits_for_a_ticket_that_was_cancelled_is_told(worker: Worker) -> None:
+    """A process that ended within the move of its weights waited for it as long as it may (2 s)."""
+    ticket = worker.submit(CallWork(lambda: waiting_for(Future(), [])))
+    ticket.cancel()
+    assert not wait([ticket.future], 60).not_done
 
 
 def test_closing_finishes_what_is_inside_and_refuses_what_comes(engine: CountingEngine) -> None:
