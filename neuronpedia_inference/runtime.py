@@ -24,7 +24,7 @@ from neuronpedia_inference.engine.memory import usage
 from neuronpedia_inference.engine.protocol import ModelInfo, RowSpec
 from neuronpedia_inference.engine.stops import StopStrings
 from neuronpedia_inference.errors import BUSY, Busy, InvalidRequest, LimitExceeded, NotReady
-from neuronpedia_inference.host_memory import accommodate
+from neuronpedia_inference.host_memory import accommodate, give_back
 from neuronpedia_inference.kept_vectors import KeptVectors
 from neuronpedia_inference.lensing import Lenses, SteerToken
 from neuronpedia_inference.loading import HostWeights, Loaded, Progress, load, n_threads
@@ -100,6 +100,7 @@ class Runtime(Texts):
             n_threads=n_threads(settings),
             max_wait_s=settings.request_timeout_s or None,
             metrics=self.metrics,
+            give_back=give_back,
         )
         self._move = accommodate(loaded.engine.decoder.model, PASS_TOKENS["cpu"], self._worker.submit)
         self.metrics.watch(

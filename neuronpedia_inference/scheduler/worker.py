@@ -29,6 +29,8 @@ LINGER_S = 0.01
 """How long those who shared a pass have to ask again, so that they share the next one too."""
 TURN_S = 0.25
 """For how long reductions run before the inbox is looked at again, while nothing decodes."""
+PAUSE_S, AT_WORK_S = 1.0, 30.0
+"""Seconds without anything to do, and of work without such a pause, until what was freed goes back to the system."""
 
 
 class Worker:
@@ -42,12 +44,16 @@ class Worker:
         n_threads: int,
         max_wait_s: float | None,
         metrics: Metrics,
+        give_back: Callable[[], None] = lambda: None,
     ) -> None:
-        """max_wait_s: seconds a job may wait to begin; None for ever."""
+        """max_wait_s: seconds a job may wait to begin; None for ever. give_back: gives freed memory to the system."""
         self._engine = engine
         self._limits = limits
         self._n_threads = n_threads
         self._max_wait_s = max_wait_s
+        self._give_back = give_back
+        self._at_work_since_s: float | None = None
+        """None once what was freed has been given back, and nothing was done since."""
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._waiting: list[Job] = []
         self._starting: list[Job] = []
@@ -116,6 +122,7 @@ class Worker:
                     self._linger()
                     self._turns.resume()
                     self._carry_out(plan_tick(self._waiting, self._under_way, self._limits, time.monotonic()))
+                    self._note_work()
         finally:
             self._fail_everything()
 
@@ -131,11 +138,29 @@ class Worker:
         if idle and self._closing and self._inbox.empty() and not self._turns.waiting:
             return False
         if idle:
-            self._accept(self._inbox.get())
+            self._accept(self._next())
         until = time.monotonic() + self._pace.between_s(BETWEEN_STREAMED)
         while not self._inbox.empty() and not (self._generations.decoding and time.monotonic() > until):
             self._accept(self._inbox.get())
         return True
+
+    def _next(self) -> Job | None:
+        """What comes next, however late."""
+        if self._at_work_since_s is not None:
+            with suppress(queue.Empty):
+                return self._inbox.get(timeout=PAUSE_S)
+            self._at_work_since_s = None
+            self._give_back()
+        return self._inbox.get()
+
+    def _note_work(self) -> None:
+        """Blocks of many sizes leave gaps, which would grow as long as nobody pauses."""
+        now_s = time.monotonic()
+        if self._at_work_since_s is None:
+            self._at_work_since_s = now_s
+        elif now_s - self._at_work_since_s > AT_WORK_S:
+            self._at_work_since_s = now_s
+            self._give_back()
 
     def _linger(self) -> None:
         """Callers who were answered together ask again within a moment: the first of them does not run ahead alone.

@@ -233,3 +233,31 @@ print(taken, resident() - before)
     given_back, kept = left
     assert given_back < 0.2
     assert kept > 0.8
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is asked")
+def test_gaps_between_blocks_in_use_are_given_back() -> None:
+    program = """
+import psutil
+import torch
+from neuronpedia_inference.host_memory import give_back, keep_blocks
+
+def resident():
+    return psutil.Process().memory_info().rss
+
+keep_blocks(2**20)
+before = resident()
+blocks = [torch.ones(2**17) for _ in range(64)]
+taken = resident() - before
+kept = blocks[::2]
+del blocks
+with_gaps = resident() - before
+give_back()
+print(taken, with_gaps, resident() - before, all(block.sum() == 2**17 for block in kept))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
+    *sizes, is_whole = done.stdout.split()
+    taken, with_gaps, without = map(int, sizes)
+    assert with_gaps > 0.8 * taken
+    assert without < 0.7 * taken
+    assert is_whole == "True"

@@ -15,6 +15,7 @@ from neuronpedia_inference.domain import Sampling
 from neuronpedia_inference.engine.protocol import RowSpec, RowStep
 from neuronpedia_inference.errors import EngineFailed, InvalidRequest, NotReady, Overloaded
 from neuronpedia_inference.metrics import Metrics
+from neuronpedia_inference.scheduler import worker as worker_module
 from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, GenerateWork, Steps, Ticket
 from neuronpedia_inference.scheduler.policy import FIRST_STEPS, Limits
 from neuronpedia_inference.scheduler.worker import Worker
@@ -27,8 +28,8 @@ def engine() -> CountingEngine:
     return CountingEngine()
 
 
-def start(engine: CountingEngine, max_wait_s: float | None = None, limits: Limits = LIMITS) -> Worker:
-    return Worker(engine, limits, n_threads=1, max_wait_s=max_wait_s, metrics=Metrics())
+def start(engine: CountingEngine, max_wait_s: float | None = None, limits: Limits = LIMITS, **more: Any) -> Worker:
+    return Worker(engine, limits, n_threads=1, max_wait_s=max_wait_s, metrics=Metrics(), **more)
 
 
 @pytest.fixture
@@ -185,6 +186,28 @@ def test_who_waits_for_a_ticket_that_was_cancelled_is_told(worker: Worker) -> No
     ticket = worker.submit(CallWork(lambda: waiting_for(Future(), [])))
     ticket.cancel()
     assert not wait([ticket.future], 60).not_done
+
+
+def test_freed_memory_is_given_back_once_in_a_pause(engine: CountingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "PAUSE_S", 0.01)
+    given: list[int] = []
+    worker = start(engine, give_back=lambda: given.append(engine.steps))
+    assert not given  # nothing was done yet
+    for n_pauses in (1, 2):
+        generate(worker, 3).future.result(60)
+        _until(lambda n=n_pauses: len(given) == n)
+    time.sleep(0.1)  # as long as nothing is done, nothing is freed
+    worker.close()
+    assert given == [3, 6]
+
+
+def test_freed_memory_is_given_back_within_long_work(engine: CountingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "AT_WORK_S", 0.0)
+    given: list[int] = []
+    worker = start(engine, give_back=lambda: given.append(engine.steps))
+    generate(worker, 50).future.result(60)
+    worker.close()
+    assert any(1 < n_steps < 50 for n_steps in given)
 
 
 def test_closing_finishes_what_is_inside_and_refuses_what_comes(engine: CountingEngine) -> None:
