@@ -29,6 +29,7 @@ that serves; both with one line.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -184,6 +185,20 @@ class StartupError(Exception):
 
 class EngineDied(Exception):
     """The device has failed or the worker has died, and only a new process helps; the text is one line."""
+
+
+def let_go(failure: BaseException) -> None:
+    """Free what the frames of a failure hold, which may be most of the memory there is.
+
+    They hold it too, in a circle that would wait for the garbage collector.
+    """
+    seen: set[int] = set()
+    chain: BaseException | None = failure
+    while chain is not None and id(chain) not in seen:
+        seen.add(id(chain))
+        traceback.clear_frames(chain.__traceback__)
+        chain.__traceback__ = None
+        chain = chain.__cause__ or chain.__context__
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, most: int = 12) -> str:

@@ -29,10 +29,11 @@ from neuronpedia_inference.scheduler.jobs import CallWork, Steps, Ticket
 
 log = logging.getLogger(__name__)
 
-_GLIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 LARGE_PAGE = 2**21
 _ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 """What Linux is told; others have no such thing."""
+_LIBC = None if _ADVICE is None else ctypes.CDLL(None)
+_GLIBC = _LIBC if platform.libc_ver()[0] == "glibc" else None
 STEP_BYTES = 2**24
 """Others may have a turn after so many."""
 MLP_WIDTH = 4
@@ -198,6 +199,6 @@ def _whole_pages(tensor: Tensor, files: Sequence[Region]) -> Region | None:
 def _let_go(tensor: Tensor, files: Sequence[Region]) -> None:
     """Its pages, if a file is behind them."""
     pages = _whole_pages(tensor, files)
-    if pages is not None:
+    if pages is not None and _LIBC is not None:
         first, behind = pages
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(behind - first), mmap.MADV_DONTNEED)
+        _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(behind - first), mmap.MADV_DONTNEED)

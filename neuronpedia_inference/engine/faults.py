@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable
 
 import torch
@@ -66,17 +65,6 @@ def in_short(failure: BaseException) -> str:
     """Its first line, for a reason or a line of the log; with its kind unless it is an error of our own."""
     line = str(failure).partition("\n")[0][:120]
     return line if isinstance(failure, InferenceError) else f"{type(failure).__name__}: {line}"
-
-
-def let_go(failure: BaseException) -> None:
-    """Free what the frames of a failure hold, which may be most of the memory there is."""
-    seen: set[int] = set()
-    chain: BaseException | None = failure
-    while chain is not None and id(chain) not in seen:
-        seen.add(id(chain))
-        traceback.clear_frames(chain.__traceback__)
-        chain.__traceback__ = None
-        chain = chain.__cause__ or chain.__context__
 
 
 def poisons_device(exc: Exception) -> bool:

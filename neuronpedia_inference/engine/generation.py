@@ -21,7 +21,7 @@ from neuronpedia_inference.costs import NO_GRID, RECORDED_GRID, Grid
 from neuronpedia_inference.domain import Numbers
 from neuronpedia_inference.engine.cache import MaskForm, RowCache, RowMemory, SoloCache
 from neuronpedia_inference.engine.decoder import Changes, Decoder, ends
-from neuronpedia_inference.engine.faults import failure_of, let_go
+from neuronpedia_inference.engine.faults import failure_of
 from neuronpedia_inference.engine.prefixes import Prefixes
 from neuronpedia_inference.engine.prompts import Prompt, PromptPass, passes_of
 from neuronpedia_inference.engine.protocol import NO_TOKEN, RowId, RowSpec, RowStep, StopReader
@@ -32,7 +32,7 @@ from neuronpedia_inference.engine.slots import Slots
 from neuronpedia_inference.engine.static import Record, Recordings, StaticStep
 from neuronpedia_inference.engine.steered import steering_edits
 from neuronpedia_inference.engine.where import Passing, Span, begun
-from neuronpedia_inference.errors import EngineFailed, InvalidRequest
+from neuronpedia_inference.errors import EngineFailed, InvalidRequest, let_go
 from neuronpedia_inference.recent import Recent
 
 log = logging.getLogger(__name__)

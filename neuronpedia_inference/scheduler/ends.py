@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from neuronpedia_inference.engine.faults import as_inference_error, failure_of, free_caches, let_go, poisons_device
-from neuronpedia_inference.errors import OutOfMemory
+from neuronpedia_inference.engine.faults import as_inference_error, failure_of, free_caches, poisons_device
+from neuronpedia_inference.errors import OutOfMemory, let_go
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.scheduler.jobs import Job
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from neuronpedia_inference.engine.faults import failure_of, let_go
+from neuronpedia_inference.engine.faults import failure_of
 from neuronpedia_inference.engine.protocol import Captured, Capturing, Engine, RowSpec, only_read
+from neuronpedia_inference.errors import let_go
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.scheduler.ends import Ends
 from neuronpedia_inference.scheduler.jobs import CallWork, CaptureWork, Job

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from neuronpedia_inference.errors import let_go
 from neuronpedia_inference.observability import bound_request_id, is_reported, new_request_id, report
 from neuronpedia_inference.web.answers import Problem, problem_of
 from neuronpedia_inference.web.dialects import Dialect, dialect_of
@@ -116,6 +117,7 @@ class Boundary:
             elif is_reported(exc):
                 raise
             # else the server stops: the connection of an answer that is not complete is closed, which says so
+            let_go(exc)
 
 
 def is_panic(exc: BaseException) -> bool:

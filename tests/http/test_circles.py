@@ -1,0 +1,77 @@
+"""What a request held is gone with it, and does not wait for the garbage collector."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from starlette.types import ASGIApp, Message
+
+from neuronpedia_inference.operations import OPERATIONS, Operation
+from neuronpedia_inference.runtime import Runtime
+from neuronpedia_inference.settings import Settings
+from neuronpedia_inference.web.app import create_app
+
+N_OBJECTS = 50_000
+KEPT_OF_THEM = 0.1
+"""Others in the process make some of their own."""
+
+
+@pytest.fixture(scope="module")
+def app(runtime: Runtime) -> ASGIApp:
+    return create_app(Settings.read(), lambda: runtime)
+
+
+@pytest.fixture(autouse=True)
+def uncollected() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+async def ask(app: ASGIApp, path: str, body: bytes) -> int:
+    """The status. Nothing of a client is left behind."""
+    statuses: list[int] = []
+    bodies = [body]
+
+    async def receive() -> Message:
+        if not bodies:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": bodies.pop(), "more_body": False}
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    scope: dict[str, Any] = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        "server": ("localhost", 80),
+        "client": ("127.0.0.1", 1),
+    }
+    await app(scope, receive, send)
+    return statuses[0]
+
+
+@pytest.mark.parametrize("operation", [one for one in OPERATIONS if one.method == "POST"], ids=lambda one: one.name)
+def test_a_refused_body_is_gone(app: ASGIApp, operation: Operation[Any]) -> None:
+    fields = list(operation.request.model_fields)
+    body = json.dumps({name: [f"{number}" for number in range(N_OBJECTS)] for name in fields[:1]}).encode()
+    assert asyncio.run(ask(app, operation.path, b"{}")) >= 400  # what is made once is made
+    before = sys.getallocatedblocks()
+    status = asyncio.run(ask(app, operation.path, body))
+    assert 400 <= status < 500, status
+    assert sys.getallocatedblocks() - before < KEPT_OF_THEM * N_OBJECTS
