@@ -9,7 +9,6 @@ weights that are mapped it sees none. Blocks that are kept leave gaps, whose pag
 from __future__ import annotations
 
 import asyncio
-import atexit
 import ctypes
 import logging
 import mmap
@@ -85,10 +84,8 @@ class Move:
     """The move of a model's weights, in the hands of a worker."""
 
     def __init__(self, ticket: Ticket) -> None:
-        """ticket: of what `moving` gives. An interpreter that ends beside a thread that copies would be aborted."""
+        """ticket: of what `moving` gives."""
         self._ticket = ticket
-        atexit.register(self.stop)
-        ticket.future.add_done_callback(lambda _: atexit.unregister(self.stop))
 
     async def ended(self) -> None:
         """Wait until the weights are where they stay."""

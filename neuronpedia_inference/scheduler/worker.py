@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import queue
 import threading
@@ -31,6 +32,8 @@ TURN_S = 0.25
 """For how long reductions run before the inbox is looked at again, while nothing decodes."""
 PAUSE_S, AT_WORK_S = 1.0, 30.0
 """Seconds without anything to do, and of work without such a pause, until what was freed goes back to the system."""
+HALT_S = 10.0
+"""How long a process that ends waits for the piece of work under way."""
 
 
 class Worker:
@@ -70,11 +73,12 @@ class Worker:
         self._pieces = deque([self._join_piece, self._turn, self._read_piece, self._aside_piece])
         """What is not decoding; the first comes first after the next step."""
         self._ids = itertools.count()
-        self._closing = False
+        self._closing = self._is_halted = False
         self._lock = threading.Lock()
         self.healthy = True
         self._thread = threading.Thread(target=self._main, name="inference-worker", daemon=True)
         self._thread.start()
+        atexit.register(self._halt)
 
     @property
     def n_waiting(self) -> int:
@@ -113,12 +117,19 @@ class Worker:
             self._closing = True
         self._inbox.put(None)
         self._thread.join()
+        atexit.unregister(self._halt)
+
+    def _halt(self) -> None:
+        """The process ends: nothing more begins. An interpreter that ends beside a thread in native code is aborted."""
+        self._is_halted = True
+        self._inbox.put(None)
+        self._thread.join(HALT_S)
 
     def _main(self) -> None:
         torch.set_num_threads(self._n_threads)
         try:
             with torch.inference_mode():
-                while not self._ends.device_failed and self._drain_inbox():
+                while not (self._ends.device_failed or self._is_halted) and self._drain_inbox():
                     self._linger()
                     self._turns.resume()
                     self._carry_out(plan_tick(self._waiting, self._under_way, self._limits, time.monotonic()))

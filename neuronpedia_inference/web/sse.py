@@ -70,18 +70,28 @@ class EventStream(Response):
 async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`; cancels it and raises ClientLeft when the caller hangs up first.
 
-    The request's body must have been read: what arrives after it is the hang-up.
+    The request's body must have been read: what arrives after it is the hang-up. Work that has ended all the same by
+    the time it is cancelled has an answer that nobody takes: it is closed, because it holds its room.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_hang_up(receive))
+    is_taken = False
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
+        is_taken = working.done()
+        if is_taken:
             return working.result()
         raise ClientLeft
     finally:
         await _stop(leaving)
         await _stop(working)
+        if not is_taken:
+            await _close_result(working)
+
+
+async def _close_result(task: asyncio.Future[Any]) -> None:
+    if not task.cancelled() and task.exception() is None and hasattr(task.result(), "aclose"):
+        await task.result().aclose()
 
 
 async def _hang_up(receive: Receive) -> None:
