@@ -266,9 +266,16 @@ class _Counted(Events[Any, Any]):
             return event
 
     async def aclose(self) -> None:
+        self._leave()
+        await super().aclose()
+
+    def __del__(self) -> None:
+        self._leave()  # a caller who was stopped within the await that gives this has nothing to close
+
+    def _leave(self) -> None:
+        """No effect on a request that has ended."""
         self._count.abandon()
         self._stay.close()
-        await super().aclose()
 
 
 async def _itself(piece: bytes) -> bytes:

@@ -6,13 +6,14 @@ import asyncio
 import gc
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from served import until
 from starlette.types import ASGIApp, Message
 
-from neuronpedia_inference.operations import OPERATIONS, Operation, by_name
+from neuronpedia_inference.operations import OPERATIONS, Operation, answer_events, answer_pieces, by_name
 from neuronpedia_inference.runtime import Runtime
 from neuronpedia_inference.settings import Settings
 from neuronpedia_inference.web.app import create_app
@@ -93,3 +94,19 @@ def test_a_request_is_gone_with_its_answer_and_with_its_caller(app: ASGIApp, nam
     status = asyncio.run(ask(app, operation.path, body, hangs_up=hangs_up))
     assert status == (None if hangs_up else 200)
     assert n_requests(operation) == before
+
+
+@pytest.mark.parametrize("ask_for", [answer_pieces, answer_events])
+def test_an_answer_that_is_dropped_gives_its_room_back(runtime: Runtime, ask_for: Callable[..., Any]) -> None:
+    """As by a caller whose task is cancelled within the await that gives it."""
+    body = {"prompt": "a", "features": [], "max_new_tokens": 2}
+    before = runtime.describe()["requests"]
+
+    async def ask() -> int:
+        held = await ask_for(by_name["steer"], body, runtime)
+        n_inside = runtime.describe()["requests"]["inside"]
+        del held
+        return n_inside
+
+    assert asyncio.run(ask()) == before["inside"] + 1
+    until(lambda: runtime.describe()["requests"]["inside"] == before["inside"])
