@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
 T = TypeVar("T")
+STOP_S = 10.0
+"""How long its thread may take to end."""
 
 
 def start(settings: Settings, say: Callable[[str], None] = lambda _: None) -> Runtime:
@@ -37,6 +40,7 @@ class InProcess:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="client", daemon=True)
         self._thread.start()
+        atexit.register(self._stop)
 
     def __repr__(self) -> str:
         return f"InProcess({self._runtime.model.id!r})"
@@ -60,10 +64,15 @@ class InProcess:
 
     def close(self) -> None:
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
+            atexit.unregister(self._stop)
+            self._stop()
             self._loop.close()
             self._runtime.close()
+
+    def _stop(self) -> None:
+        """Also where the process ends: no thread runs on beside an interpreter that ends."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(STOP_S)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         if self._loop.is_closed():
