@@ -25,10 +25,10 @@ export function steeringStrength(known) {
   return known.max ? Math.round(STRENGTH_OF_MAX * known.max) : DEFAULT_STRENGTH;
 }
 
-export function add(known, strength = steeringStrength(known)) {
-  const there = chosen.find((one) => nameOf(one) === nameOf(known));
-  if (there) there.strength = strength;
-  else chosen.push({ source: known.source, index: known.index, strength, label: known.label });
+/** One that is there keeps its strength: a search may answer after that was set. */
+export function add(known) {
+  const isThere = chosen.some((one) => nameOf(one) === nameOf(known));
+  if (!isThere) chosen.push({ source: known.source, index: known.index, strength: steeringStrength(known), label: known.label });
   changed();
 }
 
