@@ -16,7 +16,6 @@ import platform
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from concurrent.futures import wait
 from operator import itemgetter
 from pathlib import Path
 
@@ -41,7 +40,6 @@ KEPT_BLOCKS, MOST_BLOCK = 16, 2**25
 """How many are kept at the end of glibc's memory, and the largest that it can keep."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of malloc.h."""
-STOP_S = 2.0
 _ALIGNMENT = 64
 """Of every weight in bytes: a line of the processor's cache."""
 Region = tuple[int, int]
@@ -75,7 +73,7 @@ def keep_blocks(n_bytes: int) -> None:
 
 
 def give_back() -> None:
-    """Give the pages that lie free between blocks in use back to the system; takes some milliseconds."""
+    """Give the pages that lie free between blocks in use back to the system; takes tens of milliseconds."""
     if _GLIBC is not None:
         _GLIBC.malloc_trim(0)
 
@@ -93,9 +91,8 @@ class Move:
             await asyncio.wait([asyncio.wrap_future(self._ticket.future)])
 
     def stop(self) -> None:
-        """What has not moved stays; waits for the step under way."""
+        """What has not moved stays where it is."""
         self._ticket.cancel()
-        wait([self._ticket.future], STOP_S)
 
 
 def moving(model: nn.Module) -> Steps:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 STOP_S = 10.0
-"""How long its thread may take to end."""
+"""How long a process that ends waits for the client's thread."""
 
 
 def start(settings: Settings, say: Callable[[str], None] = lambda _: None) -> Runtime:
@@ -65,14 +65,14 @@ class InProcess:
     def close(self) -> None:
         if self._thread.is_alive():
             atexit.unregister(self._stop)
-            self._stop()
+            self._stop(None)
             self._loop.close()
             self._runtime.close()
 
-    def _stop(self) -> None:
+    def _stop(self, wait_s: float | None = STOP_S) -> None:
         """Also where the process ends: no thread runs on beside an interpreter that ends."""
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(STOP_S)
+        self._thread.join(wait_s)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         if self._loop.is_closed():

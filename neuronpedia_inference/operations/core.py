@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
@@ -255,10 +256,12 @@ class _Counted(Events[Any, Any]):
         super().__init__(source, render)
         self._count = count
         self._stay = stay
+        self._loop = asyncio.get_running_loop()
+        self._is_inside = True
 
     async def __anext__(self) -> Any:
         with ExitStack() as at_the_end:
-            at_the_end.callback(self._stay.close)
+            at_the_end.callback(self._leave)
             at_the_end.push(self._count)
             with self._stay:
                 event = await (await super().__anext__())
@@ -270,10 +273,19 @@ class _Counted(Events[Any, Any]):
         await super().aclose()
 
     def __del__(self) -> None:
-        self._leave()  # a caller who was stopped within the await that gives this has nothing to close
+        """A caller who was stopped within the await that gives this has nothing to close.
+
+        The garbage collector may come in the middle of anything, with any lock held: so the loop does it.
+        """
+        if self._is_inside:
+            try:
+                self._loop.call_soon_threadsafe(self._leave)
+            except RuntimeError:  # it has closed
+                self._leave()
 
     def _leave(self) -> None:
         """No effect on a request that has ended."""
+        self._is_inside = False
         self._count.abandon()
         self._stay.close()
 
