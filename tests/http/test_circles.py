@@ -28,11 +28,17 @@ def app(runtime: Runtime) -> ASGIApp:
 
 
 @pytest.fixture(autouse=True)
-def uncollected() -> Iterator[None]:
+def uncollected(runtime: Runtime) -> Iterator[None]:
+    """Whose caller hung up leaves at the device's next pause, which may be after the test that asked."""
+    until(lambda: n_inside(runtime) == 0)
     gc.collect()
     gc.disable()
     yield
     gc.enable()
+
+
+def n_inside(runtime: Runtime) -> int:
+    return runtime.describe()["requests"]["inside"]
 
 
 async def ask(app: ASGIApp, path: str, body: bytes, *, hangs_up: bool = False) -> int | None:
@@ -87,21 +93,20 @@ def test_a_request_is_gone_with_its_answer_and_with_its_caller(app: ASGIApp, nam
     body = json.dumps(example_of(operation.request)).encode()
     before = n_requests(operation)
     status = asyncio.run(ask(app, operation.path, body, hangs_up=hangs_up))
-    assert status == (None if hangs_up else 200)
-    assert n_requests(operation) == before
+    assert status == 200 or (hangs_up and status is None), "who hangs up may come too late"
+    until(lambda: n_requests(operation) == before)
 
 
 @pytest.mark.parametrize("ask_for", [answer_pieces, answer_events])
 def test_an_answer_that_is_dropped_gives_its_room_back(runtime: Runtime, ask_for: Callable[..., Any]) -> None:
     """As by a caller whose task is cancelled within the await that gives it."""
     body = {"prompt": "a", "features": [], "max_new_tokens": 2}
-    before = runtime.describe()["requests"]
 
     async def ask() -> int:
         held = await ask_for(by_name["steer"], body, runtime)
-        n_inside = runtime.describe()["requests"]["inside"]
+        n = n_inside(runtime)
         del held
-        return n_inside
+        return n
 
-    assert asyncio.run(ask()) == before["inside"] + 1
-    until(lambda: runtime.describe()["requests"]["inside"] == before["inside"])
+    assert asyncio.run(ask()) == 1
+    until(lambda: n_inside(runtime) == 0)
