@@ -18,9 +18,9 @@ VOLUME_BYTES_PER_S = 10**9
 RESTORED_START_S = 0.5
 """From the snapshot to being ready where the device comes with the restore, on one CPU core with the embedded model
 (docs/experiments.md)."""
-STEERED_TEXT_S = 1.756 / 8
+STEERED_TEXT_S = 1.772 / 8
 """One of eight texts of 32 tokens, steered at once, on one CPU core with the embedded model (docs/benchmarks.md)."""
-FEATURE_S = 0.275 / 16
+FEATURE_S = 0.269 / 16
 """One feature of a prompt of 19 tokens, eight requests at a time, measured as the above."""
 
 
