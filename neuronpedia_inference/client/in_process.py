@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from neuronpedia_inference.client.transports import Answer, Body
 from neuronpedia_inference.errors import InvalidRequest
+from neuronpedia_inference.exits import HALT_S
 from neuronpedia_inference.operations import answer, answer_events, answer_pieces, by_name
 from neuronpedia_inference.settings import Settings
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from neuronpedia_inference.runtime import Runtime
 
 T = TypeVar("T")
-STOP_S = 10.0
-"""How long a process that ends waits for the client's thread."""
 
 
 def start(settings: Settings, say: Callable[[str], None] = lambda _: None) -> Runtime:
@@ -69,7 +68,7 @@ class InProcess:
             self._loop.close()
             self._runtime.close()
 
-    def _stop(self, wait_s: float | None = STOP_S) -> None:
+    def _stop(self, wait_s: float | None = HALT_S) -> None:
         """Also where the process ends: no thread runs on beside an interpreter that ends."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(wait_s)

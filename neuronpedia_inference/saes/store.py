@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any, Protocol
 
 from neuronpedia_inference.domain import Source
@@ -24,6 +24,7 @@ from neuronpedia_inference.errors import (
     StartupError,
     UnknownSource,
 )
+from neuronpedia_inference.exits import start_beside
 from neuronpedia_inference.saes import describe as described
 from neuronpedia_inference.saes.convert import convert
 from neuronpedia_inference.saes.describe import Described
@@ -292,7 +293,7 @@ class SaeStore:
                     n_bytes = max(left_bytes, self._described[name].n_bytes)
                     self._residency.add(name, n_bytes, is_arriving=True)
                     self._peak_bytes = max(self._peak_bytes, self._residency.n_bytes)
-                    Thread(target=self._bring, args=(name, gone), name=f"sae-{name}", daemon=True).start()
+                    start_beside(f"sae-{name}", self._bring, name, gone)
             for future, lease in leases:
                 grant(future, lease)
 
@@ -316,7 +317,7 @@ class SaeStore:
             if name in self._conversions:
                 return self._conversions[name]
             future = self._conversions[name] = Future()
-        Thread(target=self._convert, args=(name, future), name=f"sae-{name}", daemon=True).start()
+        start_beside(f"sae-{name}", self._convert, name, future)
         return future
 
     def _convert(self, name: str, future: Future[None]) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from neuronpedia_inference.engine.protocol import Engine
 from neuronpedia_inference.errors import NotReady, Overloaded
+from neuronpedia_inference.exits import HALT_S
 from neuronpedia_inference.metrics import Metrics
 from neuronpedia_inference.scheduler.ends import Ends
 from neuronpedia_inference.scheduler.generations import Generations
@@ -32,8 +33,6 @@ TURN_S = 0.25
 """For how long reductions run before the inbox is looked at again, while nothing decodes."""
 PAUSE_S, AT_WORK_S = 1.0, 30.0
 """Seconds without anything to do, and of work without such a pause, until what was freed goes back to the system."""
-HALT_S = 10.0
-"""How long a process that ends waits for the piece of work under way."""
 
 
 class Worker:

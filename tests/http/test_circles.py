@@ -5,21 +5,31 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
+from weakref import ref
 
 import pytest
 from served import until
 from starlette.types import ASGIApp, Message
 
-from neuronpedia_inference.operations import OPERATIONS, Operation, answer_events, answer_pieces, by_name
+from neuronpedia_inference.operations import OPERATIONS, Operation, answer_events, answer_pieces, by_name, core
+from neuronpedia_inference.operations.core import validate_in_turns
 from neuronpedia_inference.runtime import Runtime
+from neuronpedia_inference.schemas.common import Wire
 from neuronpedia_inference.settings import Settings
+from neuronpedia_inference.web import body as web_body
 from neuronpedia_inference.web.app import create_app
 from neuronpedia_inference.web.fields import example_of
+from neuronpedia_inference.web.parsing import parsed
 
-N_OBJECTS = 50_021
-"""No other list has so many."""
+
+class Watched(dict[str, Any]):
+    """What of a body can be watched, its lists too."""
+
+
+class WatchedList(list[Any]):
+    pass
 
 
 @pytest.fixture(scope="module")
@@ -75,26 +85,40 @@ async def ask(app: ASGIApp, path: str, body: bytes, *, hangs_up: bool = False) -
 
 
 @pytest.mark.parametrize("operation", [one for one in OPERATIONS if one.method == "POST"], ids=lambda one: one.name)
-def test_a_refused_body_is_gone(app: ASGIApp, operation: Operation[Any]) -> None:
+def test_a_refused_body_is_gone(app: ASGIApp, operation: Operation[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[ref[Any]] = []
+
+    def watched(raw: bytes) -> Generator[None, None, Any]:
+        body = Watched((name, WatchedList(value)) for name, value in (yield from parsed(raw)).items())
+        held.extend(map(ref, (body, *body.values())))
+        return body
+
+    monkeypatch.setattr(web_body, "parsed", watched)
     field = next(iter(operation.request.model_fields))
-    body = json.dumps({field: [str(number) for number in range(N_OBJECTS)]}).encode()
+    body = json.dumps({field: [str(number) for number in range(50_000)]}).encode()
     assert asyncio.run(ask(app, operation.path, body)) in (400, 413, 422)
-    assert not [one for one in gc.get_objects() if type(one) is list and len(one) == N_OBJECTS]
-
-
-def n_requests(operation: Operation[Any]) -> int:
-    return sum(type(one) is operation.request for one in gc.get_objects())
+    assert len(held) == 2
+    until(lambda: not any(one() is not None for one in held))
 
 
 @pytest.mark.parametrize("hangs_up", [False, True])
 @pytest.mark.parametrize("name", ["activations", "activation_all", "top_k", "score", "capture", "steer_completion"])
-def test_a_request_is_gone_with_its_answer_and_with_its_caller(app: ASGIApp, name: str, hangs_up: bool) -> None:
-    operation = by_name[name]
-    body = json.dumps(example_of(operation.request)).encode()
-    before = n_requests(operation)
-    status = asyncio.run(ask(app, operation.path, body, hangs_up=hangs_up))
+def test_a_request_is_gone_with_its_answer_and_with_its_caller(
+    app: ASGIApp, name: str, hangs_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[ref[Any]] = []
+
+    async def watched(operation: Operation[Any], body: object) -> Wire:
+        request = await validate_in_turns(operation, body)
+        held.append(ref(request))
+        return request
+
+    monkeypatch.setattr(core, "validate_in_turns", watched)
+    body = json.dumps(example_of(by_name[name].request)).encode()
+    status = asyncio.run(ask(app, by_name[name].path, body, hangs_up=hangs_up))
     assert status == 200 or (hangs_up and status is None), "who hangs up may come too late"
-    until(lambda: n_requests(operation) == before)
+    assert len(held) == 1 or (hangs_up and not held), "and too early"
+    until(lambda: not any(one() is not None for one in held))
 
 
 @pytest.mark.parametrize("ask_for", [answer_pieces, answer_events])
