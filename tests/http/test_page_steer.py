@@ -6,7 +6,7 @@ import re
 
 import httpx
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 from served import MODEL
 
 from tests.http.browser import ECONOMY, STEER, Visit, body_of, picture, tokens_of, values_of
@@ -61,6 +61,29 @@ def test_sliders_and_further_features_go_into_the_request_and_the_address(visit:
     assert not body_of(sent.value)["compare"], "what is not steered has nothing to be compared with"
     expect(page.locator(".output")).to_have_count(1)
     expect(page.locator(".output")).to_have_attribute("aria-busy", "false")
+
+
+def test_who_types_a_strength_goes_on_while_the_feature_is_told(visit: Visit) -> None:
+    waiting: list[Route] = []
+    told = "**/v1/features/15-res-4k/1113?*"
+
+    def hold(route: Route) -> None:
+        waiting.append(route)
+
+    visit.page.route(told, hold)
+    with visit.page.expect_request(told):
+        page = visit.open(STEER)
+    page.get_by_label("Strength of 15-res-4k/1113, as a number").select_text()
+    page.keyboard.type("1")
+    [route] = waiting
+    route.continue_()
+    strength = page.get_by_label("Strength of economy · sector, industry, tourism, as a number")
+    expect(strength).to_be_focused()
+    page.keyboard.type("2.5")
+    with page.expect_request("**/v1/steer") as sent:
+        page.get_by_role("button", name="Write").click()
+    assert [one["strength"] for one in body_of(sent.value)["features"]] == [12.5]
+    expect(page.locator(".output.steered")).to_have_attribute("aria-busy", "false")
 
 
 def test_a_chat_goes_on_with_what_the_steered_model_said(visit: Visit) -> None:

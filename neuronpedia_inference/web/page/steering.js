@@ -59,8 +59,7 @@ export function steeringList({ watched = null } = {}) {
   const rows = h("ul", { class: "steers" });
   const draw = () => {
     if (!chosen.length) fill(rows, h("li", { class: "hint" }, "Nothing yet: the text is the model’s own. Find a feature below."));
-    else fill(rows, ...chosen.map((one, place) => row(one, place, watched, draw)));
-    for (const one of chosen) if (!one.told) described(one).then(draw);
+    else fill(rows, ...chosen.map((one) => row(one, watched, draw)));
   };
   const find = finder({ label: "Add a feature", hint: "Words, or its name, such as 15-res-4k/1113", onPick: (known) => { add(known); draw(); } });
   draw();
@@ -73,28 +72,38 @@ export function described(one) {
   return one.told;
 }
 
-function row(one, place, watched, draw) {
-  const name = one.label ?? nameOf(one);
-  const bound = Math.max(100, Math.abs(one.strength), Math.ceil((5 * (one.max ?? 30)) / 50) * 50);
+/** What is learnt of its feature is written into it where it stands: somebody may be typing a strength. */
+function row(one, watched, draw) {
   const set = (control, other) => () => {
     if (control.value === "" || !Number.isFinite(Number(control.value))) return;
     one.strength = Number(control.value);
     other.value = control.value;
     changed();
   };
-  const slider = h("input", { type: "range", min: -bound, max: bound, step: 1, "aria-label": `Strength of ${name}` });
-  const number = h("input", { type: "number", step: "any", "aria-label": `Strength of ${name}, as a number` });
-  slider.value = number.value = one.strength;
+  const slider = h("input", { type: "range", step: 1 });
+  const number = h("input", { type: "number", step: "any", set: { value: one.strength } });
   slider.addEventListener("input", set(slider, number));
   number.addEventListener("input", set(number, slider));
-  const remove = () => {
-    chosen.splice(place, 1);
+  const remove = h("button", { type: "button", class: "quiet", on: { click: () => {
+    chosen.splice(chosen.indexOf(one), 1);
     draw();
     changed();
-  };
+  } } }, "Remove");
   const watch = watched && h("label", { class: "watch" },
     h("input", { type: "radio", name: "watched", value: nameOf(one), set: { checked: nameOf(one) === watched.name }, on: { change: () => watched.pick(nameOf(one)) } }), "watch");
+  const title = h("strong", {});
+  const tell = () => {
+    const name = one.label ?? nameOf(one);
+    const bound = Math.max(100, Math.abs(one.strength), Math.ceil((5 * (one.max ?? 30)) / 50) * 50);
+    title.textContent = name;
+    slider.setAttribute("aria-label", `Strength of ${name}`);
+    number.setAttribute("aria-label", `Strength of ${name}, as a number`);
+    remove.setAttribute("aria-label", `Remove ${name}`);
+    Object.assign(slider, { min: -bound, max: bound, value: one.strength });
+  };
+  tell();
+  described(one).then(tell);
   return h("li", {},
-    h("p", { class: "steer-name" }, h("strong", {}, name), " ", h("code", {}, nameOf(one))),
-    h("div", { class: "row" }, slider, number, watch, h("button", { type: "button", class: "quiet", "aria-label": `Remove ${name}`, on: { click: remove } }, "Remove")));
+    h("p", { class: "steer-name" }, title, " ", h("code", {}, nameOf(one))),
+    h("div", { class: "row" }, slider, number, watch, remove));
 }
