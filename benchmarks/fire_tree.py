@@ -319,8 +319,8 @@ def without_right_to_write() -> list[str]:
 
 
 def limited(option: str, value: int) -> list[str]:
-    """What runs a command under a limit of the shell's `ulimit`."""
-    return ["sh", "-c", f'ulimit {option} {value}; exec "$@"', "sh"]
+    """What runs a command under a limit of the shell's `ulimit`. Python would write cut bytecode for others to find."""
+    return ["sh", "-c", f'ulimit {option} {value}; export PYTHONDONTWRITEBYTECODE=1; exec "$@"', "sh"]
 
 
 def told(answer: httpx.Response) -> str:

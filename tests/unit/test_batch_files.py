@@ -225,7 +225,7 @@ def test_a_full_disk_stops_the_job_between_two_lines(tmp_path: Path, limit: int)
     """`limit`: bytes that a file may have, which the system enforces as it does the end of a disk."""
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     write_lines(tmp_path / "in.jsonl", 100, {})
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}  # it would be cut, too
     command = [sys.executable, "-c", LIMITED, str(tmp_path), str(limit)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
